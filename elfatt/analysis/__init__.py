@@ -1,0 +1,1 @@
+"""Measuring models: complexity, and the paper's published tables."""

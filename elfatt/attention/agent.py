@@ -1,0 +1,80 @@
+"""Agent attention (arXiv 2312.08874, official agent_swin.py and agent_cswin.py)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from elfatt.attention.base import QKVAttention, check_positive, split_qkv
+from elfatt.attention.registry import register_attention
+from elfatt.layers.lepe import LePE, kernel_of
+from elfatt.layers.positions import resize_positions
+from elfatt.ops import agent_attention, depthwise_conv
+
+GRID = 7  # side of the coarse bias maps, as published
+
+
+@register_attention("agent")
+class AgentAttention(QKVAttention):
+    """Linear in the tokens.
+
+    The convolution on V is Swin-Agent's ``dwc`` and CSWin-Agent's LePE: the same 3×3 depthwise one.
+
+    Args:
+        dim: Channels C of the map.
+        num_heads: Attention heads.
+        agents: Side of the grid of agents; there are ``agents²``.
+        feat_size: Height and width of the training map in tokens; on other maps the biases are resized bilinearly.
+        lepe: Add the convolution on V.
+
+    Raises:
+        ValueError: ``agents`` or ``feat_size`` below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        agents: int = 7,
+        feat_size: tuple[int, int] = (14, 14),
+        lepe: bool = True,
+    ):
+        super().__init__(dim, num_heads)
+        height, width = feat_size
+        check_positive(agents=agents, feat_height=height, feat_width=width)
+        self.agents = agents
+        heads, n = num_heads, agents**2
+        self.an_bias = nn.Parameter(torch.empty(heads, n, GRID, GRID))
+        self.na_bias = nn.Parameter(torch.empty(heads, n, GRID, GRID))
+        self.ah_bias = nn.Parameter(torch.empty(1, heads, n, height, 1))
+        self.aw_bias = nn.Parameter(torch.empty(1, heads, n, 1, width))
+        self.ha_bias = nn.Parameter(torch.empty(1, heads, height, 1, n))
+        self.wa_bias = nn.Parameter(torch.empty(1, heads, 1, width, n))
+        for bias in (self.an_bias, self.na_bias, self.ah_bias, self.aw_bias, self.ha_bias, self.wa_bias):
+            nn.init.trunc_normal_(bias, std=0.02)
+        self.lepe = LePE(dim) if lepe else None
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
+        q, k, v = split_qkv(qkv)
+        size = tuple(q.shape[1:3])
+        broadcast = (bias[0].permute(0, 3, 1, 2) for bias in (self.ha_bias, self.wa_bias))
+        out = agent_attention(
+            q,
+            k,
+            v,
+            num_heads=self.num_heads,
+            agents=self.agents,
+            gather_bias=_compose(self.an_bias, self.ah_bias[0], self.aw_bias[0], size),
+            broadcast_bias=_compose(self.na_bias, *broadcast, size).transpose(1, 2),
+        )
+        return out if self.lepe is None else out + depthwise_conv(v, *kernel_of(self.lepe))
+
+
+def _compose(grid, rows, columns, size):
+    """Sum of a coarse map, a bias per row and one per column: ``[heads, agents², H * W]``."""
+    rows = resize_positions(rows, (size[0], 1), "bilinear")
+    columns = resize_positions(columns, (1, size[1]), "bilinear")
+    return (F.interpolate(grid, size=size, mode="bilinear") + rows + columns).flatten(2)

@@ -1,0 +1,51 @@
+"""What every mechanism shares: one linear to packed q, k, v, something in between, one linear out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class QKVAttention(nn.Module):
+    """``proj(attend(qkv(x)))``; a mechanism implements ``attend``.
+
+    Args:
+        dim: Channels C of the map.
+        num_heads: Attention heads, a divisor of ``dim``.
+
+    Raises:
+        ValueError: ``dim`` cannot be split into ``num_heads``; in ``forward``, the input is not ``[B, H, W, dim]``.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(
+                f"dim={dim} cannot be split into num_heads={num_heads}: choose a divisor of {dim}"
+            )
+        self.dim = dim
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend over a map ``[B, H, W, C]`` of any height and width."""
+        if x.ndim != 4 or x.shape[-1] != self.dim:
+            raise ValueError(f"expected a map [B, H, W, {self.dim}], got {tuple(x.shape)}")
+        return self.proj(self.attend(self.qkv(x)))
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
+        raise NotImplementedError
+
+
+def split_qkv(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of q, k and v, each ``[B, H, W, C]``, into the packed ``[B, H, W, 3C]``."""
+    return qkv.chunk(3, dim=-1)
+
+
+def check_positive(**values: int) -> None:
+    """Raise ``ValueError`` naming the first value that is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")

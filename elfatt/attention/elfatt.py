@@ -1,0 +1,67 @@
+"""ELFATT (arXiv 2501.06098): half the channels attend linearly over the map, half by softmax inside blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from elfatt.attention.base import QKVAttention, check_positive
+from elfatt.attention.registry import register_attention
+from elfatt.layers.lepe import LePE, kernel_of
+from elfatt.ops import elfatt_attention
+
+
+@register_attention("elfatt")
+class ELFATT(QKVAttention):
+    """Linear in the tokens.
+
+    Each branch has ``num_heads // 2`` heads whatever its share of the channels; a branch without the other has all.
+
+    Args:
+        dim: Channels C of the map.
+        num_heads: Attention heads of both branches together.
+        block_size: Side of a local block in tokens; a block at least as large as the map is the map.
+        channel_split: Share c1/c of the channels that goes to the global branch, from 0 to 1.
+        lepe: Add LePE in both branches.
+
+    Raises:
+        ValueError: ``block_size`` below 1, or channels of a branch that its heads do not divide.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        block_size: int = 14,
+        channel_split: float = 0.5,
+        lepe: bool = True,
+    ):
+        super().__init__(dim, num_heads)
+        check_positive(block_size=block_size)
+        if not 0 <= channel_split <= 1:
+            raise ValueError(
+                f"channel_split={channel_split} must lie between 0 (all local) and 1 (all global)"
+            )
+        self.block_size = block_size
+        self.global_channels = round(dim * channel_split)
+        widths = (self.global_channels, dim - self.global_channels)
+        half = max(1, num_heads // 2)
+        self.branch_heads = (half, half) if all(widths) else (num_heads, num_heads)
+        for width, heads in zip(widths, self.branch_heads, strict=True):
+            if width % heads:
+                raise ValueError(
+                    f"channel_split={channel_split} of dim={dim} leaves {width} channels for {heads} heads: "
+                    f"choose a split that {heads} divides"
+                )
+        self.lepe_global, self.lepe_local = (LePE(width) if lepe and width else None for width in widths)
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``, channels [global, local]."""
+        return elfatt_attention(
+            qkv,
+            num_heads=self.branch_heads,
+            global_channels=self.global_channels,
+            block_size=self.block_size,
+            lepe_global=kernel_of(self.lepe_global),
+            lepe_local=kernel_of(self.lepe_local),
+        )

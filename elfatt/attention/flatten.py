@@ -1,0 +1,60 @@
+"""FLatten: focused linear attention (arXiv 2308.00442, official flatten_swin.py and flatten_cswin.py)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from elfatt.attention.base import QKVAttention, check_positive, split_qkv
+from elfatt.attention.registry import register_attention
+from elfatt.layers.lepe import LePE, kernel_of
+from elfatt.layers.positions import resize_positions
+from elfatt.ops import depthwise_conv, focused_attention
+
+
+@register_attention("flatten")
+class FocusedLinearAttention(QKVAttention):
+    """Linear in the tokens.
+
+    Args:
+        dim: Channels C of the map.
+        num_heads: Attention heads.
+        feat_size: Height and width of the training map in tokens; on other maps the positional term is resized
+            bicubically.
+        kernel_size: Side of the depthwise kernel on V that all heads share.
+        lepe: Add LePE, as on the CSWin backbone.
+
+    Raises:
+        ValueError: ``feat_size`` below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        feat_size: tuple[int, int] = (14, 14),
+        kernel_size: int = 5,
+        lepe: bool = False,
+    ):
+        super().__init__(dim, num_heads)
+        height, width = feat_size
+        check_positive(feat_height=height, feat_width=width)
+        self.feat_size = (height, width)
+        self.scale = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positional_encoding = nn.Parameter(torch.zeros(1, height * width, dim))
+        self.dwc = LePE(dim // num_heads, kernel_size)
+        self.lepe = LePE(dim) if lepe else None
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
+        q, k, v = split_qkv(qkv)
+        table = self.positional_encoding.transpose(1, 2).unflatten(2, self.feat_size)
+        positions = resize_positions(table, k.shape[1:3], "bicubic").flatten(2).transpose(1, 2)
+        tokens = (x.flatten(1, 2) for x in (q, k, v))
+        q, k, values = tokens
+        out = focused_attention(q, k + positions, values, self.scale, num_heads=self.num_heads).view(v.shape)
+        out = out + depthwise_conv(
+            v, *(x.repeat(self.num_heads, *[1] * (x.ndim - 1)) for x in self.dwc.kernel)
+        )
+        return out if self.lepe is None else out + depthwise_conv(v, *kernel_of(self.lepe))

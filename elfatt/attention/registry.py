@@ -1,0 +1,59 @@
+"""The table of mechanisms: every one is ``module(x[B, H, W, C]) -> [B, H, W, C]``."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+
+_ATTENTIONS: dict[str, type[nn.Module]] = {}
+
+
+def register_attention(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Class decorator that makes a mechanism known under a name.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def register(cls: type[nn.Module]) -> type[nn.Module]:
+        if name in _ATTENTIONS:
+            raise ValueError(f"attention {name!r} is already registered by {_ATTENTIONS[name].__qualname__}")
+        _ATTENTIONS[name] = cls
+        return cls
+
+    return register
+
+
+def list_attentions() -> list[str]:
+    """Names of all mechanisms, sorted."""
+    return sorted(_ATTENTIONS)
+
+
+def create_attention(name: str, *, dim: int, num_heads: int, **options) -> nn.Module:
+    """Build a mechanism.
+
+    Args:
+        name: One of ``list_attentions()``.
+        dim: Channels C of the map.
+        num_heads: Attention heads.
+        **options: The mechanism's own keywords.
+
+    Returns:
+        A module from ``[B, H, W, dim]`` to ``[B, H, W, dim]``.
+
+    Raises:
+        ValueError: Unknown name, or a value that does not fit.
+        TypeError: An option that the mechanism does not have.
+    """
+    if name not in _ATTENTIONS:
+        near = difflib.get_close_matches(name, _ATTENTIONS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(list_attentions())}"
+        raise ValueError(f"unknown attention {name!r}: {hint}")
+    known = list(inspect.signature(_ATTENTIONS[name]).parameters)[2:]
+    for option in options:
+        if option not in known:
+            raise TypeError(f"attention {name!r} has no option {option!r}: it takes {', '.join(known)}")
+    return _ATTENTIONS[name](dim, num_heads, **options)

@@ -1,0 +1,7 @@
+"""Backbones for every task, and the table that turns them into timm models."""
+
+from elfatt.backbones.cswin import CSWinTransformer
+from elfatt.backbones.swin import SwinTransformer
+from elfatt.backbones.zoo import list_models
+
+__all__ = ["CSWinTransformer", "SwinTransformer", "list_models"]

@@ -1,0 +1,309 @@
+"""The four-stage transformer that Swin and CSWin share; a shell adds its stem, its merge and its local attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, to_2tuple
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from elfatt.attention import create_attention
+from elfatt.layers import ConvMerge, PatchMerge, Stem
+
+MERGES = {"patch": PatchMerge, "conv": ConvMerge}
+LETTERS = "an efficient block (E), a vanilla one (V) or a local one (L); H stands for V E V E …"
+
+
+def expand_level(pattern: str, depth: int) -> str:
+    """One letter per block of a stage.
+
+    Args:
+        pattern: One letter for all blocks, ``H`` for vanilla and efficient in turn, or a letter for each block.
+        depth: Blocks of the stage.
+
+    Raises:
+        ValueError: Another letter, or neither one letter nor ``depth`` of them.
+    """
+    blocks = ("VE" * depth)[:depth] if pattern == "H" else pattern * (depth if len(pattern) == 1 else 1)
+    if len(blocks) != depth or set(blocks) - set("EVL"):
+        raise ValueError(f"level {pattern!r} does not describe {depth} blocks: each is {LETTERS}")
+    return blocks
+
+
+def per_stage(name: str, value, stages: int) -> list:
+    """One value per stage from a single value or from a sequence; a shorter sequence repeats its last value.
+
+    Raises:
+        ValueError: An empty sequence or one longer than ``stages``.
+    """
+    values = list(value) if isinstance(value, Sequence) else [value]
+    if not 1 <= len(values) <= stages:
+        raise ValueError(f"{name}={value} must hold one value, or up to {stages}, one per stage")
+    return values + values[-1:] * (stages - len(values))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on a map ``[B, H, W, C]``.
+
+    Args:
+        dim: Channels C.
+        attention: The mechanism.
+        mlp_ratio: Hidden channels of the MLP per channel.
+        drop_path: Probability of dropping a residual branch.
+    """
+
+    def __init__(self, dim: int, attention: nn.Module, *, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attention
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``[B, H, W, C]`` to the same shape."""
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """A merge (but in the first stage) and the blocks behind it."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[Block]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``[B, H, W, C]`` to ``[B, H', W', C']``."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and self.training:
+            return checkpoint_seq(self.blocks, x, use_reentrant=False)
+        return self.blocks(x)
+
+
+class HierarchicalTransformer(nn.Module):
+    """Swin- or CSWin-shaped backbone with any mechanism in any block, for any image size.
+
+    A subclass sets ``local``, the mechanism behind the letter L, and ``local_options``.
+
+    Args:
+        img_size: Training image in pixels, a side or (height, width): it sizes the learned position tables of agent
+            and flatten attention, which are resized on other images.
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 leaves the classifier out.
+        global_pool: Pooling before the classifier, as in timm.
+        embed_dim: Channels of the first stage; each stage doubles them.
+        depths: Blocks per stage.
+        num_heads: Heads per stage.
+        attention: Mechanism behind the letter E.
+        levels: One pattern per stage, see ``expand_level``.
+        stem: ``patch`` (Swin's stem and merges) or ``conv`` (CSWin's).
+        block_size: Side of ELFATT's blocks in tokens, one or one per stage.
+        channel_split: Share c1/c of ELFATT's channels in the global branch.
+        lepe: Add LePE wherever the mechanism has it.
+        agents: Side of the agent grid, one or one per stage.
+        window_size: Side of Swin's windows or width of CSWin's stripes in tokens, one or one per stage.
+        mlp_ratio: Hidden channels of the MLPs per channel.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+
+    Raises:
+        ValueError: A value that does not fit, named.
+    """
+
+    local: str
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        attention: str,
+        levels: Sequence[str],
+        stem: str,
+        block_size: int | Sequence[int] = 14,
+        channel_split: float = 0.5,
+        lepe: bool = True,
+        agents: int | Sequence[int] = 7,
+        window_size: int | Sequence[int] = 7,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        stages = len(depths)
+        if len(levels) != stages:
+            raise ValueError(f"levels={levels!r} must name {stages} stages: each block is {LETTERS}")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.output_fmt = "NHWC"
+        self.attention = attention
+        self.channel_split, self.lepe = channel_split, lepe
+        self.block_size = per_stage("block_size", block_size, stages)
+        self.agents = per_stage("agents", agents, stages)
+        self.window_size = per_stage("window_size", window_size, stages)
+
+        dims = [embed_dim * 2**i for i in range(stages)]
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stem = Stem(stem, in_chans, embed_dim)
+        layers = []
+        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            feat_size = tuple(max(1, -(-side // 2 ** (i + 2))) for side in to_2tuple(img_size))
+            blocks = [
+                Block(
+                    dim,
+                    self._build_attention(letter, dim, num_heads[i], i, j, feat_size),
+                    mlp_ratio=mlp_ratio,
+                    drop_path=rates[i][j],
+                )
+                for j, letter in enumerate(expand_level(levels[i], depth))
+            ]
+            layers.append(Stage(MERGES[stem](dims[i - 1], dim) if i else nn.Identity(), blocks))
+        self.stages = nn.Sequential(*layers)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.norm = nn.LayerNorm(dims[-1])
+        self.head = ClassifierHead(
+            dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
+        )
+        self.apply(_init_weights)
+
+    def _build_attention(self, letter, dim, num_heads, stage, block, feat_size):
+        name = {"E": self.attention, "V": "vanilla", "L": self.local}[letter]
+        options = {
+            "elfatt": {
+                "block_size": self.block_size[stage],
+                "channel_split": self.channel_split,
+                "lepe": self.lepe,
+            },
+            "effatt": {"lepe": self.lepe},
+            "vanilla": {"lepe": self.lepe},
+            "agent": {"agents": self.agents[stage], "feat_size": feat_size, "lepe": self.lepe},
+            "flatten": {"feat_size": feat_size, "lepe": self.lepe and self.local == "cswin"},
+            self.local: self.local_options(stage, block),
+        }
+        return create_attention(name, dim=dim, num_heads=num_heads, **options.get(name, {}))
+
+    def local_options(self, stage: int, block: int) -> dict:
+        """Keywords of the local mechanism in one block."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay spares, beyond biases and norms."""
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer groups for timm's layer-wise learning rates."""
+        blocks = (
+            r"^stages\.(\d+)"
+            if coarse
+            else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.\w+\.(\d+)", None)]
+        )
+        return {"stem": r"^stem", "blocks": blocks if coarse else [*blocks, (r"^norm", (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one; 0 classes remove it."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
+        if num_classes:
+            self.head.apply(_init_weights)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Outputs of chosen stages.
+
+        Args:
+            x: Image ``[B, in_chans, H, W]``.
+            indices: The last n stages, a list of stages, or all of them.
+            norm: Apply the final norm to the last stage's output.
+            stop_early: Leave out the stages behind the last one chosen.
+            output_fmt: ``NCHW`` or ``NHWC``.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            The list, or the final features ``[B, H', W', C]`` and the list.
+
+        Raises:
+            ValueError: Unknown ``output_fmt``.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in wanted:
+                out = self.norm(x) if norm and i == len(self.stages) - 1 else x
+                intermediates.append(out.permute(0, 3, 1, 2) if output_fmt == "NCHW" else out)
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if i == len(self.stages) - 1 else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages, norm and classifier that the chosen stages do not need; returns their indices."""
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        ends_early = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or ends_early:
+            self.norm = nn.Identity()
+        if ends_early:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or ends_early:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``[B, in_chans, H, W]`` to normed features ``[B, H', W', C]``."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features ``[B, H', W', C]`` to logits ``[B, num_classes]``, or to pooled features ``[B, C]``."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Image ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Linear weights as in Swin and CSWin; convolutions and norms keep PyTorch's defaults."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

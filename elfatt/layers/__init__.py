@@ -1,0 +1,16 @@
+"""Small modules that attentions and backbones share."""
+
+from elfatt.layers.lepe import LePE
+from elfatt.layers.merges import ConvMerge, PatchMerge
+from elfatt.layers.positions import relative_position_index, resize_positions, shift_mask
+from elfatt.layers.stems import Stem
+
+__all__ = [
+    "ConvMerge",
+    "LePE",
+    "PatchMerge",
+    "Stem",
+    "relative_position_index",
+    "resize_positions",
+    "shift_mask",
+]

@@ -1,0 +1,29 @@
+"""Locally-enhanced positional encoding (CSWin, arXiv 2107.00652, section 3.3): a depthwise convolution of V."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from elfatt.ops.depthwise import Kernel
+
+
+class LePE(nn.Conv2d):
+    """Holds the depthwise kernels; the operations apply them, over the map or inside each block.
+
+    Args:
+        channels: Channels of V.
+        kernel_size: Odd side of the kernel in tokens.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    @property
+    def kernel(self) -> Kernel:
+        """Weight ``[channels, 1, k, k]`` and bias ``[channels]``."""
+        return self.weight, self.bias
+
+
+def kernel_of(lepe: LePE | None) -> Kernel | None:
+    """The kernels of an optional LePE."""
+    return None if lepe is None else lepe.kernel

@@ -1,0 +1,53 @@
+"""Position tables: relative indices and shift masks of Swin's windows, resizing of learned tables."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from elfatt.ops.geometry import to_blocks
+
+
+def relative_position_index(window: int, device: torch.device | None = None) -> torch.Tensor:
+    """Row of the bias table for each pair of tokens of a square window: ``[window², window²]``, int64."""
+    side = torch.arange(window, device=device)
+    rows, columns = (axis.flatten() for axis in torch.meshgrid(side, side, indexing="ij"))
+    offset = [axis[:, None] - axis[None, :] + window - 1 for axis in (rows, columns)]
+    return offset[0] * (2 * window - 1) + offset[1]
+
+
+def shift_mask(
+    size: tuple[int, int], window: int, shift: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Bias that keeps tokens apart which the cyclic shift put into one window.
+
+    Args:
+        size: Height and width of the padded map in tokens, multiples of ``window``.
+        window: Side of a window in tokens.
+        shift: Cyclic shift in tokens along height and width.
+        device: Where the mask is made.
+        dtype: Its dtype.
+
+    Returns:
+        ``[windows, window², window²]``, 0 within a region and -100 across, as in Swin.
+    """
+    regions = []
+    for length, step in zip(size, shift, strict=True):
+        position = torch.arange(length, device=device)
+        regions.append((position >= length - window).long() + (position >= length - step).long())
+    region = (3 * regions[0][:, None] + regions[1][None, :]).view(1, *size, 1)
+    region = to_blocks(region, (window, window)).flatten(1)
+    return (region[:, :, None] != region[:, None, :]).to(dtype) * -100
+
+
+def resize_positions(table: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    """Resize a learned table ``[N, C, H, W]`` to another map; untouched when the size is already right.
+
+    Args:
+        table: The table.
+        size: Height and width wanted, in tokens.
+        mode: ``bilinear`` or ``bicubic``.
+    """
+    if tuple(table.shape[-2:]) == tuple(size):
+        return table
+    return F.interpolate(table.float(), size=tuple(size), mode=mode).to(table.dtype)

@@ -1,0 +1,42 @@
+"""Stems: from an image ``[B, 3, H, W]`` to a map of tokens ``[B, H/4, W/4, C]``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+KINDS = {"patch": (4, 0), "conv": (7, 2)}  # kernel and padding in pixels; the stride is 4
+
+
+class Stem(nn.Module):
+    """Stride-4 convolution and LayerNorm.
+
+    ``patch`` is Swin's 4×4 embedding (the image is zero-padded to a multiple of 4), ``conv`` is CSWin's 7×7 one.
+
+    Args:
+        kind: ``patch`` or ``conv``.
+        in_chans: Channels of the image.
+        dim: Channels of the tokens.
+
+    Raises:
+        ValueError: Unknown kind; in ``forward``, an image too small to give a token.
+    """
+
+    def __init__(self, kind: str, in_chans: int, dim: int):
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"unknown stem {kind!r}: choose one of {', '.join(KINDS)}")
+        kernel, padding = KINDS[kind]
+        self.pads_image = kind == "patch"
+        self.conv = nn.Conv2d(in_chans, dim, kernel, stride=4, padding=padding)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Embed an image ``[B, in_chans, H, W]`` as ``[B, H', W', dim]``."""
+        height, width = x.shape[-2:]
+        if self.pads_image:
+            x = F.pad(x, (0, -width % 4, 0, -height % 4))
+        elif min(height, width) < 3:
+            raise ValueError(f"an image of {height}x{width} pixels gives no token: use at least 3x3")
+        return self.norm(self.conv(x).permute(0, 2, 3, 1))

@@ -1,0 +1,26 @@
+"""Attention as functions of tensors, each behind one signature for every backend."""
+
+from elfatt.ops.agent import agent_attention
+from elfatt.ops.block import block_attention
+from elfatt.ops.depthwise import depthwise_conv
+from elfatt.ops.dispatch import BACKENDS, active_backend, can_run_flash_attn, has_flash_attn, use_backend
+from elfatt.ops.efficient import efficient_attention
+from elfatt.ops.elfatt import elfatt_attention, global_branch
+from elfatt.ops.focused import focused_attention
+from elfatt.ops.softmax import softmax_attention
+
+__all__ = [
+    "BACKENDS",
+    "active_backend",
+    "agent_attention",
+    "block_attention",
+    "can_run_flash_attn",
+    "depthwise_conv",
+    "efficient_attention",
+    "elfatt_attention",
+    "focused_attention",
+    "global_branch",
+    "has_flash_attn",
+    "softmax_attention",
+    "use_backend",
+]

@@ -1,0 +1,37 @@
+"""Depthwise convolution of a channels-last map: LePE (CSWin, arXiv 2107.00652, section 3.3) and its relatives."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from elfatt.ops.dispatch import use_reference
+
+Kernel = tuple[torch.Tensor, torch.Tensor | None]  # weight [C, 1, k, k] and bias [C]
+
+
+def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Convolve each channel with its own odd-sided kernel, zero-padded to keep the size.
+
+    The map is handed to the convolution as a channels-last *view*, so a slice of a packed qkv is not copied.
+
+    Args:
+        x: Map ``[B, H, W, C]``, any strides.
+        weight: Kernels ``[C, 1, k, k]``.
+        bias: ``[C]`` or None.
+
+    Returns:
+        Map ``[B, H, W, C]``.
+    """
+    if use_reference():
+        return _reference(x, weight, bias)
+    x = x.permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[1]).permute(0, 2, 3, 1)
+
+
+def _reference(x, weight, bias):
+    _, h, w, _ = x.shape
+    k = weight.shape[-1]
+    padded = F.pad(x, (0, 0, k // 2, k // 2, k // 2, k // 2))
+    out = sum(padded[:, i : i + h, j : j + w] * weight[:, 0, i, j] for i in range(k) for j in range(k))
+    return out if bias is None else out + bias

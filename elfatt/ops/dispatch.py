@@ -1,0 +1,96 @@
+"""Which implementation runs an operation: one switch for every operation of the package.
+
+``reference``   the formula written as it stands in the paper: slow, any dtype up to float64, the oracle of the tests
+``math``        softmax attention as two explicit matrix products (the paper's "nFA")
+``sdpa``        softmax attention through ``torch.nn.functional.scaled_dot_product_attention`` (the paper's "FA")
+``flash_attn``  softmax attention through the flash-attn package; refuses tensors that it cannot take
+``auto``        the default: ``sdpa``, whose own dispatcher holds the FlashAttention kernels
+
+Backends differ in how softmax attention runs; linear branches are the same products in each but ``reference``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+BACKENDS = ("auto", "reference", "math", "sdpa", "flash_attn")
+_active = "auto"
+
+
+def active_backend() -> str:
+    """Name of the backend in force, one of ``BACKENDS``."""
+    return _active
+
+
+def use_reference() -> bool:
+    """Whether operations must run their reference formula."""
+    return _active == "reference"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the operations inside the ``with`` block on one backend, for the whole process.
+
+    Activation checkpointing recomputes in the backward pass: keep ``backward()`` inside the block as well.
+
+    Args:
+        name: One of ``BACKENDS``.
+
+    Raises:
+        ValueError: The name is unknown, or the backend is not installed.
+    """
+    global _active
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    if name == "flash_attn" and not has_flash_attn():
+        raise ValueError("backend 'flash_attn' is not installed: pip install flash-attn, or use 'sdpa'")
+    previous, _active = _active, name
+    try:
+        yield
+    finally:
+        _active = previous
+
+
+def has_flash_attn() -> bool:
+    """Whether the flash-attn package can be imported."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def can_run_flash_attn(
+    q: torch.Tensor, bias: torch.Tensor | None = None, *, raise_error: bool = False
+) -> bool:
+    """Whether the flash-attn package can take these tensors.
+
+    Args:
+        q: Queries ``[B, N, heads, d]``; keys and values share their dtype and device.
+        bias: Additive bias of the scores, if any.
+        raise_error: Raise with the reason in place of returning False.
+
+    Raises:
+        ValueError: With ``raise_error``, naming what does not fit and the remedy.
+    """
+    if bias is not None:
+        reason = "it cannot add a position bias to the scores"
+    elif q.device.type != "cuda":
+        reason = f"it needs CUDA tensors, not {q.device.type}"
+    elif q.dtype not in (torch.float16, torch.bfloat16):
+        reason = f"it needs float16 or bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+    elif q.shape[-1] > 256:
+        reason = f"it takes heads of at most 256 channels, not {q.shape[-1]}"
+    elif not has_flash_attn():
+        reason = "the package is not installed"
+    else:
+        return True
+    if raise_error:
+        raise ValueError(f"flash_attn cannot run queries of shape {tuple(q.shape)}: {reason}; use 'sdpa'")
+    return False
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """Context in which products on the device of ``x`` keep the dtypes they are given."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -1,0 +1,71 @@
+"""The ELFATT operation (arXiv 2501.06098): a linear global branch beside a softmax branch inside blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from elfatt.ops.block import block_attention
+from elfatt.ops.depthwise import Kernel, depthwise_conv
+from elfatt.ops.efficient import efficient_attention
+
+
+def elfatt_attention(
+    qkv: torch.Tensor,
+    *,
+    num_heads: tuple[int, int],
+    global_channels: int,
+    block_size: int,
+    lepe_global: Kernel | None = None,
+    lepe_local: Kernel | None = None,
+) -> torch.Tensor:
+    """Everything ELFATT computes between its two linear layers.
+
+    Args:
+        qkv: Packed queries, keys and values ``[B, H, W, 3C]``; within each C the channels are [global, local].
+        num_heads: Heads of the global and of the local branch; a divisor of each branch's channels.
+        global_channels: Channels of the global branch, from 0 (block attention) to C (efficient attention).
+        block_size: Side of a block in tokens.
+        lepe_global: Kernels ``[global_channels, 1, 3, 3]`` and bias over the whole map, or None.
+        lepe_local: Kernels ``[C - global_channels, 1, 3, 3]`` and bias inside each block, or None.
+
+    Returns:
+        ``[B, H, W, C]``, the concatenation [global, local].
+
+    Raises:
+        ValueError: A shape does not fit.
+    """
+    channels = qkv.shape[-1] // 3
+    if qkv.ndim != 4 or qkv.shape[-1] % 3:
+        raise ValueError(f"qkv must be [B, H, W, 3C], got {tuple(qkv.shape)}")
+    if not 0 <= global_channels <= channels:
+        raise ValueError(f"global_channels={global_channels} must lie between 0 and C={channels}")
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size} must be at least 1 token")
+    for name, width, heads in zip(
+        ("global", "local"), (global_channels, channels - global_channels), num_heads, strict=True
+    ):
+        if width and (heads < 1 or width % heads):
+            raise ValueError(f"{width} {name} channels cannot be split into {heads} heads")
+
+    q, k, v = qkv.unflatten(-1, (3, channels)).unbind(3)
+    branches = []
+    if global_channels:
+        branches.append(
+            global_branch(
+                *(x[..., :global_channels] for x in (q, k, v)), num_heads=num_heads[0], lepe=lepe_global
+            )
+        )
+    if global_channels < channels:
+        local = (x[..., global_channels:] for x in (q, k, v))
+        block = (block_size, block_size)
+        branches.append(block_attention(*local, num_heads=num_heads[1], block=block, lepe=lepe_local))
+    return branches[0] if len(branches) == 1 else torch.cat(branches, dim=-1)
+
+
+def global_branch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, num_heads: int, lepe: Kernel | None
+) -> torch.Tensor:
+    """Efficient attention over the whole map plus LePE; maps ``[B, H, W, C]`` to ``[B, H, W, C]``."""
+    tokens = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)) for x in (q, k, v))
+    out = efficient_attention(*tokens).reshape(v.shape)
+    return out if lepe is None else out + depthwise_conv(v, *lepe)
