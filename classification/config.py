@@ -1,0 +1,303 @@
+"""Every option of `train.py` and `validate.py`: one table, filled by a YAML file, overridden on the command line.
+
+A YAML key is an option's name without its dashes (`batch-size: 256`). `base: file.yaml` (relative to the file
+that names it) is read first, and the file's own keys replace what the base says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from timm.utils import ParseKwargs
+
+NO_FOLDER_PREFIXES = ("hfds", "hfids", "tfds", "torch")  # these readers find or download their own data
+
+
+class UserError(RuntimeError):
+    """A mistake in what the user gave; `main` prints it in one line, without a traceback."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # one line, no usage dump
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _MergeKwargs(ParseKwargs):
+    """`--model-kwargs a=1 b=2`: replaces single keys of what the YAML file gave."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        base = dict(getattr(namespace, self.dest, None) or {})
+        for value in values:
+            if "=" not in value:
+                parser.error(f"{option_string}: expected KEY=VALUE, got '{value}'")
+        super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, {**base, **getattr(namespace, self.dest)})
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Returns "; did you mean 'x'?" for the closest valid name, or "" when none is close."""
+    match = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def build_parser(train: bool) -> argparse.ArgumentParser:
+    """Returns the command line of `train.py` (train=True) or of `validate.py` (train=False)."""
+    name = "train.py" if train else "validate.py"
+    parser = _Parser(prog=name, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    switch = argparse.BooleanOptionalAction
+
+    parser.add_argument("--config", help="YAML file of option values; the command line overrides it")
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data-dir", help="root of the data set, see docs/data.md")
+    add(
+        "--dataset",
+        default="",
+        help="timm reader: '' for folder or tar, or wds/, hfds/, hfids/, tfds/, torch/NAME",
+    )
+    add("--val-split", default="val", help="name of the validation split")
+    add("--val-num-samples", type=int, help="images of the validation split (WebDataset without _info.json)")
+    add("--class-map", default="", help="text file that maps class names to indices")
+    add("--dataset-download", action=switch, default=False, help="let the reader download the data set")
+    add(
+        "--dataset-trust-remote-code",
+        action=switch,
+        default=False,
+        help="let a Hugging Face data set run its code",
+    )
+    add("--input-key", help="image key or extension for readers that have one")
+    add("--target-key", help="label key for readers that have one")
+    add("--workers", type=int, default=8, help="data loading processes per GPU")
+    add("--max-broken-images", type=int, default=0, help="unreadable images a process skips before it stops")
+
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", help="timm model name, e.g. cswin_tiny_elfatt")
+    add("--model-kwargs", nargs="*", default={}, action=_MergeKwargs, help="model keywords, e.g. lepe=False")
+    add("--num-classes", type=int, help="outputs of the classifier (default: the model's own)")
+    add("--img-size", type=int, help="side of the square input in pixels (default: the model's own)")
+    add("--crop-pct", type=float, help="share of the resized image that the evaluation crop keeps")
+    add("--interpolation", default="bicubic", help="resampling at evaluation")
+
+    group = parser.add_argument_group("computation")
+    add = group.add_argument
+    add("--device", help="cuda or cpu (default: cuda where there is one)")
+    add("--batch-size", type=int, default=128, help="images per process and step")
+    add("--amp", action=switch, default=True, help="mixed precision")
+    add("--amp-dtype", default="float16", choices=["float16", "bfloat16"], help="float16 scales the loss")
+    add("--channels-last", action=switch, default=False, help="channels-last memory format")
+    add("--compile", action=switch, default=False, help="torch.compile the model")
+
+    if not train:
+        group = parser.add_argument_group("evaluation")
+        add = group.add_argument
+        add("--checkpoint", help="weights to evaluate")
+        add(
+            "--use-ema",
+            action="store_true",
+            default=True,
+            help="evaluate the EMA weights if the file has them",
+        )
+        add("--no-ema", dest="use_ema", action="store_false", default=True, help="evaluate the raw weights")
+        add("--results-file", help="write the results here: .json replaces the file, .csv appends a row")
+        return parser
+
+    group = parser.add_argument_group("training data and augmentation")
+    add = group.add_argument
+    add("--train-split", default="train", help="name of the training split")
+    add("--train-num-samples", type=int, help="images of the training split (WebDataset without _info.json)")
+    add("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area range of the random crop")
+    add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect range of the random crop")
+    add("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
+    add("--color-jitter", type=float, default=0.4, help="colour jitter, where --aa is not used")
+    add("--aa", default=None, help="AutoAugment policy, e.g. rand-m9-mstd0.5-inc1")
+    add("--train-interpolation", default="random", help="resampling in training")
+    add("--reprob", type=float, default=0.0, help="probability of random erasing")
+    add("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erasing fills in")
+    add("--recount", type=int, default=1, help="most regions that erasing fills in one image")
+    add("--mixup", type=float, default=0.0, help="mixup alpha, 0 is off")
+    add("--cutmix", type=float, default=0.0, help="cutmix alpha, 0 is off")
+    add("--mixup-prob", type=float, default=1.0, help="probability of mixup or cutmix")
+    add("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix where both are on")
+    add(
+        "--mixup-mode",
+        default="batch",
+        choices=["batch", "pair", "elem"],
+        help="what shares one mixing ratio",
+    )
+    add("--smoothing", type=float, default=0.0, help="label smoothing")
+
+    group = parser.add_argument_group("optimization")
+    add = group.add_argument
+    add("--opt", default="adamw", help="timm optimizer")
+    add("--opt-kwargs", nargs="*", default={}, action=_MergeKwargs, help="optimizer keywords, e.g. eps=1e-6")
+    add("--lr", type=float, default=1e-3, help="peak learning rate; it is not scaled with the batch")
+    add("--weight-decay", type=float, default=0.05, help="weight decay")
+    add("--filter-bias-and-bn", action=switch, default=True, help="no decay on 1-D parameters and biases")
+    add("--epochs", type=int, default=300, help="epochs of the cosine schedule, warm-up included")
+    add("--warmup-epochs", type=int, default=20, help="epochs of linear warm-up")
+    add("--warmup-lr", type=float, default=1e-6, help="learning rate of the first warm-up epoch")
+    add(
+        "--min-lr",
+        type=float,
+        default=1e-5,
+        help="learning rate at the end of the cosine and in the cool-down",
+    )
+    add("--cooldown-epochs", type=int, default=10, help="epochs at --min-lr after the schedule")
+    add("--grad-accum-steps", type=int, default=1, help="batches per optimizer update")
+    add("--clip-grad", type=float, help="largest gradient norm (default: no clipping)")
+    add("--drop-path", type=float, help="stochastic depth rate (default: the model's own)")
+    add("--grad-checkpointing", action=switch, default=False, help="recompute activations to save memory")
+    add("--model-ema", action=switch, default=False, help="keep an average of the weights, updated every step")
+    add("--model-ema-decay", type=float, default=0.9999, help="decay of that average")
+    add("--seed", type=int, default=42, help="seed of everything random")
+
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--initial-checkpoint", help="weights to start from (EMA weights where the file has them)")
+    add("--allow-mismatch", action="append", help="key prefix the file may lack, e.g. head. (repeatable)")
+    add("--resume", help="checkpoint to continue, or auto: the newest one of the output folder, if any")
+    add("--output", default="runs/classification", help="folder of all runs")
+    add("--experiment", help="folder of this run in --output (default: the config's name, or the model's)")
+    add(
+        "--validation-batch-size",
+        type=int,
+        help="images per process and validation step (default: --batch-size)",
+    )
+    add("--checkpoint-hist", type=int, default=10, help="checkpoints kept, the best ones")
+    add("--recovery-interval", type=int, default=500, help="updates between mid-epoch checkpoints, 0: none")
+    add("--log-interval", type=int, default=50, help="updates between log lines")
+    return parser
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML file and the files it is based on into one dictionary, keys with underscores.
+
+    Raises:
+        UserError: The file is missing, is no mapping, or is its own base.
+    """
+    return _load_yaml(Path(path), ())
+
+
+def _load_yaml(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in users:
+        raise UserError(f"{path} is its own base")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError:
+        raise UserError(f"config file {path} does not exist" + (f" (base of {users[-1]})" if users else "")) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} must hold 'key: value' lines")
+    base = values.pop("base", None)
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    inherited = _load_yaml(path.parent / base, (*users, path.resolve())) if base else {}
+    return {**inherited, **values}
+
+
+def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+
+
+def _convert(action: argparse.Action, value: Any, path: str) -> Any:
+    """Checks a YAML value as the command line would check it; `2e-3` is a string to YAML and a float here."""
+    name = action.dest.replace("_", "-")
+
+    def scalar(item: Any) -> Any:
+        if isinstance(item, bool | dict | list):
+            raise ValueError
+        return (action.type or str)(str(item))
+
+    if value is None:
+        return None
+    try:
+        if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
+            if not isinstance(value, bool):
+                raise ValueError
+        elif isinstance(action, _MergeKwargs):
+            if not isinstance(value, dict):
+                raise ValueError
+        elif isinstance(action.nargs, int) or isinstance(action, argparse._AppendAction):
+            if not isinstance(value, list) or (action.nargs and len(value) != action.nargs):
+                raise ValueError
+            value = [scalar(item) for item in value]
+        else:
+            value = scalar(value)
+    except ValueError:
+        raise UserError(f"{path}: {name}: {value!r} is not a valid value; see --help") from None
+    if action.choices and value not in action.choices:
+        raise UserError(f"{path}: {name}: {value!r} is not one of {', '.join(action.choices)}")
+    return value
+
+
+def parse_args(argv: Sequence[str] | None, train: bool) -> argparse.Namespace:
+    """Parses the command line over the YAML file that `--config` names, and checks the result.
+
+    A YAML file may serve both programs: `validate.py` passes over the keys that only `train.py` knows.
+
+    Raises:
+        UserError: An unknown key or a value that cannot be; the message names it and the remedy.
+        SystemExit: With code 2, where the command line itself is wrong.
+    """
+    parser = build_parser(train)
+    first, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+    args = first
+    if first.config:
+        mine = _actions(parser)
+        valid = {**_actions(build_parser(not train)), **mine}
+        values = load_yaml(first.config)
+        for key in values:
+            if key not in valid:
+                close = nearest(key.replace("_", "-"), [name.replace("_", "-") for name in valid])
+                raise UserError(f"{first.config}: unknown key '{key.replace('_', '-')}'{close}")
+        values = {key: _convert(valid[key], value, first.config) for key, value in values.items()}
+        parser.set_defaults(**{key: value for key, value in values.items() if key in mine})
+        args = parser.parse_args(argv)
+    _check(args, train)
+    return args
+
+
+def _check(args: argparse.Namespace, train: bool) -> None:
+    if not args.model:
+        raise UserError("no model: pass --model NAME, or --config with a model in it")
+    base_name = args.model.split(".")[0]
+    if not timm.is_model(base_name) and not args.model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        raise UserError(f"unknown model '{args.model}'{nearest(base_name, timm.list_models())}")
+    if not args.data_dir and args.dataset.split("/")[0].lower() not in NO_FOLDER_PREFIXES:
+        raise UserError("no data: pass --data-dir FOLDER (see docs/data.md)")
+    positive = ["batch_size"]
+    if train:
+        positive += ["epochs", "grad_accum_steps", "checkpoint_hist", "log_interval", "lr"]
+    for name in positive:
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+    not_negative = ["workers", "max_broken_images"]
+    if train:
+        not_negative += ["seed", "warmup_epochs", "cooldown_epochs", "recovery_interval", "mixup", "cutmix"]
+    for name in not_negative:
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if not train:
+        if not args.checkpoint:
+            raise UserError("no weights: pass --checkpoint FILE")
+        if args.results_file and Path(args.results_file).suffix not in (".json", ".csv"):
+            raise UserError(f"--results-file must end in .json or .csv, got {args.results_file}")
+    elif (args.mixup or args.cutmix) and args.batch_size % 2:
+        raise UserError(f"--batch-size must be even with mixup or cutmix, got {args.batch_size}")
+
+
+def save_yaml(args: argparse.Namespace, path: str | Path) -> None:
+    """Writes all options to a file that `--config` reads back."""
+    values = {key.replace("_", "-"): value for key, value in vars(args).items() if key != "config"}
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False))

@@ -1,0 +1,412 @@
+"""Images from any timm reader to batches on the device, exactly reproducible and never silently replaced.
+
+Three rules:
+1. A training image is a pure function of (seed, epoch, index): the sampler hands (epoch, index) to the worker and
+   the worker seeds its random numbers from them. So the number of workers, or a restart, changes nothing.
+2. The order is a permutation from (seed, epoch), dealt to the processes in turn. A run can start at any batch.
+   Evaluation deals the images in turn too, without padding: each image counts once, on any number of processes.
+3. An image that cannot be read travels through the loader as a `Broken` record; the main process counts it.
+
+Iterable readers (WebDataset, TFDS, streaming Hugging Face) have their own order and cannot seek.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+
+from classification.config import UserError
+from classification.runtime import World
+
+LOGGER = logging.getLogger("classification")
+SYNONYMS = [
+    ("train", "training"),
+    ("val", "valid", "validation", "eval", "evaluation"),
+]  # as timm's folder search
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An image that could not be read."""
+
+    path: str
+    reason: str
+
+
+class BrokenImages:
+    """Counts the different unreadable images that this process meets, and stops the run above the limit.
+
+    Args:
+        limit: How many may be skipped.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.paths: set[str] = set()
+
+    def report(self, images: list[Broken]) -> None:
+        """Logs each new broken image.
+
+        Raises:
+            UserError: More than `limit` of them so far.
+        """
+        for image in images:
+            if image.path in self.paths:
+                continue
+            self.paths.add(image.path)
+            if len(self.paths) > self.limit:
+                already = f" after {self.limit} others" if self.limit else ""
+                raise UserError(
+                    f"image {image.path} cannot be read{already} ({image.reason}); "
+                    f"repair or remove it, or skip up to N such images with --max-broken-images N"
+                )
+            LOGGER.warning("skipped broken image %d: %s (%s)", len(self.paths), image.path, image.reason)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seeds Python's, NumPy's and torch's CPU random numbers from `key`, and puts the caller's state back after."""
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = [int(word) for word in np.random.SeedSequence(key).generate_state(3)]
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])  # torch.manual_seed would touch the GPU's generators as well
+    try:
+        yield
+    finally:
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])
+        torch.set_rng_state(saved[2])
+
+
+class Samples(Dataset):
+    """A map-style data set whose items are pure functions of (seed, epoch, index).
+
+    Args:
+        dataset: timm's or torchvision's data set, without a transform.
+        transform: Image to array or tensor.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable, seed: int) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        reader = getattr(self.dataset, "reader", None)
+        if reader is None:  # torchvision
+            image, label = self.dataset[index]
+            return image.convert("RGB"), label
+        file, label = reader[index]  # not timm's dataset[index], which replaces an unreadable image by its neighbour
+        with file:
+            return Image.open(file).convert("RGB"), label
+
+    def _name(self, index: int) -> str:
+        try:
+            return str(self.dataset.filename(index, absolute=True))
+        except AttributeError:  # torchvision
+            samples = getattr(self.dataset, "samples", None)
+            return str(samples[index][0]) if samples else f"number {index}"
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int] | Broken:
+        epoch, index = key
+        try:
+            image, label = self._read(index)
+        except Exception as error:  # a broken file makes Pillow raise almost anything
+            return Broken(self._name(index), f"{type(error).__name__}: {error}")
+        with seeded(self.seed, epoch, index):
+            return self.transform(image), label
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields this process's (epoch, index) pairs; can start at any sample.
+
+    Args:
+        num_images: Images of the data set.
+        world: This process among all.
+        seed: Seed of the permutations; None keeps the order (evaluation).
+        multiple: Images of an epoch are cut to a multiple of this (the images of one update over all processes).
+    """
+
+    def __init__(self, num_images: int, world: World, seed: int | None = None, multiple: int = 1) -> None:
+        self.num_images = num_images
+        self.world = world
+        self.seed = seed
+        self.total = num_images // multiple * multiple
+        self.epoch = 0
+        self.start = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self.seed is None:
+            order = range(self.num_images)
+        else:
+            seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
+            order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed)).tolist()
+        mine = order[self.world.rank : self.total : self.world.size]
+        return ((self.epoch, index) for index in mine[self.start :])
+
+    def __len__(self) -> int:
+        return len(range(self.world.rank, self.total, self.world.size)) - self.start
+
+
+class Collate:
+    """Stacks the readable samples of a batch and lists the others: (images, labels, list of Broken).
+
+    Args:
+        stack: Collates the readable samples.
+        even: Drop one readable sample where their number is odd (timm's Mixup needs pairs).
+    """
+
+    def __init__(self, stack: Callable, even: bool) -> None:
+        self.stack = stack
+        self.even = even
+
+    def __call__(self, batch: list) -> tuple[Tensor | None, Tensor | None, list[Broken]]:
+        broken = [sample for sample in batch if isinstance(sample, Broken)]
+        good = [sample for sample in batch if not isinstance(sample, Broken)]
+        if self.even and len(good) % 2:
+            good.pop()
+        images, labels = self.stack(good) if good else (None, None)
+        return images, labels, broken
+
+
+class _Checked:
+    """The (images, labels) of a DataLoader, broken images reported on the way."""
+
+    def __init__(self, loader: DataLoader, broken: BrokenImages, train: bool) -> None:
+        self.loader = loader
+        self.broken = broken
+        self.train = train
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, broken in self.loader:
+            self.broken.report(broken)
+            if images is not None:
+                yield images, labels
+            elif self.train:
+                raise UserError(f"a whole batch of {len(broken)} images cannot be read, the last: {broken[-1].path}")
+
+
+class Loader:
+    """Batches of normalized images [B, 3, H, W] and labels [B] on the device.
+
+    Args:
+        dataset: Data set from `open_split`.
+        args: Parsed options.
+        config: timm's data configuration of the model.
+        world: This process.
+        broken: Where unreadable images are counted.
+        train: Shuffle, augment, drop the incomplete last update; else every image once, in order.
+
+    Raises:
+        UserError: A training split that does not fill one update.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        args: argparse.Namespace,
+        config: dict[str, Any],
+        world: World,
+        broken: BrokenImages,
+        train: bool,
+    ) -> None:
+        on_gpu = world.device.type == "cuda"
+        batch_size = args.batch_size if train else getattr(args, "validation_batch_size", None) or args.batch_size
+        self.world, self.batch_size = world, batch_size
+        self.accum = args.grad_accum_steps if train else 1
+        self.seed = args.seed if train else 0
+        self.seekable = not isinstance(dataset, IterableDataset)
+        transform = _transform(args, config, train, on_gpu)
+        collate = Collate(fast_collate if on_gpu else default_collate, train and bool(args.mixup or args.cutmix))
+        self.generator = torch.Generator()  # the workers' seeds come from here, not from the global state
+        common = {
+            "batch_size": batch_size,
+            "num_workers": args.workers,
+            "collate_fn": collate,
+            "pin_memory": on_gpu,
+            "generator": self.generator,
+        }
+        if self.seekable:
+            multiple = batch_size * world.size * self.accum if train else 1
+            if train and len(dataset) < multiple:
+                raise UserError(
+                    f"the training split has {len(dataset)} images, fewer than one update of {batch_size} images × "
+                    f"{world.size} processes × {self.accum} accumulation steps: lower --batch-size"
+                )
+            self.sampler = EpochSampler(len(dataset), world, self.seed if train else None, multiple)
+            samples = Samples(dataset, transform, self.seed)
+            loader = DataLoader(
+                samples, sampler=self.sampler, drop_last=train, persistent_workers=args.workers > 0, **common
+            )
+        else:
+            self.dataset = dataset
+            dataset.transform = transform
+            dataset.set_loader_cfg(num_workers=args.workers)
+            loader = DataLoader(dataset, drop_last=train, **common)
+        self.loader: Any = _Checked(loader, broken, train)
+        if on_gpu:
+            self.loader = PrefetchLoader(self.loader, config["mean"], config["std"], device=world.device)
+
+    def seek(self, epoch: int, batch: int = 0) -> None:
+        """Sets the epoch and the batch (of this process) that the next iteration starts with."""
+        seed = int(np.random.SeedSequence((self.seed, epoch, self.world.rank)).generate_state(1)[0])
+        self.generator.manual_seed(seed)
+        if self.seekable:
+            self.sampler.epoch, self.sampler.start = epoch, batch * self.batch_size
+        else:
+            self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever it starts; in training a multiple of the accumulation steps."""
+        if not self.seekable:
+            return len(self.loader) // self.accum * self.accum
+        return -(-(len(self.sampler) + self.sampler.start) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.loader)
+
+
+def _transform(args: argparse.Namespace, config: dict[str, Any], train: bool, on_gpu: bool) -> Callable:
+    shared = {"input_size": config["input_size"], "mean": config["mean"], "std": config["std"]}
+    if not train:
+        return create_transform(
+            **shared,
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+            use_prefetcher=on_gpu,
+        )
+    return create_transform(  # random erasing works on normalized batches: in train.py, on the device
+        **shared,
+        is_training=True,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        use_prefetcher=on_gpu,
+    )
+
+
+def data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """Returns timm's input size, mean, std, crop and interpolation for a model under the options."""
+    names = ("img_size", "crop_pct", "interpolation")
+    return resolve_data_config({name: getattr(args, name) for name in names}, model=model)
+
+
+def open_split(args: argparse.Namespace, train: bool, num_classes: int) -> Dataset:
+    """Opens the training or the validation split through timm's readers, and checks what is in it.
+
+    Args:
+        args: Parsed options.
+        train: The training split, or the validation split.
+        num_classes: Outputs of the model.
+
+    Raises:
+        UserError: No such folder or split, an empty class folder, or another number of classes than the model has.
+    """
+    split = args.train_split if train else args.val_split
+    if "/" not in args.dataset:
+        _check_split(Path(args.data_dir), split, "--train-split" if train else "--val-split")
+    elif args.data_dir and args.dataset.split("/")[0].lower() == "wds" and "://" not in args.data_dir:
+        if not os.path.isdir(args.data_dir):
+            raise UserError(f"data folder {args.data_dir} does not exist: correct --data-dir")
+    try:
+        dataset = create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            is_training=train,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            num_samples=args.train_num_samples if train else args.val_num_samples,
+            seed=getattr(args, "seed", 0),
+            input_key=args.input_key,
+            target_key=args.target_key,
+            trust_remote_code=args.dataset_trust_remote_code,
+        )
+    except ImportError as error:
+        raise UserError(f"--dataset {args.dataset} needs a package: pip install {error.name}") from error
+    except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
+        where = f"--dataset '{args.dataset}', --data-dir {args.data_dir}, split {split}"
+        raise UserError(f"cannot open {where}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    _check_classes(dataset, args, split, num_classes)
+    return dataset
+
+
+def _check_split(root: Path, split: str, option: str) -> None:
+    if not root.exists():
+        raise UserError(f"data folder {root} does not exist: correct --data-dir (see docs/data.md)")
+    names = next((group for group in SYNONYMS if split in group), (split,))
+    if root.is_dir() and not any((root / name).exists() for name in names):
+        there = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+        raise UserError(f"no split '{split}' in {root} (it holds {there}): correct --data-dir or {option}")
+
+
+def class_names(dataset: Dataset) -> dict[str, int] | None:
+    """Returns the data set's class names and their indices, or None where its reader does not know them."""
+    for holder in (getattr(dataset, "reader", None), dataset):
+        if getattr(holder, "class_to_idx", None):
+            return holder.class_to_idx
+    return None
+
+
+def _check_classes(dataset: Dataset, args: argparse.Namespace, split: str, num_classes: int) -> None:
+    reader = getattr(dataset, "reader", None)
+    root = getattr(reader, "root", None)
+    if not args.class_map and root and os.path.isdir(root) and hasattr(reader, "samples"):
+        prefix = len(os.path.join(root, ""))
+        filled = {path[prefix:].split(os.sep, 1)[0] for path, _ in reader.samples}
+        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+            if entry.is_dir() and not entry.name.startswith(".") and entry.name not in filled:
+                raise UserError(f"class folder {entry.path} holds no image: fill it or remove it")
+    classes = class_names(dataset)
+    if classes is None:
+        return
+    count = max(classes.values()) + 1
+    if count != num_classes:
+        raise UserError(
+            f"split '{split}' has {count} classes, the model has {num_classes} outputs: "
+            f"pass --num-classes {count} or correct --data-dir {args.data_dir}"
+        )
+
+
+def check_same_classes(train: Dataset, val: Dataset) -> None:
+    """Compares the class names of two splits.
+
+    Raises:
+        UserError: They differ, so one index would mean two classes.
+    """
+    first, second = class_names(train), class_names(val)
+    if first is None or second is None or first == second:
+        return
+    odd = sorted(set(first) ^ set(second))
+    raise UserError(
+        f"the training and validation splits disagree on {len(odd)} classes, e.g. '{odd[0] if odd else ''}': "
+        f"their class folders must have the same names"
+    )

@@ -1,0 +1,66 @@
+"""Exact evaluation on any number of processes: every image counts once, sums are reduced, nothing is padded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from classification.runtime import World
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    world: World,
+    autocast: torch.autocast,
+    channels_last: bool = False,
+    name: str = "validate",
+) -> dict[str, float]:
+    """Classifies every image of the loader.
+
+    Args:
+        model: Images [B, 3, H, W] to logits [B, K]; switched to evaluation mode. Not wrapped in DDP.
+        loader: Images and labels [B]; each process has its own share, of any length.
+        world: This process among all.
+        autocast: Mixed-precision context.
+        channels_last: Give the model channels-last images.
+        name: What the progress bar shows.
+
+    Returns:
+        top1 and top5 in percent, the mean cross-entropy `loss`, `images` counted over all processes, and
+        `images_per_s` over all processes, reading included.
+
+    Raises:
+        ValueError: No process has an image.
+    """
+    model.eval()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)  # images, top-1 hits, top-5 hits, loss
+    start = time.perf_counter()
+    for images, labels in tqdm(loader, desc=name, disable=None if world.primary else True, leave=False):
+        with autocast:
+            logits = model(images.contiguous(memory_format=memory_format))
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        batch = [labels.new_tensor(len(labels)), hits[:, 0].sum(), hits.sum(), loss]
+        totals += torch.stack([value.double() for value in batch])
+    if world.distributed:
+        dist.all_reduce(totals)
+    images, top1, top5, loss = totals.tolist()
+    if not images:
+        raise ValueError("no image to evaluate")
+    return {
+        "top1": 100 * top1 / images,
+        "top5": 100 * top5 / images,
+        "loss": loss / images,
+        "images": int(images),
+        "images_per_s": images / (time.perf_counter() - start),
+    }

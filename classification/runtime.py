@@ -1,0 +1,113 @@
+"""What `train.py` and `validate.py` share before the first image: processes, device, logging, the model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.utils.distributed import init_distributed_device_so
+from torch import nn
+
+from classification.config import UserError
+
+LOGGER = logging.getLogger("classification")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def distributed(self) -> bool:
+        return self.size > 1
+
+    @property
+    def primary(self) -> bool:
+        return self.rank == 0
+
+
+def init_world(device: str | None) -> World:
+    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs) and sets up logging.
+
+    Raises:
+        UserError: The device is not there.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: PyTorch sees no GPU; pass --device cpu or install a CUDA build")
+    info = init_distributed_device_so(device)
+    world = World(torch.device(info["device"]), info["global_rank"], info["world_size"])
+    logging.basicConfig(
+        level=logging.INFO if world.primary else logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+        force=True,
+    )
+    logging.getLogger("timm.utils.checkpoint_saver").setLevel(logging.WARNING)  # prints a table every epoch
+    torch.backends.cudnn.benchmark = True
+    return world
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """Returns the mixed-precision context that the options ask for."""
+    return torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
+
+
+def build_model(args: argparse.Namespace, **kwargs) -> nn.Module:
+    """Creates the model that the options name, on the CPU.
+
+    Args:
+        args: Parsed options.
+        **kwargs: Further model keywords; a value of None is left out.
+
+    Raises:
+        UserError: The model refuses a keyword or a value.
+    """
+    kwargs = {"num_classes": args.num_classes, "img_size": args.img_size, **kwargs, **args.model_kwargs}
+    try:
+        try:
+            return timm.create_model(args.model, **kwargs)
+        except TypeError as error:
+            if "img_size" not in str(error) or "img_size" in args.model_kwargs:
+                raise
+            kwargs.pop("img_size")  # convolutional models have no tables that depend on the input size
+            return timm.create_model(args.model, **kwargs)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if value is not None)
+        raise UserError(f"model {args.model} cannot be built with {given}: {error}") from error
+
+
+def load_weights(model: nn.Module, path: str, use_ema: bool, allow: Sequence[str] = ()) -> None:
+    """Loads a checkpoint's weights, all of them or none.
+
+    Raises:
+        UserError: The file is missing or holds another model's weights.
+    """
+    from elfatt.checkpoints import load_checkpoint
+
+    try:
+        load_checkpoint(model, path, use_ema=use_ema, allow=tuple(allow))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"cannot load {path} into this model: {' '.join(str(error).split())}") from error
+
+
+def run_main(program: str, run: Callable[[], None]) -> int:
+    """Runs a program; a user's mistake becomes one line on stderr and exit code 1."""
+    try:
+        run()
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    if torch.distributed.is_initialized():  # not after an error: the other processes may wait in a collective
+        torch.distributed.destroy_process_group()
+    return 0

@@ -1,0 +1,338 @@
+"""Trains an image classifier: `python classification/train.py --config FILE --data-dir FOLDER`, or under torchrun.
+
+The recipe is a YAML file of configs/classification; every option is in `config.py`. A run stopped at any moment
+and continued with `--resume auto` ends with the same weights, bit for bit, as one that was never stopped (on CPUs;
+on GPUs as far as the kernels are deterministic).
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn, random_seed, trim_summary
+from timm.utils.summary import update_summary
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import elfatt  # noqa: F401  registers the models with timm
+from classification.checkpoint import AtomicSaver, TrainState, find_newest, load, write
+from classification.config import UserError, parse_args, save_yaml
+from classification.data import BrokenImages, Loader, check_same_classes, data_config, open_split
+from classification.evaluate import evaluate
+from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        args: Parsed options of `config.build_parser(train=True)`.
+
+    Raises:
+        UserError: Anything the user can correct: data, options, checkpoints.
+    """
+
+    def __init__(self, args) -> None:
+        self.args = args
+        self.world = world = init_world(args.device)
+        self.autocast = autocast(args, world.device)
+        self.folder = Path(args.output, args.experiment or (Path(args.config).stem if args.config else args.model))
+
+        random_seed(args.seed, 0)
+        self.model = model = build_model(args, drop_path_rate=args.drop_path)
+        args.num_classes = model.num_classes
+        config = data_config(args, model)
+        train, val = (open_split(args, is_train, model.num_classes) for is_train in (True, False))
+        check_same_classes(train, val)
+        self.broken = BrokenImages(args.max_broken_images)
+        self.train_loader = Loader(train, args, config, world, self.broken, train=True)
+        self.val_loader = Loader(val, args, config, world, self.broken, train=False)
+
+        if args.initial_checkpoint:
+            load_weights(model, args.initial_checkpoint, use_ema=True, allow=args.allow_mismatch or ())
+        if args.grad_checkpointing:
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise UserError(f"model {args.model} has no --grad-checkpointing")
+            model.set_grad_checkpointing(True)
+        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        model.to(world.device, memory_format=self.memory_format)
+
+        self.net: nn.Module = model
+        if world.distributed:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.net = DistributedDataParallel(model, device_ids=ids)  # gives every process rank 0's weights
+        self.no_sync = self.net.no_sync if world.distributed else nullcontext
+        ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
+        self.compiled = torch.compile if args.compile else lambda module: module
+        self.net = self.compiled(self.net)
+        random_seed(args.seed, world.rank)
+
+        self.parameters = list(model.parameters())
+        optimizer = create_optimizer_v2(
+            model if args.filter_bias_and_bn else self.parameters,
+            opt=args.opt,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            **args.opt_kwargs,
+        )
+        scheduler, self.num_epochs = create_scheduler_v2(
+            optimizer,
+            sched="cosine",
+            num_epochs=args.epochs,
+            warmup_epochs=args.warmup_epochs,
+            warmup_lr=args.warmup_lr,
+            min_lr=args.min_lr,
+            cooldown_epochs=args.cooldown_epochs,
+        )
+        scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == "float16" else None
+        self.state = TrainState(model, optimizer, scheduler, scaler, ema, args, world)
+
+        self.erase = self.mixup = None
+        self.loss = nn.CrossEntropyLoss()
+        if args.reprob:
+            self.erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=world.device)
+        if args.mixup or args.cutmix:
+            self.mixup = Mixup(
+                mixup_alpha=args.mixup,
+                cutmix_alpha=args.cutmix,
+                prob=args.mixup_prob,
+                switch_prob=args.mixup_switch_prob,
+                mode=args.mixup_mode,
+                label_smoothing=args.smoothing,
+                num_classes=model.num_classes,
+            )
+            self.loss = SoftTargetCrossEntropy()
+        elif args.smoothing:
+            self.loss = LabelSmoothingCrossEntropy(args.smoothing)
+        self._open_folder()
+
+    def _open_folder(self) -> None:
+        """Resumes if asked, else refuses a folder that holds a run; then opens the logs."""
+        args, world = self.args, self.world
+        self.saver = AtomicSaver(self.folder, args.checkpoint_hist) if world.primary else None
+        found = find_newest(self.folder) if args.resume == "auto" else None
+        if args.resume and args.resume != "auto":
+            found = Path(args.resume), load(args.resume)
+        if found:
+            path, state = found
+            self.state.load_state_dict(state, path)
+            if self.saver:
+                self.saver.load_state_dict(state["saver"])
+            LOGGER.info("resumed %s: epoch %d, batch %d", path, self.state.epoch, self.state.batch)
+        elif args.resume:
+            LOGGER.info("no checkpoint in %s yet: starting from the beginning", self.folder)
+        elif any(self.folder.glob("*.pth.tar")):
+            raise UserError(f"{self.folder} holds a run: continue it with --resume auto, or pass another --experiment")
+        if world.distributed:
+            dist.barrier()  # nobody writes before everybody has read
+        if world.primary:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_yaml(args, self.folder / "args.yaml")
+            trim_summary(str(self.folder / "summary.csv"), self.state.epoch)
+            self.board = SummaryWriter(str(self.folder), purge_step=self.state.updates)
+        if not self.train_loader.seekable:
+            LOGGER.info("%s cannot seek: checkpoints at the end of each epoch only", args.dataset)
+
+    def fit(self) -> float | None:
+        """Trains to the end and returns the best top-1 in percent (on rank 0)."""
+        args, state = self.args, self.state
+        LOGGER.info(
+            "%s: %.2f M parameters, %d epochs of %d updates, global batch %d, %s, output in %s",
+            args.model,
+            sum(parameter.numel() for parameter in self.parameters) / 1e6,
+            self.num_epochs,
+            len(self.train_loader) // args.grad_accum_steps,
+            args.batch_size * self.world.size * args.grad_accum_steps,
+            f"{self.world.size} × {self.world.device.type}",
+            self.folder,
+        )
+        best = self.saver.best_metric if self.saver else None
+        while state.epoch < self.num_epochs:
+            lr = state.optimizer.param_groups[0]["lr"]
+            train_loss = self.train_epoch()
+            results = self.validate()
+            epoch = state.epoch
+            state.epoch, state.batch, state.loss_sum, state.images = epoch + 1, 0, 0.0, 0
+            state.scheduler.step(state.epoch)
+            content = state.state_dict()
+            if self.saver:
+                for name, value in [("train/loss", train_loss), ("train/lr", lr), *results.items()]:
+                    self.board.add_scalar(name, value, state.updates)
+                self.board.flush()
+                flat = {name.replace("/", "_"): value for name, value in results.items()}
+                update_summary(epoch, {"loss": train_loss}, flat, str(self.folder / "summary.csv"), lr=lr)
+                top1 = results["ema/top1" if state.ema else "raw/top1"]
+                best = self.saver.save_epoch(content, epoch, top1)
+                LOGGER.info("epoch %d: train_loss %.4g, %s, best %.4g", epoch, train_loss, _line(flat), best)
+        if self.saver:
+            self.board.close()
+        return best
+
+    def train_epoch(self) -> float:
+        """Trains the rest of the current epoch and returns its mean training loss over all processes."""
+        args, state, world, loader = self.args, self.state, self.world, self.train_loader
+        self.net.train()
+        total, accum = len(loader), args.grad_accum_steps
+        loader.seek(state.epoch, state.batch)
+        batches = islice(loader, total - state.batch) if state.batch < total else ()
+        name = f"epoch {state.epoch}"
+        bar = tqdm(total=total, initial=state.batch, desc=name, disable=None if world.primary else True, leave=False)
+        seen, data_s, since = 0, 0.0, time.perf_counter()
+        ready = since
+        for images, labels in batches:
+            data_s += time.perf_counter() - ready
+            last = (state.batch + 1) % accum == 0
+            loss = self.train_step(images, labels, last)
+            state.batch += 1
+            state.loss_sum += loss * len(labels)
+            state.images += len(labels)
+            seen += len(labels) * world.size
+            bar.update()
+            ready = time.perf_counter()
+            if not last:
+                continue
+            state.updates += 1
+            done = state.batch // accum
+            if done % args.log_interval == 0 or state.batch == total:
+                values = {
+                    "loss": loss,
+                    "lr": state.optimizer.param_groups[0]["lr"],
+                    "images_per_s": seen / (ready - since),
+                    "data_percent": 100 * data_s / (ready - since),
+                    "memory_mib": _memory_mib(world.device),
+                }
+                if world.primary:
+                    bar.set_postfix_str(_line(values))
+                    if bar.disable:
+                        LOGGER.info("%s: batch %d/%d, %s", name, state.batch, total, _line(values))
+                    for key, value in values.items():
+                        self.board.add_scalar(f"step/{key}", value, state.updates)
+                seen, data_s, since = 0, 0.0, ready
+            interval = args.recovery_interval
+            if loader.seekable and interval and done % interval == 0 and state.batch < total:
+                self.save_recovery()
+        bar.close()
+        state.optimizer.zero_grad()
+        state.batch = total
+        self.save_recovery()
+        totals = torch.tensor([state.loss_sum, state.images], dtype=torch.float64, device=world.device)
+        if world.distributed:
+            dist.all_reduce(totals)
+        return (totals[0] / totals[1]).item()
+
+    def train_step(self, images: Tensor, labels: Tensor, update: bool) -> float:
+        """Adds a batch's gradients, and updates the weights and their average if `update`.
+
+        Args:
+            images: [B, 3, H, W], normalized, on the device.
+            labels: [B].
+            update: Whether this batch completes an update.
+
+        Returns:
+            The mean loss of the batch.
+
+        Raises:
+            UserError: The loss is not finite.
+        """
+        args, state = self.args, self.state
+        if self.erase:
+            images = self.erase(images)
+        if self.mixup:
+            images, labels = self.mixup(images, labels)
+        with nullcontext() if update else self.no_sync():
+            with self.autocast:
+                loss = self.loss(self.net(images.contiguous(memory_format=self.memory_format)), labels)
+            value = loss.item()
+            if not math.isfinite(value):
+                self._stop(value, images, labels)
+            loss = loss / args.grad_accum_steps
+            if state.scaler:
+                state.scaler(loss, state.optimizer, args.clip_grad, parameters=self.parameters, need_update=update)
+            else:
+                loss.backward()
+        if update:
+            if not state.scaler:
+                if args.clip_grad is not None:
+                    dispatch_clip_grad(self.parameters, args.clip_grad)
+                state.optimizer.step()
+            state.optimizer.zero_grad()
+            if state.ema:
+                state.ema.update(self.model)
+        return value
+
+    def _stop(self, loss: float, images: Tensor, labels: Tensor) -> None:
+        """Saves the state and the batch of a loss that is not finite, and ends the run."""
+        state = self.state
+        path = self.folder / f"nan-rank{self.world.rank}.pth.tar"
+        batch = {"images": images.detach(), "labels": labels}
+        write({**state.state_dict(gather=False), "bad_batch": batch}, path)
+        lr = state.optimizer.param_groups[0]["lr"]
+        raise UserError(
+            f"the loss is {loss} at epoch {state.epoch}, batch {state.batch}, update {state.updates}, "
+            f"learning rate {lr:.3g}; the weights before it and the batch are in {path}: "
+            f"lower --lr, add --clip-grad, or use --amp-dtype bfloat16"
+        )
+
+    def save_recovery(self) -> None:
+        """Saves the state inside the epoch; every process must call it."""
+        content = self.state.state_dict()
+        if self.saver:
+            self.saver.save_recovery(content, self.state.epoch)
+
+    def validate(self) -> dict[str, float]:
+        """Evaluates the raw and the averaged weights: {"raw/top1": …, "ema/top1": …}."""
+        models = {"raw": self.model}
+        if self.state.ema:
+            models["ema"] = self.state.ema.module
+        results = {}
+        for name, model in models.items():
+            if self.world.distributed:
+                distribute_bn(model, self.world.size)
+            self.val_loader.seek(0)
+            scores = evaluate(
+                self.compiled(model),
+                self.val_loader,
+                self.world,
+                self.autocast,
+                self.args.channels_last,
+                name,
+            )
+            results |= {f"{name}/{key}": scores[key] for key in ("top1", "top5", "loss")}
+        return results
+
+
+def _line(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _memory_mib(device: torch.device) -> float:
+    """Peak memory so far: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a training; returns the exit code."""
+    return run_main("train.py", lambda: Trainer(parse_args(argv, train=True)).fit())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Evaluates a checkpoint: `python classification/validate.py --config FILE --data-dir FOLDER --checkpoint FILE`.
+
+Runs alone or under torchrun; on any number of processes each image counts exactly once. Published accuracies are
+those of the averaged (EMA) weights, which are the default where the file has them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+
+import torch
+
+import elfatt  # noqa: F401  registers the models with timm
+from classification.config import parse_args
+from classification.data import BrokenImages, Loader, data_config, open_split
+from classification.evaluate import evaluate
+from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
+
+
+def run(argv: list[str] | None) -> dict[str, float | str]:
+    """Evaluates as the options say and returns what is printed.
+
+    Raises:
+        UserError: Anything the user can correct: data, options, checkpoint.
+    """
+    args = parse_args(argv, train=False)
+    world = init_world(args.device)
+    model = build_model(args)
+    dataset = open_split(args, train=False, num_classes=model.num_classes)
+    load_weights(model, args.checkpoint, use_ema=args.use_ema)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    model.to(world.device, memory_format=memory_format)
+    broken = BrokenImages(args.max_broken_images)
+    loader = Loader(dataset, args, data_config(args, model), world, broken, train=False)
+    if world.distributed and not loader.seekable:
+        LOGGER.warning("%s deals the images itself: check the number of images below", args.dataset)
+    loader.seek(0)
+    compiled = torch.compile(model) if args.compile else model
+    scores = evaluate(compiled, loader, world, autocast(args, world.device), args.channels_last)
+    results = {"model": args.model, "checkpoint": args.checkpoint, **scores}
+    if world.primary:
+        print(
+            f"{args.model}: top-1 {scores['top1']:.3f} %, top-5 {scores['top5']:.3f} %, loss {scores['loss']:.4f}, "
+            f"{scores['images']} images, {scores['images_per_s']:.1f} images/s"
+        )
+        if args.results_file:
+            write_results(results, Path(args.results_file))
+    return results
+
+
+def write_results(results: dict[str, float | str], path: Path) -> None:
+    """Writes the results to a .json file, or appends them to a .csv table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(results, indent=2) + "\n")
+        return
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(results))
+        if new:
+            writer.writeheader()
+        writer.writerow(results)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs an evaluation; returns the exit code."""
+    return run_main("validate.py", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
