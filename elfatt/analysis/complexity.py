@@ -50,15 +50,16 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def measure_complexity(model: nn.Module, img_size: tuple[int, int]) -> Complexity:
+def measure_complexity(model: nn.Module, img_size: tuple[int, int], in_chans: int = 3) -> Complexity:
     """Count a model's parameters and the multiply-adds of one image.
 
     Args:
         model: A model on any device, ``meta`` included.
         img_size: Height and width of the image in pixels.
+        in_chans: Channels of the image.
     """
     weight = next(model.parameters())
-    image = torch.zeros(1, model.in_chans, *img_size, dtype=weight.dtype, device=weight.device)
+    image = torch.zeros(1, in_chans, *img_size, dtype=weight.dtype, device=weight.device)
     training = model.training
     model.eval()
     nfa = _count(model, image, "math")
