@@ -143,23 +143,29 @@ def load_checkpoint(
     origin = f"{source} names, {weights} weights"
     own = model.state_dict()
     fitted = {key: _resize(key, tensor, model, own[key]) for key, tensor in tensors.items() if key in own}
-    missing = [key for key in own if key not in tensors]
-    unexpected = [key for key in tensors if key not in own]
-    mismatched = [key for key, tensor in fitted.items() if tensor.shape != own[key].shape]
-    unfit = (*missing, *unexpected, *mismatched)
-    if not all(key.startswith(tuple(allow)) for key in unfit):
-        shapes = [f"{key} {list(tensors[key].shape)} for {list(own[key].shape)}" for key in mismatched]
-        found = _summary(missing=missing, unexpected=unexpected, mismatched=shapes)
+    misfits = {
+        "missing": [key for key in own if key not in tensors],
+        "unexpected": [key for key in tensors if key not in own],
+        "mismatched": [key for key, tensor in fitted.items() if tensor.shape != own[key].shape],
+    }
+    refused = {what: [key for key in keys if not key.startswith(tuple(allow))] for what, keys in misfits.items()}
+    if any(refused.values()):
         remedy = "build the model that the checkpoint was trained with, or name the prefixes to skip in allow"
-        if all(key.startswith("head.") for key in unfit):
+        if all(key.startswith("head.") for keys in refused.values() for key in keys):
             remedy = "set the checkpoint's num_classes, or start the classifier anew with allow=('head.',)"
+        refused["mismatched"] = [
+            f"{key} {list(tensors[key].shape)} for {list(own[key].shape)}" for key in refused["mismatched"]
+        ]
+        found = _summary(refused)
         raise ValueError(f"{path} ({origin}) does not fit {type(model).__name__}: {found}; {remedy}")
 
-    loaded = {key: tensor for key, tensor in fitted.items() if key not in mismatched}
+    loaded = {key: tensor for key, tensor in fitted.items() if key not in misfits["mismatched"]}
     model.load_state_dict(loaded, strict=False)  # strictness is checked above, before anything changes
     resized = tuple(key for key, tensor in loaded.items() if tensor is not tensors[key])
-    LOGGER.info("%s: %s, %s", path, origin, _summary(matched=tuple(loaded), resized=resized, skipped=unfit))
-    return LoadReport(source, weights, len(loaded), resized, unfit)
+    skipped = tuple(key for keys in misfits.values() for key in keys)
+    changes = _summary({"resized": resized, "skipped": skipped}) or "none resized, none skipped"
+    LOGGER.info("%s: %s, %d tensors matched, %s", path, origin, len(loaded), changes)
+    return LoadReport(source, weights, len(loaded), resized, skipped)
 
 
 def convert_state_dict(state_dict: StateDict, model: nn.Module) -> tuple[StateDict, str]:
@@ -223,17 +229,17 @@ def _read(path: Path) -> object:
 
 def _unwrap(content: object, use_ema: bool, path: str | Path) -> tuple[StateDict, str]:
     """The state dict in a file, and whether it is ``ema`` or ``raw``."""
-    found = {}
-    for weights, keys in CONTAINERS.items():
-        for key in reversed(keys):  # so that the first one wins
-            if isinstance(content, dict) and _is_state_dict(content.get(key)):
-                found[weights] = content[key]
-    if not found and _is_state_dict(content):
-        found["raw"] = content
+    fields = content if isinstance(content, dict) else {}
+    found = {
+        weights: [fields[key] for key in keys if _is_state_dict(fields.get(key))]
+        for weights, keys in CONTAINERS.items()
+    }
+    if not any(found.values()) and _is_state_dict(content):
+        found["raw"] = [content]
     for weights in ("ema", "raw") if use_ema else ("raw",):
-        if weights in found:
-            return found[weights], weights
-    if found:
+        if found[weights]:
+            return found[weights][0], weights
+    if found["ema"]:
         raise ValueError(f"{path} holds averaged weights only: load it with use_ema=True")
     wanted = ", ".join(key for keys in CONTAINERS.values() for key in keys)
     raise ValueError(f"{path} holds no tensors: it must be a state dict, or have one under {wanted}")
@@ -266,7 +272,7 @@ def _resize(key: str, table: torch.Tensor, model: nn.Module, own: torch.Tensor) 
     return planes.reshape(own.shape) if planes.numel() == own.numel() else table
 
 
-def _summary(**groups: Sequence[str]) -> str:
+def _summary(groups: dict[str, Sequence[str]]) -> str:
     """Size and first names of each group that is not empty."""
     return ", ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
