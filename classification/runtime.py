@@ -14,6 +14,7 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
 from classification.config import UserError
+from elfatt.checkpoints import load_checkpoint
 
 LOGGER = logging.getLogger("classification")
 
@@ -87,18 +88,23 @@ def build_model(args: argparse.Namespace, **kwargs) -> nn.Module:
         raise UserError(f"model {args.model} cannot be built with {given}: {error}") from error
 
 
-def load_weights(model: nn.Module, path: str, use_ema: bool, allow: Sequence[str] = ()) -> None:
-    """Loads a checkpoint's weights, all of them or none.
+def load_weights(model: nn.Module, path: str, use_ema: bool, allow: Sequence[str] = ()) -> str:
+    """Loads a checkpoint's weights, all of them or none; says which: "ema" or "raw".
+
+    Args:
+        model: Takes the weights.
+        path: Checkpoint.
+        use_ema: Take the averaged weights where the file has them.
+        allow: Prefixes of tensors that the file may lack (`--allow-mismatch` in `train.py`).
 
     Raises:
         UserError: The file is missing or holds another model's weights.
     """
-    from elfatt.checkpoints import load_checkpoint
-
     try:
-        load_checkpoint(model, path, use_ema=use_ema, allow=tuple(allow))
+        return load_checkpoint(model, path, use_ema=use_ema, allow=tuple(allow)).weights
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"cannot load {path} into this model: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot load {path} into {type(model).__name__}: {reason}") from error
 
 
 def run_main(program: str, run: Callable[[], None]) -> int:

@@ -34,9 +34,10 @@ from tqdm import tqdm
 import elfatt  # noqa: F401  registers the models with timm
 from classification.checkpoint import AtomicSaver, TrainState, find_newest, load, write
 from classification.config import UserError, parse_args, save_yaml
-from classification.data import BrokenImages, Loader, check_same_classes, data_config, open_split
+from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
+from classification.splits import check_same_classes, open_split
 
 
 class Trainer:
@@ -85,13 +86,12 @@ class Trainer:
         random_seed(args.seed, world.rank)
 
         self.parameters = list(model.parameters())
-        optimizer = create_optimizer_v2(
-            model if args.filter_bias_and_bn else self.parameters,
-            opt=args.opt,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            **args.opt_kwargs,
-        )
+        decay = {"lr": args.lr, "weight_decay": args.weight_decay}
+        groups = model if args.filter_bias_and_bn else self.parameters
+        try:
+            optimizer = create_optimizer_v2(groups, args.opt, **decay, **args.opt_kwargs)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer {args.opt} cannot be built with {args.opt_kwargs}: {error}") from error
         scheduler, self.num_epochs = create_scheduler_v2(
             optimizer,
             sched="cosine",

@@ -17,9 +17,12 @@ import torch
 
 import elfatt  # noqa: F401  registers the models with timm
 from classification.config import parse_args
-from classification.data import BrokenImages, Loader, data_config, open_split
+from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
+from classification.splits import open_split
+
+WEIGHTS = {"ema": "averaged (EMA) weights", "raw": "raw weights"}
 
 
 def run(argv: list[str] | None) -> dict[str, float | str]:
@@ -32,7 +35,7 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
     world = init_world(args.device)
     model = build_model(args)
     dataset = open_split(args, train=False, num_classes=model.num_classes)
-    load_weights(model, args.checkpoint, use_ema=args.use_ema)
+    weights = load_weights(model, args.checkpoint, use_ema=args.use_ema)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(world.device, memory_format=memory_format)
     broken = BrokenImages(args.max_broken_images)
@@ -42,10 +45,11 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
     loader.seek(0)
     compiled = torch.compile(model) if args.compile else model
     scores = evaluate(compiled, loader, world, autocast(args, world.device), args.channels_last)
-    results = {"model": args.model, "checkpoint": args.checkpoint, **scores}
+    results = {"model": args.model, "checkpoint": args.checkpoint, "weights": weights, **scores}
     if world.primary:
+        print(f"{args.model}, {WEIGHTS[weights]} of {args.checkpoint}:")
         print(
-            f"{args.model}: top-1 {scores['top1']:.3f} %, top-5 {scores['top5']:.3f} %, loss {scores['loss']:.4f}, "
+            f"top-1 {scores['top1']:.3f} %, top-5 {scores['top5']:.3f} %, loss {scores['loss']:.4f}, "
             f"{scores['images']} images, {scores['images_per_s']:.1f} images/s"
         )
         if args.results_file:

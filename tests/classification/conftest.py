@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,20 +31,29 @@ def make_folder(root: Path, train: int = 8, val: int = 5, classes=CLASSES, side:
 
 
 @pytest.fixture(scope="session")
+def write_images():
+    """`make_folder`, for the tests that need a folder of their own."""
+    return make_folder
+
+
+@pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     return make_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """The same arithmetic in this process and in the subprocesses."""
+def one_thread():
+    """The same arithmetic in this process and in the subprocesses; the programs' log handlers go afterwards."""
+    handlers, threads = logging.root.handlers[:], torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
+    logging.root.handlers[:] = handlers
 
 
 @pytest.fixture
 def options(data_dir, tmp_path):
-    """Options of the smallest run: 24 images of 3 classes, 16 × 16 pixels, two epochs of three updates."""
+    """Options of the smallest run: 24 images of 3 classes, 32 × 32 pixels, two epochs of three updates."""
 
     def build(*extra: object, data: Path = data_dir, experiment: str = "run") -> list[str]:
         values = {
@@ -65,6 +76,32 @@ def options(data_dir, tmp_path):
     return build
 
 
-def environment() -> dict[str, str]:
-    """Environment of a subprocess: one thread, no GPU."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+@pytest.fixture
+def command():
+    """Builds a subprocess' arguments and environment: one thread, no GPU; `processes` > 1 goes through torchrun."""
+
+    def build(program: str, options: list[str], processes: int = 1) -> dict:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launch = launch if processes > 1 else []
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        args = [sys.executable, *launch, f"classification/{program}", *options]
+        return {"args": args, "env": env, "cwd": ROOT, "text": True}
+
+    return build
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a program's `main` and returns its one line of error; no traceback may reach the user."""
+
+    def run(main, options: list[str]) -> str:
+        try:
+            code = main(options)
+        except SystemExit as stop:
+            code = stop.code
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert code in (1, 2)
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run

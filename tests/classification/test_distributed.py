@@ -1,0 +1,81 @@
+"""Two gloo processes train as one with the joined batch, and resume as if they had never been killed."""
+
+import os
+import signal
+import socket
+import traceback
+
+import pytest
+import torch
+
+from classification import train as program
+from classification.checkpoint import load
+from classification.train import Trainer, main
+
+# plain SGD without momentum: the change of the weights is the gradient
+PLAIN = ["--opt", "momentum", "--opt-kwargs", "momentum=0.0", "--lr", 0.1, "--weight-decay", 0, "--epochs", 1]
+
+
+def run_two(options, monkeypatch, kill_at=None):
+    """Runs `train.py` in two forked processes, with the environment that torchrun gives; returns their exit codes.
+
+    `kill_at`: after that many batches both processes kill themselves.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({key: str(value) for key, value in env.items()})
+            batches, step = [], Trainer.train_step
+
+            def train_step(self, *args, batches=batches, step=step):
+                batches.append(1)
+                if len(batches) == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return step(self, *args)
+
+            monkeypatch.setattr(program.Trainer, "train_step", train_step)
+            try:
+                os._exit(main(options))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(3)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_give_the_gradients_of_the_joined_batch(options, tmp_path, monkeypatch, accumulation):
+    extra = [*PLAIN, "--smoothing", 0.1, "--aa", "rand-m9-mstd0.5-inc1"]  # augmentation depends on the image alone
+    batch = 12 // (2 * accumulation)
+    two = options(*extra, "--grad-accum-steps", accumulation, "--batch-size", batch, experiment="two")
+    assert run_two(two, monkeypatch) == [0, 0]
+    assert main(options(*extra, "--batch-size", 12, experiment="one")) == 0
+    first, second = (load(tmp_path / name / "last.pth.tar") for name in ("one", "two"))
+    assert first["position"]["updates"] == second["position"]["updates"] == 2
+    assert len(second["processes"]) == 2
+    for name, value in first["state_dict"].items():
+        torch.testing.assert_close(second["state_dict"][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_killed_processes_resume_bit_identical(options, tmp_path, monkeypatch):
+    extra = ["--mixup", 0.8, "--reprob", 0.5, "--drop-path", 0.2, "--model-ema", "--model-ema-decay", 0.9]
+    extra += ["--batch-size", 2, "--recovery-interval", 2, "--workers", 1]
+    assert run_two(options(*extra, experiment="whole"), monkeypatch) == [0, 0]
+
+    killed = run_two(options(*extra, experiment="killed"), monkeypatch, kill_at=6 + 4)
+    assert -signal.SIGKILL in killed and 0 not in killed
+    position = load(tmp_path / "killed" / "recovery.pth.tar")["position"]
+    assert position["epoch"] == 1 and position["batch"] == 2
+    assert run_two(options(*extra, "--resume", "auto", experiment="killed"), monkeypatch) == [0, 0]
+    first, second = (load(tmp_path / name / "last.pth.tar") for name in ("whole", "killed"))
+    for key in ("state_dict", "state_dict_ema"):
+        assert all(torch.equal(first[key][name], second[key][name]) for name in first[key])
+    states = [process["rng"]["torch"] for process in first["processes"]]
+    assert not torch.equal(*states)  # each process draws its own numbers

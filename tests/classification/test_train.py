@@ -1,0 +1,279 @@
+"""Training from end to end: exact resume, one step of every option, and loud stops."""
+
+import math
+import os
+import signal
+import subprocess
+
+import pytest
+import torch
+import yaml
+
+from classification import train as program
+from classification.checkpoint import load
+from classification.config import parse_args
+from classification.train import Trainer, main
+
+RANDOM = ["--mixup", 0.8, "--cutmix", 1.0, "--smoothing", 0.1, "--reprob", 0.5, "--drop-path", 0.2]
+RANDOM += ["--aa", "rand-m9-mstd0.5-inc1", "--color-jitter", 0.4]
+
+
+def same(first, second):
+    """Compares nested containers of tensors exactly."""
+    if isinstance(first, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second or (first != first and second != second)
+
+
+def assert_same_end(first, second):
+    first, second = load(first / "last.pth.tar"), load(second / "last.pth.tar")
+    for key in ("state_dict", "state_dict_ema", "optimizer", "scheduler", "amp_scaler", "position", "processes"):
+        assert (key in first) == (key in second)
+        assert key not in first or same(first[key], second[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("extra", "workers"),
+    [
+        ([*RANDOM, "--model-ema", "--model-ema-decay", 0.9, "--clip-grad", 5], 2),
+        ([*RANDOM, "--grad-accum-steps", 2, "--amp", "--amp-dtype", "float16"], 0),
+    ],
+    ids=["ema", "accumulation-fp16"],
+)
+def test_a_killed_and_resumed_run_ends_bit_identical(options, command, tmp_path, extra, workers):
+    extra = [*extra, "--batch-size", 2, "--recovery-interval", 2, "--epochs", 3, "--warmup-epochs", 1]
+    assert main(options(*extra, "--workers", workers, experiment="whole")) == 0
+
+    killed = options(*extra, "--workers", workers, experiment="killed")
+    process = subprocess.Popen(**command("train.py", killed), stdout=subprocess.PIPE)
+    for line in process.stdout:
+        if "epoch 1: batch 6/12" in line:
+            os.kill(process.pid, signal.SIGKILL)  # in mid-epoch, after the save at batch 4 and maybe the next
+            break
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    position = load(tmp_path / "killed" / "recovery.pth.tar")["position"]
+    assert position["epoch"] == 1 and 0 < position["batch"] < 12
+
+    other_workers = 1 if workers == 2 else 2
+    assert main(options(*extra, "--workers", other_workers, "--resume", "auto", experiment="killed")) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    rows = [(tmp_path / name / "summary.csv").read_text() for name in ("whole", "killed")]
+    assert rows[0] == rows[1] and len(rows[0].splitlines()) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["validate", "save_epoch"])
+def test_a_run_stopped_between_an_epochs_end_and_its_checkpoint_goes_on(options, tmp_path, monkeypatch, moment):
+    extra = [*RANDOM, "--model-ema", "--model-ema-decay", 0.9]
+    assert main(options(*extra, experiment="whole")) == 0
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        if moment == "validate":
+            patch.setattr(Trainer, "validate", stop)
+        else:
+            patch.setattr(program.AtomicSaver, "_duplicate", stop)  # `last` is new, the best is not linked yet
+        main(options(*extra, experiment="stopped"))
+    assert main(options(*extra, "--resume", "auto", experiment="stopped")) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+    for name in ("model_best", "checkpoint-0", "checkpoint-1"):
+        first, second = (load(tmp_path / run / f"{name}.pth.tar") for run in ("whole", "stopped"))
+        assert same(first["state_dict_ema"], second["state_dict_ema"])
+
+
+def test_everything_a_run_leaves_behind(options, tmp_path):
+    assert main(options("--model-ema", "--cooldown-epochs", 1)) == 0
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("events")}
+    epochs = {f"checkpoint-{epoch}.pth.tar" for epoch in range(3)}
+    assert names == {"args.yaml", "summary.csv", "last.pth.tar", "model_best.pth.tar", *epochs}
+    assert any(path.name.startswith("events") for path in folder.iterdir())
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    assert args["batch-size"] == 8 and args["num-classes"] == 3
+    header, *rows = (folder / "summary.csv").read_text().splitlines()
+    assert header.startswith("epoch,train_loss,eval_raw_top1") and "eval_ema_top1" in header and len(rows) == 3
+    state = load(folder / "last.pth.tar")
+    assert state["args"]["model"] == "cswin_nano_elfatt" and state["position"] == {"epoch": 3, "batch": 0, "updates": 9}
+    best = max(rows, key=lambda row: float(row.split(",")[header.split(",").index("eval_ema_top1")]))
+    assert load(folder / "model_best.pth.tar")["epoch"] == int(best.split(",")[0])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--amp", "--amp-dtype", "bfloat16", "--channels-last"],
+        ["--amp", "--amp-dtype", "float16", "--clip-grad", 1],
+        ["--grad-checkpointing", "--smoothing", 0.1, "--mixup", 0.2, "--mixup-mode", "elem"],
+        ["--model", "swin_nano_elfatt", "--opt", "sgd", "--opt-kwargs", "nesterov=True", "--no-filter-bias-and-bn"],
+        ["--model", "resnet18", "--validation-batch-size", 3, "--dataset", "torch/image_folder"],
+    ],
+    ids=["bf16", "fp16", "checkpointing", "sgd", "convolutional"],
+)
+def test_every_mode_takes_a_step(options, tmp_path, extra):
+    assert main(options(*extra, "--epochs", 1, "--batch-size", 24)) == 0
+    state = load(tmp_path / "run" / "last.pth.tar")
+    assert state["position"]["updates"] == 1
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
+    assert ("amp_scaler" in state) == ("float16" in extra)
+
+
+def test_learning_rate_follows_warm_up_cosine_and_cool_down(options):
+    extra = [
+        "--epochs",
+        4,
+        "--warmup-epochs",
+        2,
+        "--warmup-lr",
+        0.1,
+        "--lr",
+        1.0,
+        "--min-lr",
+        0.2,
+        "--cooldown-epochs",
+        2,
+    ]
+    trainer = Trainer(parse_args(options(*extra), train=True))
+    rates = []
+    for epoch in range(trainer.num_epochs):
+        trainer.state.scheduler.step(epoch)
+        rates.append(trainer.state.optimizer.param_groups[0]["lr"])
+    cosine = [0.2 + 0.4 * (1 + math.cos(math.pi * epoch / 4)) for epoch in (2, 3)]
+    assert rates == pytest.approx([0.1, 0.55, *cosine, 0.2, 0.2])
+
+
+@pytest.mark.parametrize("model", ["cswin_nano_elfatt", "swin_nano_elfatt"])
+def test_weight_decay_spares_vectors_biases_and_what_the_model_names(options, model):
+    trainer = Trainer(parse_args(options("--model", model, "--weight-decay", 0.1), train=True))
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    spared = trainer.model.no_weight_decay()
+    for group in trainer.state.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            free = parameter.ndim <= 1 or name.endswith(".bias") or name in spared
+            assert group["weight_decay"] == (0 if free else 0.1), name
+    assert not names
+    trainer = Trainer(parse_args(options("--model", model, "--weight-decay", 1e-8, "--no-filter-bias-and-bn"), True))
+    assert [group["weight_decay"] for group in trainer.state.optimizer.param_groups] == [1e-8]
+
+
+def test_ema_follows_every_update_and_only_updates(options, monkeypatch):
+    extra = ["--model-ema", "--model-ema-decay", 0.5, "--batch-size", 4, "--grad-accum-steps", 3]
+    trainer = Trainer(parse_args(options(*extra), train=True))
+    calls = []
+    monkeypatch.setattr(trainer.state.ema, "update", lambda model: calls.append(trainer.state.batch))
+    trainer.train_epoch()
+    assert calls == [2, 5]
+
+
+def test_accumulated_gradients_are_those_of_the_joined_batch(options, monkeypatch):
+    gradients = []
+    for batch, steps in ((24, 1), (8, 3)):
+        trainer = Trainer(parse_args(options("--batch-size", batch, "--grad-accum-steps", steps), train=True))
+        monkeypatch.setattr(trainer.state.optimizer, "step", lambda: None)
+        monkeypatch.setattr(trainer.state.optimizer, "zero_grad", lambda: None)
+        trainer.train_epoch()
+        gradients.append([parameter.grad.clone() for parameter in trainer.parameters])
+        trainer.folder.joinpath("recovery.pth.tar").unlink()
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-6)
+
+
+# --- loud stops ---
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(options, tmp_path, fails):
+    line = fails(main, options("--opt", "sgd", "--lr", 1e30))
+    assert "the loss is nan at epoch 0, batch 1, update 1, learning rate 1e+30" in line
+    path = tmp_path / "run" / "nan-rank0.pth.tar"
+    assert str(path) in line and "lower --lr" in line
+    state = load(path)
+    assert state["position"]["updates"] == 1 and state["bad_batch"]["images"].shape == (8, 3, 32, 32)
+
+
+def test_a_run_is_not_overwritten_and_a_wrong_resume_is_refused(options, tmp_path, fails):
+    assert main(options("--epochs", 1)) == 0
+    assert "holds a run: continue it with --resume auto" in fails(main, options())
+    last = tmp_path / "run" / "last.pth.tar"
+    resume = ["--resume", last]
+    line = fails(main, options(*resume, "--model", "swin_nano_elfatt"))
+    assert "is a checkpoint of cswin_nano_elfatt, not of swin_nano_elfatt" in line
+    assert "another --model-ema" in fails(main, options(*resume, "--model-ema"))
+    assert "another --amp" in fails(main, options(*resume, "--amp"))
+    assert "does not fit this model" in fails(main, options(*resume, "--model-kwargs", "mlp_ratio=3"))
+    torch.save({"state_dict": load(last)["state_dict"]}, tmp_path / "weights.pth")
+    assert "start from it with --initial-checkpoint" in fails(main, options("--resume", tmp_path / "weights.pth"))
+    assert "does not exist" in fails(main, options("--resume", tmp_path / "none.pth"))
+    (tmp_path / "half.pth").write_bytes(last.read_bytes()[:1000])
+    assert "cannot be read" in fails(main, options("--resume", tmp_path / "half.pth"))
+
+
+def test_a_position_inside_an_epoch_needs_the_same_batches(options, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(Trainer, "validate", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(options())
+    line = fails(main, options("--resume", "auto", "--batch-size", 4))
+    assert "stands inside an epoch of 1 processes × 8 images: resume it with the same, not 1 × 4" in line
+
+
+def test_bad_model_options_take_one_line(options, fails):
+    assert "optimizer adamm cannot be built with {}" in fails(main, options("--opt", "adamm"))
+    line = fails(main, options("--model-kwargs", "block_sized=7"))
+    assert "cannot be built with" in line and "block_sized" in line
+    line = fails(main, options("--device", "cuda")) if not torch.cuda.is_available() else "pass --device cpu"
+    assert "pass --device cpu" in line
+
+
+@pytest.mark.slow
+def test_initial_weights_are_the_averaged_ones(options, tmp_path, fails):
+    assert main(options("--model-ema", "--model-ema-decay", 0.5)) == 0
+    path = tmp_path / "run" / "last.pth.tar"
+    weights = load(path)["state_dict_ema"]
+    trainer = Trainer(parse_args(options("--initial-checkpoint", path, experiment="next"), train=True))
+    assert same(dict(trainer.model.state_dict()), dict(weights))
+    line = fails(main, options("--initial-checkpoint", path, "--model", "resnet18", experiment="other"))
+    assert f"cannot load {path} into" in line
+
+
+class TestIterable:
+    """A reader without random access: order and epoch are its own, checkpoints come at epoch ends."""
+
+    @pytest.fixture(autouse=True)
+    def streams(self, monkeypatch):
+        from PIL import Image
+        from timm.data.dataset import IterableImageDataset
+        from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+        class Stream(ReaderImageFolder):
+            def __iter__(self):
+                worker = torch.utils.data.get_worker_info()
+                mine = self.samples[worker.id :: worker.num_workers] if worker else self.samples
+                for path, label in mine:
+                    yield Image.open(path).convert("RGB"), label
+
+        def create(name, root, split, **_):
+            return IterableImageDataset(root, reader=Stream(f"{root}/{split}"))
+
+        monkeypatch.setattr("classification.splits.create_dataset", create)
+
+    @pytest.mark.slow
+    def test_epochs_resume_exactly(self, options, tmp_path, capsys):
+        extra = ["--dataset", "wds/", *RANDOM, "--workers", 1, "--recovery-interval", 1]
+        assert main(options(*extra, experiment="whole")) == 0
+        assert "wds/ cannot seek: checkpoints at the end of each epoch only" in capsys.readouterr().out
+        assert main(options(*extra, experiment="two")) == 0
+        for name in ("checkpoint-1", "model_best"):
+            (tmp_path / "two" / f"{name}.pth.tar").unlink()
+        (tmp_path / "two" / "checkpoint-0.pth.tar").replace(tmp_path / "two" / "last.pth.tar")
+        assert main(options(*extra, "--resume", "auto", experiment="two")) == 0
+        assert_same_end(tmp_path / "whole", tmp_path / "two")

@@ -1,0 +1,106 @@
+"""Evaluation counts each image once, on one process or several, and says whose weights it used."""
+
+import csv
+import json
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+
+from classification.checkpoint import load
+from classification.evaluate import evaluate
+from classification.runtime import World
+from classification.train import main as train
+from classification.validate import main, run
+
+CPU = torch.device("cpu")
+NO_AMP = torch.autocast("cpu", enabled=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data_dir, tmp_path_factory):
+    """One epoch's checkpoint whose averaged weights are those of the beginning, more or less."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("trained")
+    argv = ["--data-dir", data_dir, "--model", "cswin_nano_elfatt", "--num-classes", 3, "--img-size", 32, "--epochs", 2]
+    argv += ["--batch-size", 8, "--workers", 0, "--device", "cpu", "--no-amp", "--warmup-epochs", 0, "--output", out]
+    argv += ["--cooldown-epochs", 0, "--model-ema", "--experiment", "run"]
+    assert train([str(item) for item in argv]) == 0
+    return out / "run" / "last.pth.tar"
+
+
+@pytest.fixture
+def arguments(data_dir, checkpoint):
+    values = ["--data-dir", data_dir, "--model", "cswin_nano_elfatt", "--num-classes", 3, "--img-size", 32]
+    values += ["--batch-size", 4, "--workers", 0, "--device", "cpu", "--no-amp", "--checkpoint", checkpoint]
+    return [str(item) for item in values]
+
+
+def test_sums_are_those_of_the_definition():
+    logits = torch.randn(11, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(11) % 7
+    batches = [(logits[start : start + 4], labels[start : start + 4]) for start in (0, 4, 8)]
+    scores = evaluate(nn.Identity(), batches, World(CPU), NO_AMP)
+    order = logits.argsort(dim=1, descending=True)
+    assert scores["images"] == 11
+    assert scores["top1"] == pytest.approx(100 * (order[:, 0] == labels).double().mean().item())
+    assert scores["top5"] == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).double().mean().item())
+    assert scores["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
+    with pytest.raises(ValueError, match="no image"):
+        evaluate(nn.Identity(), [], World(CPU), NO_AMP)
+
+
+def test_it_repeats_what_training_found_and_names_the_weights(arguments, checkpoint, tmp_path, capsys):
+    header, *rows = list(csv.reader((checkpoint.parent / "summary.csv").open()))
+    last = dict(zip(header, map(float, rows[-1]), strict=True))
+    for extra, name, words in (([], "ema", "averaged (EMA) weights of"), (["--no-ema"], "raw", "raw weights of")):
+        results = tmp_path / f"{name}.json"
+        assert main([*arguments, *extra, "--results-file", str(results)]) == 0
+        assert f"cswin_nano_elfatt, {words} {checkpoint}:" in capsys.readouterr().out
+        scores = json.loads(results.read_text())
+        assert scores["weights"] == name and scores["images"] == 15
+        for key in ("top1", "top5", "loss"):
+            assert scores[key] == pytest.approx(last[f"eval_{name}_{key}"], rel=1e-5)
+
+
+def test_results_are_appended_to_a_table(arguments, tmp_path):
+    for _ in range(2):
+        assert main([*arguments, "--results-file", str(tmp_path / "new" / "all.csv")]) == 0
+    rows = list(csv.DictReader((tmp_path / "new" / "all.csv").open()))
+    assert len(rows) == 2 and rows[0]["top1"] == rows[1]["top1"] and rows[0]["images"] == "15"
+
+
+@pytest.mark.parametrize("extra", [["--amp", "--amp-dtype", "bfloat16", "--channels-last"], ["--crop-pct", "1.0"]])
+def test_every_mode_evaluates(arguments, extra):
+    assert run([*arguments, *extra])["images"] == 15
+
+
+def test_a_run_folder_s_args_yaml_is_a_config(checkpoint, capsys):
+    argv = ["--config", str(checkpoint.parent / "args.yaml"), "--checkpoint", str(checkpoint)]
+    assert main(argv) == 0
+    assert "15 images" in capsys.readouterr().out
+
+
+def test_a_raw_file_is_evaluated_as_such(arguments, checkpoint, tmp_path):
+    torch.save(load(checkpoint)["state_dict"], tmp_path / "raw.pth")
+    assert run([*arguments, "--checkpoint", str(tmp_path / "raw.pth")])["weights"] == "raw"
+
+
+def test_a_checkpoint_that_does_not_fit(arguments, tmp_path, fails):
+    assert "none.pth does not exist" in fails(main, [*arguments, "--checkpoint", str(tmp_path / "none.pth")])
+    line = fails(main, [*arguments, "--model", "resnet18"])
+    assert "last.pth.tar" in line and "does not fit" in line
+    (tmp_path / "half.pth").write_bytes(b"PK")
+    assert "half.pth" in fails(main, [*arguments, "--checkpoint", str(tmp_path / "half.pth")])
+
+
+@pytest.mark.slow
+def test_two_processes_count_fifteen_images(arguments, command, tmp_path):
+    alone = run(arguments)
+    argv = [*arguments, "--results-file", str(tmp_path / "two.json")]
+    subprocess.run(**command("validate.py", argv, processes=2), check=True, capture_output=True)
+    both = json.loads((tmp_path / "two.json").read_text())
+    assert both["images"] == 15
+    for key in ("top1", "top5", "loss"):
+        assert both[key] == pytest.approx(alone[key], rel=1e-6)
