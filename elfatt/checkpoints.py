@@ -2,7 +2,8 @@
 
 Names follow microsoft/Swin-Transformer (swin_transformer.py), microsoft/CSWin-Transformer (cswin.py),
 LeapLabTHU/FLatten-Transformer (flatten_swin.py, flatten_cswin.py), LeapLabTHU/Agent-Attention (agent_swin.py,
-agent_cswin.py) and timm (swin_transformer.py). Another one is another row of ``NAMINGS``.
+agent_cswin.py) and timm (swin_transformer.py). Another one is another row of ``NAMINGS``. Microsoft's CSWin-T and -B are
+not as deep as this paper's: build ours with ``depths=(1, 2, 21, 1)`` or ``(2, 4, 32, 2)`` for their weights.
 """
 
 from __future__ import annotations
@@ -86,14 +87,14 @@ NAMINGS = (
     Naming("timm Swin", (r"^layers\.1\.downsample\.",), TIMM_SWIN),
 )
 
-# learned position tables: interpolation, and how the map lies in the table
+# learned position tables: interpolation, and the axis of the channels once the table is maps of four axes
 POSITIONS = {
-    "relative_position_bias_table": ("bicubic", "tokens"),
-    "positional_encoding": ("bicubic", "tokens"),
-    "ah_bias": ("bilinear", "channels first"),
-    "aw_bias": ("bilinear", "channels first"),
-    "ha_bias": ("bilinear", "channels last"),
-    "wa_bias": ("bilinear", "channels last"),
+    "relative_position_bias_table": ("bicubic", 3),
+    "positional_encoding": ("bicubic", 3),
+    "ah_bias": ("bilinear", 1),
+    "aw_bias": ("bilinear", 1),
+    "ha_bias": ("bilinear", 3),
+    "wa_bias": ("bilinear", 3),
 }
 
 
@@ -195,14 +196,13 @@ def convert_state_dict(state_dict: StateDict, model: nn.Module) -> tuple[StateDi
     paired = {name.partition(".attns.1.")[0] for name in foreign if ".attns.1." in name}
     converted: StateDict = {}
     for key, name in old.items():
-        new = name
         if naming.rules and name.partition(".attns.0.")[0] not in paired:
-            new = name.replace(".attns.0.", ".attns.")
+            name = name.replace(".attns.0.", ".attns.")
         for pattern, replacement in naming.rules:
-            new = re.sub(pattern, replacement, new)
-        if new in converted:
-            raise ValueError(f"two tensors of the checkpoint are called {new}: {key} is one of them")
-        converted[new] = state_dict[key]
+            name = re.sub(pattern, replacement, name)
+        if name in converted:
+            raise ValueError(f"two tensors of the checkpoint are called {name}: {key} is one of them")
+        converted[name] = state_dict[key]
     return converted, naming.source
 
 
@@ -216,15 +216,13 @@ def _read(path: Path) -> object:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files fail in many ways
-        unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        if unsafe:
-            raise ValueError(
-                f"{path} holds more than tensors ({unsafe[1]}), and reading that can run code: if you trust it, save "
-                "its tensors alone with torch.save({'state_dict': ...}) and load that file"
-            ) from error
-        raise ValueError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__}): download or copy it again"
-        ) from error
+        reason = f"is damaged or no checkpoint ({type(error).__name__}): download or copy it again"
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = (
+                f"holds more than tensors ({unsafe[1]}), and reading that can run code: if you trust it, save its "
+                "tensors alone with torch.save({'state_dict': ...}) and load that file"
+            )
+        raise ValueError(f"{path} {reason}") from error
 
 
 def _unwrap(content: object, use_ema: bool, path: str | Path) -> tuple[StateDict, str]:
@@ -254,22 +252,18 @@ def _resize(key: str, table: torch.Tensor, model: nn.Module, own: torch.Tensor) 
     owner, _, name = key.rpartition(".")
     if name not in POSITIONS or table.shape == own.shape or table.ndim != own.ndim:
         return table
-    mode, layout = POSITIONS[name]
-    if layout == "tokens":
-        (tokens, channels), wanted = table.shape[-2:], own.shape[-2]
+    mode, channels = POSITIONS[name]
+    if own.ndim == 5:
+        maps, size = table[0], own[0].movedim(channels, 1).shape[-2:]
+    else:  # tokens of a map
+        tokens, wanted = table.shape[-2], own.shape[-2]
         side = math.isqrt(tokens)
         size = getattr(model.get_submodule(owner), "feat_size", 2 * (math.isqrt(wanted),))
         if side**2 != tokens or math.prod(size) != wanted:
             return table
-        planes = table.reshape(1, side, side, channels)
-    else:
-        planes, size = table[0], own.shape[-2:] if layout == "channels first" else own.shape[-3:-1]
-    if layout != "channels first":
-        planes = planes.permute(0, 3, 1, 2)
-    planes = resize_positions(planes, size, mode)
-    if layout != "channels first":
-        planes = planes.permute(0, 2, 3, 1)
-    return planes.reshape(own.shape) if planes.numel() == own.numel() else table
+        maps = table.reshape(1, side, side, -1)
+    maps = resize_positions(maps.movedim(channels, 1), size, mode).movedim(1, channels)
+    return maps.reshape(own.shape) if maps.numel() == own.numel() else table
 
 
 def _summary(groups: dict[str, Sequence[str]]) -> str:

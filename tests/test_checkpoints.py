@@ -358,11 +358,12 @@ def test_published_sizes_convert_with_nothing_left_over(name, img_size, size):
     assert {key: t.shape for key, t in converted.items()} == {key: t.shape for key, t in own.items()}
 
 
-def test_full_cswin_tiny_loads_every_tensor(tmp_path):
-    stages = plan("cswin_local", model_options("cswin_tiny_local"), 224)
+@pytest.mark.parametrize("depths", [(2, 4, 18, 1), (1, 2, 21, 1)])  # the paper's, and the one Microsoft published
+def test_full_cswin_tiny_loads_every_tensor(depths, tmp_path):
+    stages = plan("cswin_local", model_options("cswin_tiny_local") | {"depths": depths}, 224)
     state = {key: torch.randn(shape) for key, shape in cswin_shapes(stages, 1000).items()}
     torch.save({"state_dict_ema": state}, tmp_path / "cswin.pth")
-    model = timm.create_model("cswin_tiny_local")
+    model = timm.create_model("cswin_tiny_local", depths=depths)
     report = load_checkpoint(model, tmp_path / "cswin.pth")
     assert (report.source, report.weights, report.matched) == ("microsoft CSWin", "ema", len(state))
     assert torch.equal(model.stages[2].blocks[17].attn.lepe_horizontal.weight, state["stage3.17.attns.1.get_v.weight"])
