@@ -2,8 +2,10 @@
 
 Names follow microsoft/Swin-Transformer (swin_transformer.py), microsoft/CSWin-Transformer (cswin.py),
 LeapLabTHU/FLatten-Transformer (flatten_swin.py, flatten_cswin.py), LeapLabTHU/Agent-Attention (agent_swin.py,
-agent_cswin.py) and timm (swin_transformer.py). Another one is another row of ``NAMINGS``. Microsoft's CSWin-T and -B are
-not as deep as this paper's: build ours with ``depths=(1, 2, 21, 1)`` or ``(2, 4, 32, 2)`` for their weights.
+agent_cswin.py) and timm (swin_transformer.py). Another one is another row of ``NAMINGS``.
+
+Microsoft's CSWin-T and -B have other depths than this paper's: build ours with ``depths=(1, 2, 21, 1)`` or
+``(2, 4, 32, 2)`` for their weights.
 """
 
 from __future__ import annotations
