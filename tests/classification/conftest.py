@@ -78,14 +78,12 @@ def options(data_dir, tmp_path):
 
 @pytest.fixture
 def command():
-    """Builds a subprocess' arguments and environment: one thread, no GPU; `processes` > 1 goes through torchrun."""
+    """Builds a subprocess of a Python program or a script of the repository: one thread, no GPU."""
 
-    def build(program: str, options: list[str], processes: int = 1) -> dict:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        launch = launch if processes > 1 else []
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        args = [sys.executable, *launch, f"classification/{program}", *options]
-        return {"args": args, "env": env, "cwd": ROOT, "text": True}
+    def build(program: str, *arguments: object, **env: str) -> dict:
+        interpreter = sys.executable if program.endswith(".py") else "bash"
+        args = [interpreter, str(ROOT / program), *map(str, arguments)]
+        return {"args": args, "env": {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}}
 
     return build
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader
 
 from classification.config import UserError, parse_args
@@ -229,3 +230,22 @@ def test_images_of_any_mode_become_rgb(tmp_path):
     samples = Samples(open_split(parse_args(argv, True), False, 5), np.asarray, seed=0)
     shapes = {item[0].shape for item in DataLoader(samples, sampler=EpochSampler(5, World(CPU)), batch_size=None)}
     assert shapes == {(7, 9, 3)}
+
+
+def test_the_gpu_path_gives_the_same_batches(options, data_dir, monkeypatch):
+    """On a GPU timm's prefetcher normalizes; here it does so on the CPU."""
+    args = parse_args(options("--aa", "rand-m9-mstd0.5-inc1"), train=True)
+    config = data_config(args, build_model(args))
+    monkeypatch.setattr(
+        "classification.data.PrefetchLoader", lambda *given, device, **more: PrefetchLoader(*given, device=CPU, **more)
+    )
+    for train in (True, False):
+        batches = []
+        for device in (CPU, torch.device("cuda")):
+            loader = Loader(open_split(args, train, 3), args, config, World(device), BrokenImages(0), train)
+            loader.seek(1, batch=1)
+            batches.append(list(loader))
+            assert len(loader) == (3 if train else 2)
+        for (images, labels), (same, same_labels) in zip(*batches, strict=True):
+            torch.testing.assert_close(images, same, rtol=1e-5, atol=1e-5)
+            assert labels.tolist() == same_labels.tolist()

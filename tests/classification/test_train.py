@@ -50,7 +50,7 @@ def test_a_killed_and_resumed_run_ends_bit_identical(options, command, tmp_path,
     assert main(options(*extra, "--workers", workers, experiment="whole")) == 0
 
     killed = options(*extra, "--workers", workers, experiment="killed")
-    process = subprocess.Popen(**command("train.py", killed), stdout=subprocess.PIPE)
+    process = subprocess.Popen(**command("classification/train.py", *killed), stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "epoch 1: batch 6/12" in line:
             os.kill(process.pid, signal.SIGKILL)  # in mid-epoch, after the save at batch 4 and maybe the next

@@ -96,10 +96,12 @@ def test_a_checkpoint_that_does_not_fit(arguments, tmp_path, fails):
 
 
 @pytest.mark.slow
-def test_two_processes_count_fifteen_images(arguments, command, tmp_path):
+def test_two_processes_count_fifteen_images(arguments, command, data_dir, checkpoint, tmp_path):
     alone = run(arguments)
-    argv = [*arguments, "--results-file", str(tmp_path / "two.json")]
-    subprocess.run(**command("validate.py", argv, processes=2), check=True, capture_output=True)
+    (tmp_path / "config.yaml").write_text("model: cswin_nano_elfatt\n")
+    script = command("scripts/evaluate_imagenet.sh", "config.yaml", data_dir, checkpoint, *arguments, NGPUS="2")
+    script["args"] += ["--results-file", "two.json"]
+    subprocess.run(**script | {"cwd": tmp_path}, check=True, capture_output=True)
     both = json.loads((tmp_path / "two.json").read_text())
     assert both["images"] == 15
     for key in ("top1", "top5", "loss"):

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Runs a program of this repository on every GPU, through torchrun.
+set -euo pipefail
+
+if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
+    cat <<'USAGE'
+usage: bash scripts/torchrun.sh PROGRAM [OPTIONS...]
+
+  PROGRAM  relative to the repository, e.g. classification/train.py
+
+environment:
+  NGPUS        processes on this node (default: the GPUs that PyTorch sees, or 1)
+  NNODES       nodes (default: 1)
+  NODE_RANK    number of this node, from 0 (needed where NNODES > 1)
+  MASTER_ADDR  address of node 0 (needed where NNODES > 1)
+  MASTER_PORT  free port of node 0 (default: 29500)
+USAGE
+    [[ $# -ge 1 ]] && exit 0 || exit 2
+fi
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=python
+[[ -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
+program=$root/$1
+shift
+
+: "${NGPUS:=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+: "${NNODES:=1}"
+if [[ $NNODES -gt 1 ]]; then
+    : "${NODE_RANK:?NNODES=$NNODES needs NODE_RANK}" "${MASTER_ADDR:?NNODES=$NNODES needs MASTER_ADDR}"
+    place=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
+        --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+else
+    place=(--standalone)
+fi
+exec "$python" -m torch.distributed.run "${place[@]}" --nproc-per-node "$NGPUS" "$program" "$@"

@@ -1,0 +1,64 @@
+"""The shell scripts: usage, and the command that they hand to torchrun."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("torchrun.sh", "train_imagenet.sh", "finetune_imagenet_384.sh", "evaluate_imagenet.sh")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The scripts beside a Python that sees four GPUs and prints what it is asked to run."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/bash\n[[ $1 == -c ]] && echo 4 && exit\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    return tmp_path
+
+
+def run(checkout, name, *arguments, **env):
+    script = str(checkout / "scripts" / name)
+    return subprocess.run(
+        ["bash", script, *arguments], env={"PATH": "/usr/bin:/bin", **env}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_usage(checkout, name):
+    for arguments, code in ((["--help"], 0), ([], 2)):
+        result = run(checkout, name, *arguments)
+        assert result.returncode == code and result.stdout.startswith(f"usage: bash scripts/{name} ")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "command"),
+    [
+        ("train_imagenet.sh", ["a b", "D"], "train.py --config a b --data-dir D"),
+        ("finetune_imagenet_384.sh", ["C", "D", "W"], "train.py --config C --data-dir D --initial-checkpoint W"),
+        ("evaluate_imagenet.sh", ["C", "D", "W"], "validate.py --config C --data-dir D --checkpoint W"),
+    ],
+)
+def test_all_gpus_and_further_options(checkout, name, given, command):
+    lines = run(checkout, name, *given, "--lr", "1").stdout.splitlines()
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node 4 {checkout}/classification/"
+    assert " ".join(lines) == f"{launch}{command} --lr 1"
+    assert ("a b" in lines) == ("a b" in given)  # one argument
+
+
+def test_several_nodes(checkout):
+    env = {"NGPUS": "8", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host"}
+    place = "--nnodes 2 --node-rank 1 --master-addr host --master-port 29500 --nproc-per-node 8"
+    assert place in " ".join(run(checkout, "train_imagenet.sh", "C", "D", **env).stdout.splitlines())
+    del env["NODE_RANK"]
+    result = run(checkout, "train_imagenet.sh", "C", "D", **env)
+    assert result.returncode != 0 and "NNODES=2 needs NODE_RANK" in result.stderr
+
+
+def test_slurm_template_is_valid_bash():
+    for script in (ROOT / "scripts").rglob("*imagenet*"):
+        subprocess.run(["bash", "-n", script], check=True)
