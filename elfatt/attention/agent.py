@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from elfatt.attention.base import QKVAttention, check_positive, split_qkv
@@ -75,6 +74,5 @@ class AgentAttention(QKVAttention):
 
 def _compose(grid, rows, columns, size):
     """Sum of a coarse map, a bias per row and one per column: ``[heads, agents², H * W]``."""
-    rows = resize_positions(rows, (size[0], 1), "bilinear")
-    columns = resize_positions(columns, (1, size[1]), "bilinear")
-    return (F.interpolate(grid, size=size, mode="bilinear") + rows + columns).flatten(2)
+    shapes = ((grid, size), (rows, (size[0], 1)), (columns, (1, size[1])))
+    return sum(resize_positions(table, shape, "bilinear") for table, shape in shapes).flatten(2)

@@ -20,9 +20,7 @@ class QKVAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"dim={dim} cannot be split into num_heads={num_heads}: choose a divisor of {dim}"
-            )
+            raise ValueError(f"dim={dim} cannot be split into num_heads={num_heads}: choose a divisor of {dim}")
         self.dim = dim
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)

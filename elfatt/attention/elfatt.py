@@ -39,9 +39,7 @@ class ELFATT(QKVAttention):
         super().__init__(dim, num_heads)
         check_positive(block_size=block_size)
         if not 0 <= channel_split <= 1:
-            raise ValueError(
-                f"channel_split={channel_split} must lie between 0 (all local) and 1 (all global)"
-            )
+            raise ValueError(f"channel_split={channel_split} must lie between 0 (all local) and 1 (all global)")
         self.block_size = block_size
         self.global_channels = round(dim * channel_split)
         widths = (self.global_channels, dim - self.global_channels)

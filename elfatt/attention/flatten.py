@@ -54,7 +54,5 @@ class FocusedLinearAttention(QKVAttention):
         tokens = (x.flatten(1, 2) for x in (q, k, v))
         q, k, values = tokens
         out = focused_attention(q, k + positions, values, self.scale, num_heads=self.num_heads).view(v.shape)
-        out = out + depthwise_conv(
-            v, *(x.repeat(self.num_heads, *[1] * (x.ndim - 1)) for x in self.dwc.kernel)
-        )
+        out = out + depthwise_conv(v, *(x.repeat(self.num_heads, *[1] * (x.ndim - 1)) for x in self.dwc.kernel))
         return out if self.lepe is None else out + depthwise_conv(v, *kernel_of(self.lepe))

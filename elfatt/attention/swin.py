@@ -36,9 +36,7 @@ class SwinAttention(QKVAttention):
         self.shifted = shifted
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer(
-            "relative_position_index", relative_position_index(window_size), persistent=False
-        )
+        self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend over a map ``[B, H, W, C]`` of any height and width."""

@@ -26,6 +26,4 @@ class VanillaAttention(QKVAttention):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
-        return block_attention(
-            *split_qkv(qkv), num_heads=self.num_heads, block=(0, 0), lepe=kernel_of(self.lepe)
-        )
+        return block_attention(*split_qkv(qkv), num_heads=self.num_heads, block=(0, 0), lepe=kernel_of(self.lepe))

@@ -116,9 +116,7 @@ def _register(name: str) -> None:
         )
 
     entry_point.__name__ = entry_point.__qualname__ = name
-    entry_point.__doc__ = (
-        f"{shell.__name__} of the paper's tables; keywords override ``model_options({name!r})``."
-    )
+    entry_point.__doc__ = f"{shell.__name__} of the paper's tables; keywords override ``model_options({name!r})``."
     register_model(entry_point)
 
 

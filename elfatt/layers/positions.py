@@ -50,4 +50,5 @@ def resize_positions(table: torch.Tensor, size: tuple[int, int], mode: str) -> t
     """
     if tuple(table.shape[-2:]) == tuple(size):
         return table
-    return F.interpolate(table.float(), size=tuple(size), mode=mode).to(table.dtype)
+    wide = torch.promote_types(table.dtype, torch.float32)
+    return F.interpolate(table.to(wide), size=tuple(size), mode=mode).to(table.dtype)

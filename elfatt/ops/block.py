@@ -62,8 +62,6 @@ def _reference(q, k, v, num_heads, block, lepe):
     for i in range(0, h, bh):
         for j in range(0, w, bw):
             tokens = [x[:, i : i + bh, j : j + bw] for x in padded]
-            one = softmax_attention(*(x.reshape(b, bh * bw, num_heads, -1) for x in tokens)).reshape(
-                b, bh, bw, c
-            )
+            one = softmax_attention(*(x.reshape(b, bh * bw, num_heads, -1) for x in tokens)).reshape(b, bh, bw, c)
             out[:, i : i + bh, j : j + bw] = one if lepe is None else one + depthwise_conv(tokens[2], *lepe)
     return out[:, :h, :w]

@@ -60,9 +60,7 @@ def has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def can_run_flash_attn(
-    q: torch.Tensor, bias: torch.Tensor | None = None, *, raise_error: bool = False
-) -> bool:
+def can_run_flash_attn(q: torch.Tensor, bias: torch.Tensor | None = None, *, raise_error: bool = False) -> bool:
     """Whether the flash-attn package can take these tensors.
 
     Args:
@@ -92,5 +90,4 @@ def can_run_flash_attn(
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:
     """Context in which products on the device of ``x`` keep the dtypes they are given."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -51,9 +51,7 @@ def elfatt_attention(
     branches = []
     if global_channels:
         branches.append(
-            global_branch(
-                *(x[..., :global_channels] for x in (q, k, v)), num_heads=num_heads[0], lepe=lepe_global
-            )
+            global_branch(*(x[..., :global_channels] for x in (q, k, v)), num_heads=num_heads[0], lepe=lepe_global)
         )
     if global_channels < channels:
         local = (x[..., global_channels:] for x in (q, k, v))

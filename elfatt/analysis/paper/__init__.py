@@ -50,7 +50,9 @@ def classification_model(number: int, row: dict[str, str]) -> tuple[str, dict]:
     if number == 1 and row["attention"]:
         return f"{row['backbone']}_{row['attention']}", {"img_size": int(row["resolution"])}
     if number == 2:
-        return "cswin_tiny_elfatt", {"block_size": [isqrt(int(row[f"tokens_per_block_level{i}"])) for i in (1, 2, 3, 4)]}
+        return "cswin_tiny_elfatt", {
+            "block_size": [isqrt(int(row[f"tokens_per_block_level{i}"])) for i in (1, 2, 3, 4)]
+        }
     base = {"block_size": 14}
     if number == 3:
         name = "cswin_tiny_global" if "GLOBAL" in row["model"] else "cswin_tiny_elfatt"

@@ -1,0 +1,220 @@
+"""The timm entry points: what timm's generic model tests ask for, any image size, every backend."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+import elfatt
+from elfatt.ops import use_backend
+
+SMALL = {"embed_dim": 16, "depths": (1, 2, 2, 1), "num_heads": (2, 2, 4, 4), "img_size": 64, "num_classes": 5}
+TINY = [name for name in elfatt.list_models() if "_tiny_" in name]
+
+
+def small(name, **options):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL, **options}).eval()
+
+
+def on_meta(name, **options):
+    with torch.device("meta"):
+        return timm.create_model(name, **options).eval()
+
+
+def test_all_models_of_the_paper_are_registered():
+    sizes, mechanisms = (
+        ("swin_tiny", "swin_base", "cswin_tiny", "cswin_base"),
+        (
+            "elfatt",
+            "effatt",
+            "global",
+            "local",
+            "agent",
+            "flatten",
+        ),
+    )
+    expected = {f"{size}_{mechanism}" for size in sizes for mechanism in mechanisms}
+    assert set(elfatt.list_models()) == expected | {"cswin_nano_elfatt", "swin_nano_elfatt"}
+    assert set(elfatt.list_models()) <= set(timm.list_models())
+
+
+@pytest.mark.parametrize("name", elfatt.list_models())
+def test_any_image_size_on_meta(name):
+    model = on_meta(name)
+    for size in ((32, 32), (127, 333), (512, 2048)):
+        assert model(torch.empty(1, 3, *size, device="meta")).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("name", elfatt.list_models())
+def test_default_cfg_names_real_parameters(name):
+    model = on_meta(name)
+    cfg, state = model.default_cfg, model.state_dict()
+    assert cfg["classifier"] + ".weight" in state
+    assert cfg["first_conv"] + ".weight" in state
+    features = model.forward_features(torch.empty(1, *cfg["input_size"], device="meta"))
+    assert features.shape == (1, *cfg["pool_size"], model.num_features)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("size", [(32, 32), (47, 90)], ids=str)
+def test_forward_and_every_gradient_at_any_size(name, size):
+    model = small(name, drop_path_rate=0.1).train()
+    out = model(torch.randn(2, 3, *size))
+    assert out.shape == (2, 5)
+    out.square().mean().backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_whole_model_equals_float64_under_every_backend(name):
+    model = small(name)
+    x = torch.randn(2, 3, 72, 56, generator=torch.Generator().manual_seed(0))
+
+    def outputs(model, x):
+        model = copy.deepcopy(model)
+        out = model(x)
+        out.square().sum().backward()
+        return [out.detach()] + [p.grad for p in model.parameters()]
+
+    with use_backend("reference"):
+        expected = outputs(copy.deepcopy(model).double(), x.double())
+    for backend in ("reference", "math", "sdpa", "auto"):
+        with use_backend(backend):
+            found = outputs(model, x)
+        for a, b in zip(found, expected, strict=True):
+            assert (a.double() - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1), backend
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", TINY)
+def test_whole_model_in_low_precision(name, dtype):
+    """At most twice the error that PyTorch's own low precision makes with the formula as it stands."""
+    model = small(name)
+    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), use_backend("reference"):
+        expected = copy.deepcopy(model).double()(x.double())
+        plain = copy.deepcopy(model).to(dtype)(x.to(dtype))
+    with torch.no_grad():
+        found = copy.deepcopy(model).to(dtype)(x.to(dtype))
+    assert (found.double() - expected).norm() <= 2 * (plain.double() - expected).norm()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_feature_maps(name):
+    model = small(name, features_only=True)
+    assert model.feature_info.channels() == [16, 32, 64, 128]
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    maps = model(torch.randn(2, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(2, 16, 16, 24), (2, 32, 8, 12), (2, 64, 4, 6), (2, 128, 2, 3)]
+    chosen = small(name, features_only=True, out_indices=(1, 2))
+    assert [m.shape[1] for m in chosen(torch.randn(1, 3, 64, 64))] == [32, 64]
+
+
+def test_forward_intermediates_agree_with_the_model():
+    model = small("cswin_tiny_elfatt")
+    x = torch.randn(1, 3, 64, 64)
+    final, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    torch.testing.assert_close(model.forward_head(final), model(x))
+    normed = model.forward_intermediates(x, indices=1, norm=True, output_fmt="NHWC", intermediates_only=True)
+    torch.testing.assert_close(normed[0], final)
+    early, some = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
+    torch.testing.assert_close(some[1], maps[1])
+    assert early.shape == (1, 8, 8, 32)
+    with pytest.raises(ValueError, match="output_fmt='NLC'"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_pruning_keeps_the_chosen_stages():
+    model = small("cswin_tiny_elfatt")
+    x = torch.randn(1, 3, 64, 64)
+    expected = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
+    assert model.prune_intermediate_layers([1]) == [1]
+    assert len(model.stages) == 2
+    torch.testing.assert_close(model(x), expected.permute(0, 2, 3, 1))
+
+
+def test_classifier_can_be_replaced_and_removed():
+    model = small("swin_tiny_local")
+    x = torch.randn(2, 3, 64, 64)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    assert model.get_classifier().out_features == 7
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.num_features)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.num_features)
+    model.reset_classifier(0, "")
+    assert model(x).shape == (2, 2, 2, model.num_features)
+
+
+@pytest.mark.parametrize("name", ["cswin_tiny_elfatt", "swin_tiny_agent", "cswin_tiny_flatten", "swin_tiny_local"])
+def test_gradient_checkpointing_changes_no_gradient(name):
+    model = small(name).train()
+    x = torch.randn(2, 3, 64, 64)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_drop_path_grows_to_the_rate_of_the_last_block():
+    model = small("cswin_tiny_elfatt", drop_path_rate=0.3)
+    rates = [getattr(block.drop_path1, "drop_prob", 0) for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0, 0.06, 0.12, 0.18, 0.24, 0.3])
+
+
+def test_weight_decay_spares_position_bias_tables():
+    model = small("swin_tiny_local")
+    spared = model.no_weight_decay()
+    assert len(spared) == 6
+    assert all(name.endswith("relative_position_bias_table") for name in spared)
+
+
+def test_other_image_channels():
+    assert small("swin_tiny_elfatt", in_chans=1)(torch.randn(1, 1, 64, 64)).shape == (1, 5)
+
+
+def test_published_options_follow_the_training_resolution():
+    local = {side: on_meta("cswin_base_local", img_size=side) for side in (224, 384)}
+    assert [m.window_size for m in local.values()] == [[1, 2, 7, 7], [1, 2, 12, 12]]
+    assert on_meta("cswin_tiny_elfatt").block_size == [7, 7, 14, 14]
+    assert on_meta("cswin_base_elfatt", img_size=384).block_size == [24] * 4
+    assert on_meta("cswin_tiny_elfatt", img_size=512).block_size == [7, 7, 14, 14]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_graph_has_no_breaks(name):
+    torch.compiler.reset()
+    model = small(name)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"levels": "EEV"}, "must name 4 stages"),
+        ({"levels": "EEXV"}, "level 'X' does not describe 2 blocks"),
+        ({"levels": ("E", "E", "EVE", "V")}, "level 'EVE' does not describe 2 blocks"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"block_size": (7, 7, 7, 7, 7)}, "one per stage"),
+        ({"num_heads": (3, 3, 3, 3)}, "dim=16 cannot be split into num_heads=3"),
+        ({"stem": "pool"}, "unknown stem 'pool'"),
+    ],
+)
+def test_bad_values_are_named(options, words):
+    with pytest.raises((ValueError, KeyError), match=words):
+        small("cswin_tiny_elfatt", **options)
+
+
+def test_an_image_too_small_is_named():
+    with pytest.raises(ValueError, match="1x1 pixels gives no token: use at least 3x3"):
+        small("cswin_tiny_elfatt")(torch.randn(1, 3, 1, 1))

@@ -1,0 +1,45 @@
+"""The package as a whole: imports run downward, stay light, and work without the optional libraries."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import elfatt
+
+PACKAGE = Path(elfatt.__file__).parent
+ORDER = ["ops", "layers", "attention", "backbones", "checkpoints", "integrations", "analysis"]
+OPTIONAL = {"mmengine", "mmcv", "mmseg", "mmdet", "diffusers", "flash_attn", "triton", "matplotlib", "sklearn"}
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downward(path):
+    layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if layer not in ORDER:
+        return
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "elfatt" and len(parts) > 1:
+            assert ORDER.index(parts[1]) <= ORDER.index(layer), f"{path} imports {name}"
+
+
+def test_no_optional_library_is_imported():
+    code = "import sys, elfatt, timm; print(*sorted(m.split('.')[0] for m in sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    light = {m for m in OPTIONAL & set(found) if m not in ("triton",)}  # torch itself imports triton where it exists
+    assert not light
+
+
+def test_version_is_the_one_of_the_project():
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert f'version = "{elfatt.__version__}"' in text
