@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from elfatt.attention.base import QKVAttention, check_positive, split_qkv
+from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
 from elfatt.layers.lepe import LePE, kernel_of
 from elfatt.layers.positions import resize_positions
@@ -57,7 +57,7 @@ class AgentAttention(QKVAttention):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
-        q, k, v = split_qkv(qkv)
+        q, k, v = unpack(qkv).unbind(3)
         size = tuple(q.shape[1:3])
         broadcast = (bias[0].permute(0, 3, 1, 2) for bias in (self.ha_bias, self.wa_bias))
         out = agent_attention(

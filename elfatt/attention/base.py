@@ -37,9 +37,9 @@ class QKVAttention(nn.Module):
         raise NotImplementedError
 
 
-def split_qkv(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of q, k and v, each ``[B, H, W, C]``, into the packed ``[B, H, W, 3C]``."""
-    return qkv.chunk(3, dim=-1)
+def unpack(qkv: torch.Tensor) -> torch.Tensor:
+    """View of the packed ``[B, H, W, 3C]`` as ``[B, H, W, 3, C]``."""
+    return qkv.unflatten(-1, (3, -1))
 
 
 def check_positive(**values: int) -> None:

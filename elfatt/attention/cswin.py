@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from elfatt.attention.base import QKVAttention, check_positive, split_qkv
+from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
 from elfatt.layers.lepe import LePE, kernel_of
 from elfatt.ops import block_attention
@@ -34,11 +34,11 @@ class CSWinAttention(QKVAttention):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``, channels [vertical, horizontal]."""
-        halves = zip(*(x.chunk(2, dim=-1) for x in split_qkv(qkv)), strict=True)
+        halves = unpack(qkv).chunk(2, dim=-1)
         stripes = ((0, self.stripe), self.lepe_vertical), ((self.stripe, 0), self.lepe_horizontal)
         return torch.cat(
             [
-                block_attention(*half, num_heads=self.num_heads // 2, block=block, lepe=kernel_of(lepe))
+                block_attention(half, num_heads=self.num_heads // 2, block=block, lepe=kernel_of(lepe))
                 for half, (block, lepe) in zip(halves, stripes, strict=True)
             ],
             dim=-1,

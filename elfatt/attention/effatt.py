@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from elfatt.attention.base import QKVAttention, split_qkv
+from elfatt.attention.base import QKVAttention, unpack
 from elfatt.attention.registry import register_attention
 from elfatt.layers.lepe import LePE, kernel_of
 from elfatt.ops import global_branch
@@ -26,4 +26,4 @@ class EFFATT(QKVAttention):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
-        return global_branch(*split_qkv(qkv), num_heads=self.num_heads, lepe=kernel_of(self.lepe))
+        return global_branch(unpack(qkv), num_heads=self.num_heads, lepe=kernel_of(self.lepe))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from elfatt.attention.base import QKVAttention, check_positive, split_qkv
+from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
 from elfatt.layers.lepe import LePE, kernel_of
 from elfatt.layers.positions import resize_positions
@@ -48,7 +48,7 @@ class FocusedLinearAttention(QKVAttention):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
-        q, k, v = split_qkv(qkv)
+        q, k, v = unpack(qkv).unbind(3)
         table = self.positional_encoding.transpose(1, 2).unflatten(2, self.feat_size)
         positions = resize_positions(table, k.shape[1:3], "bicubic").flatten(2).transpose(1, 2)
         tokens = (x.flatten(1, 2) for x in (q, k, v))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from elfatt.attention.base import QKVAttention, split_qkv
+from elfatt.attention.base import QKVAttention, unpack
 from elfatt.attention.registry import register_attention
 from elfatt.layers.lepe import LePE, kernel_of
 from elfatt.ops import block_attention
@@ -26,4 +26,4 @@ class VanillaAttention(QKVAttention):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
-        return block_attention(*split_qkv(qkv), num_heads=self.num_heads, block=(0, 0), lepe=kernel_of(self.lepe))
+        return block_attention(unpack(qkv), num_heads=self.num_heads, block=(0, 0), lepe=kernel_of(self.lepe))

@@ -7,20 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from elfatt.ops.depthwise import Kernel, depthwise_conv
+from elfatt.ops.depthwise import Kernel, add_lepe, depthwise_conv
 from elfatt.ops.dispatch import use_reference
 from elfatt.ops.geometry import fit_block, from_blocks, to_blocks
 from elfatt.ops.softmax import softmax_attention
 
 
 def block_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    num_heads: int,
-    block: tuple[int, int],
-    lepe: Kernel | None = None,
+    qkv: torch.Tensor, *, num_heads: int, block: tuple[int, int], lepe: Kernel | None = None
 ) -> torch.Tensor:
     """Attention within non-overlapping blocks; LePE sees zeros beyond its block.
 
@@ -28,9 +22,7 @@ def block_attention(
     takes part without a mask. A block at least as large as the map is the map.
 
     Args:
-        q: Queries ``[B, H, W, C]``, any strides; ``k`` and ``v`` alike.
-        k: Keys.
-        v: Values.
+        qkv: Queries, keys and values ``[B, H, W, 3, C]``, any strides.
         num_heads: Heads, a divisor of C.
         block: Height and width of a block in tokens; 0 stands for the whole side.
         lepe: Depthwise kernels ``[C, 1, 3, 3]`` and bias ``[C]``, or None.
@@ -38,30 +30,27 @@ def block_attention(
     Returns:
         ``[B, H, W, C]``.
     """
-    size = q.shape[1:3]
-    block = fit_block(block, size)
+    size = qkv.shape[1:3]
+    return from_blocks(attend_blocks(qkv, num_heads=num_heads, block=fit_block(block, size), lepe=lepe), size)
+
+
+def attend_blocks(qkv: torch.Tensor, *, num_heads: int, block: tuple[int, int], lepe: Kernel | None) -> torch.Tensor:
+    """``block_attention`` before its blocks are put together: ``[B * rows * columns, bh, bw, C]``."""
     if use_reference():
-        return _reference(q, k, v, num_heads, block, lepe)
-    return from_blocks(attend_blocks(q, k, v, num_heads=num_heads, block=block, lepe=lepe), size)
+        return _reference(qkv, num_heads, block, lepe)
+    q, k, v = (to_blocks(x, block) for x in qkv.unbind(3))
+    tokens = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)) for x in (q, k, v))
+    return add_lepe(softmax_attention(*tokens).reshape(v.shape), v, lepe)
 
 
-def attend_blocks(q, k, v, *, num_heads, block, lepe) -> torch.Tensor:
-    """``block_attention`` before the blocks are put together: ``[B * rows * columns, bh, bw, C]``."""
-    q, k, v = (to_blocks(x, block) for x in (q, k, v))
-    out = softmax_attention(*(x.flatten(1, 2).unflatten(-1, (num_heads, -1)) for x in (q, k, v)))
-    out = out.reshape(v.shape)
-    return out if lepe is None else out + depthwise_conv(v, *lepe)
-
-
-def _reference(q, k, v, num_heads, block, lepe):
-    (bh, bw), (b, h, w, c) = block, q.shape
-    padded = [x.new_zeros(b, h + -h % bh, w + -w % bw, c) for x in (q, k, v)]
-    for target, x in zip(padded, (q, k, v), strict=True):
-        target[:, :h, :w] = x
-    out = torch.zeros_like(padded[0])
+def _reference(qkv, num_heads, block, lepe):
+    (bh, bw), (b, h, w, _, c) = block, qkv.shape
+    padded = qkv.new_zeros(b, h + -h % bh, w + -w % bw, 3, c)
+    padded[:, :h, :w] = qkv
+    out = []
     for i in range(0, h, bh):
         for j in range(0, w, bw):
-            tokens = [x[:, i : i + bh, j : j + bw] for x in padded]
-            one = softmax_attention(*(x.reshape(b, bh * bw, num_heads, -1) for x in tokens)).reshape(b, bh, bw, c)
-            out[:, i : i + bh, j : j + bw] = one if lepe is None else one + depthwise_conv(tokens[2], *lepe)
-    return out[:, :h, :w]
+            q, k, v = (x.squeeze(3) for x in padded[:, i : i + bh, j : j + bw].split(1, dim=3))
+            one = softmax_attention(*(x.reshape(b, bh * bw, num_heads, -1) for x in (q, k, v))).reshape(v.shape)
+            out.append(one if lepe is None else one + depthwise_conv(v, *lepe))
+    return torch.stack(out, dim=1).flatten(0, 1)

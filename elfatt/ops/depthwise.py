@@ -5,17 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from elfatt.ops.dispatch import use_reference, without_autocast
+from elfatt.ops.dispatch import is_slow_half, use_reference, without_autocast
 
-# without its vector instructions, a CPU convolves these one channel at a time; float32 is then many times faster
-_SLOW_ON_THIS_CPU = {
-    dtype
-    for dtype, is_fast in (
-        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported()),
-    )
-    if not is_fast
-}
 Kernel = tuple[torch.Tensor, torch.Tensor | None]  # weight [C, 1, k, k] and bias [C]
 
 
@@ -34,10 +25,16 @@ def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     """
     if use_reference():
         return _reference(x, weight, bias)
-    if x.device.type == "cpu" and x.dtype in _SLOW_ON_THIS_CPU:
+    if is_slow_half(x):
         with without_autocast(x):
             return _convolve(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return _convolve(x, weight, bias)
+
+
+def add_lepe(out: torch.Tensor, v: torch.Tensor, lepe: Kernel | None) -> torch.Tensor:
+    """``out + L(v)`` on maps ``[B, H, W, C]``, or ``out`` where there is no LePE."""
+    # in place of the convolution's result, which no backward pass needs
+    return out if lepe is None else depthwise_conv(v, *lepe).add_(out)
 
 
 def _convolve(x, weight, bias):

@@ -17,6 +17,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+# half precisions for which this CPU has no vector instructions
+_SLOW_ON_THIS_CPU = {
+    dtype
+    for dtype, is_fast in (
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    )
+    if not is_fast
+}
 BACKENDS = ("auto", "reference", "math", "sdpa", "flash_attn")
 _active = "auto"
 
@@ -91,3 +100,8 @@ def can_run_flash_attn(q: torch.Tensor, bias: torch.Tensor | None = None, *, rai
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:
     """Context in which products on the device of ``x`` keep the dtypes they are given."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def is_slow_half(x: torch.Tensor) -> bool:
+    """Whether a half-precision tensor is on a CPU whose convolutions and products are many times faster in float32."""
+    return x.device.type == "cpu" and x.dtype in _SLOW_ON_THIS_CPU

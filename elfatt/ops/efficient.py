@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from elfatt.ops.dispatch import use_reference
+from elfatt.ops.dispatch import is_slow_half, use_reference, without_autocast
 
 
 def efficient_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -22,6 +22,9 @@ def efficient_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
     """
     if use_reference():
         return _reference(q, k, v)
+    if is_slow_half(v):
+        with without_autocast(v):
+            return efficient_attention(q.float(), k.float(), v.float()).to(v.dtype)
     # an explicit dtype keeps autocast from storing the weights in float32; the sums run in float32 either way
     q = q.softmax(dim=-1, dtype=q.dtype)
     k = k.softmax(dim=1, dtype=k.dtype)

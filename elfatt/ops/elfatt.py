@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from elfatt.ops.block import block_attention
-from elfatt.ops.depthwise import Kernel, depthwise_conv
+from elfatt.ops.block import attend_blocks, block_attention
+from elfatt.ops.depthwise import Kernel, add_lepe
 from elfatt.ops.efficient import efficient_attention
+from elfatt.ops.geometry import cat_with_blocks, fit_block
 
 
 def elfatt_attention(
@@ -47,23 +48,20 @@ def elfatt_attention(
         if width and (heads < 1 or width % heads):
             raise ValueError(f"{width} {name} channels cannot be split into {heads} heads")
 
-    q, k, v = qkv.unflatten(-1, (3, channels)).unbind(3)
-    branches = []
-    if global_channels:
-        branches.append(
-            global_branch(*(x[..., :global_channels] for x in (q, k, v)), num_heads=num_heads[0], lepe=lepe_global)
-        )
-    if global_channels < channels:
-        local = (x[..., global_channels:] for x in (q, k, v))
-        block = (block_size, block_size)
-        branches.append(block_attention(*local, num_heads=num_heads[1], block=block, lepe=lepe_local))
-    return branches[0] if len(branches) == 1 else torch.cat(branches, dim=-1)
+    qkv = qkv.unflatten(-1, (3, channels))
+    bar, tilde = qkv.split((global_channels, channels - global_channels), dim=-1)
+    block = (block_size, block_size)
+    if global_channels == channels:
+        return global_branch(bar, num_heads=num_heads[0], lepe=lepe_global)
+    if global_channels == 0:
+        return block_attention(tilde, num_heads=num_heads[1], block=block, lepe=lepe_local)
+    out = global_branch(bar, num_heads=num_heads[0], lepe=lepe_global)
+    block = fit_block(block, qkv.shape[1:3])
+    return cat_with_blocks(out, attend_blocks(tilde, num_heads=num_heads[1], block=block, lepe=lepe_local))
 
 
-def global_branch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, num_heads: int, lepe: Kernel | None
-) -> torch.Tensor:
-    """Efficient attention over the whole map plus LePE; maps ``[B, H, W, C]`` to ``[B, H, W, C]``."""
+def global_branch(qkv: torch.Tensor, *, num_heads: int, lepe: Kernel | None) -> torch.Tensor:
+    """Efficient attention over the whole map plus LePE; ``[B, H, W, 3, C]`` to ``[B, H, W, C]``."""
+    q, k, v = qkv.unbind(3)
     tokens = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)) for x in (q, k, v))
-    out = efficient_attention(*tokens).reshape(v.shape)
-    return out if lepe is None else out + depthwise_conv(v, *lepe)
+    return add_lepe(efficient_attention(*tokens).reshape(v.shape), v, lepe)

@@ -20,31 +20,49 @@ def fit_block(block: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
 
 
 def pad_to_multiple(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Zero-pad ``[B, H, W, C]`` on the right and at the bottom to whole blocks; a view when nothing is missing."""
+    """Zero-pad ``[B, H, W, ...]`` on the right and at the bottom to whole blocks; untouched when nothing is missing."""
     bottom, right = -x.shape[1] % block[0], -x.shape[2] % block[1]
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+    return F.pad(x, (0, 0) * (x.ndim - 3) + (0, right, 0, bottom)) if bottom or right else x
 
 
 def to_blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """Cut a map into non-overlapping blocks, zero-padding what the block does not divide.
 
     Args:
-        x: Map ``[B, H, W, C]``.
+        x: Map ``[B, H, W, ...]``, any strides.
         block: Height and width of a block in tokens.
 
     Returns:
-        Blocks ``[B * rows * columns, bh, bw, C]`` in row-major order.
+        Blocks ``[B * rows * columns, bh, bw, ...]`` in row-major order; a view where one block is the whole map.
     """
     bh, bw = block
     x = pad_to_multiple(x, block)
-    b, h, w, c = x.shape
-    return x.view(b, h // bh, bh, w // bw, bw, c).transpose(2, 3).reshape(-1, bh, bw, c)
+    b, h, w, *channels = x.shape
+    return x.view(b, h // bh, bh, w // bw, bw, *channels).transpose(2, 3).reshape(-1, bh, bw, *channels)
 
 
 def from_blocks(blocks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Undo ``to_blocks``: blocks ``[B * rows * columns, bh, bw, C]`` to the map ``[B, H, W, C]``, padding cropped."""
-    h, w = size
+    x = _in_place(blocks, size)
+    _, rows, bh, columns, bw, c = x.shape
+    return x.reshape(-1, rows * bh, columns * bw, c)[:, : size[0], : size[1]]
+
+
+def cat_with_blocks(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Concatenate the channels of a map ``[B, H, W, C1]`` and of blocks: ``[B, H, W, C1 + C2]``.
+
+    Whole blocks go to their place within the concatenation, which saves a copy of them.
+    """
+    h, w = x.shape[1:3]
+    local = _in_place(blocks, (h, w))
+    _, rows, bh, columns, bw, _ = local.shape
+    if (rows * bh, columns * bw) != (h, w):
+        return torch.cat([x, from_blocks(blocks, (h, w))], dim=-1)
+    x = x.unflatten(2, (columns, bw)).unflatten(1, (rows, bh))
+    return torch.cat([x, local], dim=-1).view(-1, h, w, x.shape[-1] + blocks.shape[-1])
+
+
+def _in_place(blocks, size):
+    """View of blocks in the order of the padded map: ``[B, rows, bh, columns, bw, C]``."""
     _, bh, bw, c = blocks.shape
-    rows, columns = -(-h // bh), -(-w // bw)
-    x = blocks.view(-1, rows, columns, bh, bw, c).transpose(2, 3).reshape(-1, rows * bh, columns * bw, c)
-    return x[:, :h, :w]
+    return blocks.view(-1, -(-size[0] // bh), -(-size[1] // bw), bh, bw, c).transpose(2, 3)
