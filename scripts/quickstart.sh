@@ -32,5 +32,5 @@ export NGPUS OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPUS ? cores / NGPUS
 bash scripts/torchrun.sh classification/train.py --config $config --data-dir $data \
     --output $runs --experiment digits --resume auto
 bash scripts/torchrun.sh classification/validate.py --config $config --data-dir $data \
-    --checkpoint $runs/digits/model_best.pth.tar --results-file $runs/digits/validate.json
+    --checkpoint $runs/digits/last.pth.tar --results-file $runs/digits/validate.json
 "$python" scripts/quickstart/report.py $runs --data "$data"

@@ -76,7 +76,7 @@ def draw_curves(history: list[dict[str, str]], path: Path) -> None:
             axis.plot(epochs, [100 - v for v in values] if "error" in title else values, label=label)
         axis.set(title=title, xlabel="epoch")
         if "error" in title:
-            axis.set_yscale("log")
+            axis.set_yscale("symlog", linthresh=1)
         if len(lines) > 1:
             axis.legend()
         axis.grid(alpha=0.3)
@@ -86,11 +86,11 @@ def draw_curves(history: list[dict[str, str]], path: Path) -> None:
 
 def draw_predictions(run: Path, name: str, folder: Path, path: Path) -> int:
     """Draw held-out images with their predictions, mistakes first; returns the number of mistakes."""
-    saved = torch.load(run / "model_best.pth.tar", map_location="cpu", weights_only=True)["args"]
+    saved = torch.load(run / "last.pth.tar", map_location="cpu", weights_only=True)["args"]
     model = timm.create_model(
         name, num_classes=saved["num_classes"], img_size=saved["img_size"], **saved["model_kwargs"]
     ).eval()
-    load_checkpoint(model, run / "model_best.pth.tar")
+    load_checkpoint(model, run / "last.pth.tar")
     size = (3, saved["img_size"], saved["img_size"])
     config = resolve_model_data_config(model) | {"input_size": size, "crop_pct": saved["crop_pct"]}
     held_out = ImageFolder(folder, transform=create_transform(**config))
@@ -98,7 +98,8 @@ def draw_predictions(run: Path, name: str, folder: Path, path: Path) -> int:
     with torch.inference_mode():
         confidence, predicted = model(torch.stack(images)).softmax(-1).max(-1)
     wrong = predicted != torch.tensor(labels)
-    shown = sorted(range(len(labels)), key=lambda i: (not wrong[i], confidence[i] if wrong[i] else i * 7919 % 360))
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+    shown = sorted(shuffled, key=lambda i: not wrong[i])
 
     figure, axes = plt.subplots(SAMPLES // COLUMNS, COLUMNS, figsize=(12, 5.6), layout="constrained")
     for axis, i in zip(axes.flat, shown, strict=False):
