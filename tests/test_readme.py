@@ -1,0 +1,34 @@
+"""What the README shows works."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {}
+    exec(example, names)
+    assert names["logits"].shape == (1, 10)
+    assert [tuple(m.shape[1:]) for m in names["maps"]] == [(64, 32, 83), (128, 16, 42), (256, 8, 21), (512, 4, 11)]
+    assert names["tokens"].shape == (1, 30, 40, 64)
+
+
+def test_every_file_it_names_is_there():
+    names = re.findall(r"(?:scripts|configs|docs|elfatt|classification)/[\w./]*\w", README)
+    missing = [name for name in names if not (ROOT / name).exists() and not name.startswith("runs")]
+    assert not missing
+
+
+def test_its_model_table_is_the_papers():
+    from elfatt.analysis.paper import load_table
+
+    rows = {(f"{r['backbone']}_{r['attention']}", r["resolution"]): r for r in load_table(1)}
+    found = re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.M)
+    assert len(found) == 24
+    for name, cells in found:
+        small, large = rows[name, "224"], rows.get((name, "384"))
+        expected = [small["params_m"], small["gmacs_nfa"], small["gmacs_fa"] or "–", small["top1_percent"]]
+        assert [c.strip() for c in cells.split("|")] == [*expected, large["top1_percent"] if large else ""]
