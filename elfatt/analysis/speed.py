@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import timm
@@ -154,20 +154,19 @@ def _forward_memory_mib(name, batch, img_size, device, backend, threads):
     torch.set_num_threads(threads)
     model = timm.create_model(name).eval().to(device)
     image = torch.randn(batch, 3, *img_size, device=device)
-    before = torch.cuda.memory_allocated() if device == "cuda" else _resident_bytes()
+    before = torch.cuda.memory_allocated() if device == "cuda" else _resident_bytes("VmRSS")
     with torch.inference_mode(), use_backend(backend):
         model.forward_features(image)
-    after = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * _max_resident_kib()
+    after = torch.cuda.max_memory_allocated() if device == "cuda" else _resident_bytes("VmHWM")
     return (after - before) / 2**20
 
 
-def _resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def _max_resident_kib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _resident_bytes(field: str) -> int:
+    # not getrusage: its peak starts at that of the parent process
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}: memory on a CPU can be measured on Linux only")
 
 
 def time_import(args: argparse.Namespace) -> None:
