@@ -11,7 +11,7 @@ import argparse
 import logging
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from classification.runtime import World
 
 LOGGER = logging.getLogger("classification")
 RECOVERY = "recovery.pth.tar"
+POSITION = ("epoch", "batch", "updates")
 
 
 def write(state: dict[str, Any], path: str | Path) -> None:
@@ -93,7 +94,6 @@ class TrainState:
     updates: int = 0
     loss_sum: float = 0.0
     images: int = 0
-    counters: tuple[str, ...] = field(default=("epoch", "batch", "updates"), repr=False)
 
     def state_dict(self, gather: bool = True) -> dict[str, Any]:
         """Returns the whole state. A collective call unless `gather` is False: every process gives its own part."""
@@ -108,7 +108,7 @@ class TrainState:
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "position": {name: getattr(self, name) for name in self.counters},
+            "position": {name: getattr(self, name) for name in POSITION},
             "batch_size": self.args.batch_size,
             "processes": processes,
             "version": 2,  # timm's format

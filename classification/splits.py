@@ -48,7 +48,7 @@ def open_split(args: argparse.Namespace, train: bool, num_classes: int) -> Datas
         )
     except ImportError as error:
         raise UserError(f"--dataset {args.dataset} needs a package: pip install {error.name}") from error
-    except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
+    except (RuntimeError, OSError, TypeError, ValueError, KeyError, AssertionError) as error:
         where = f"--dataset '{args.dataset}', --data-dir {args.data_dir}, split {split}"
         raise UserError(f"cannot open {where}: {' '.join(str(error).split()) or type(error).__name__}") from error
     _check_classes(dataset, args, split, num_classes)

@@ -7,6 +7,7 @@ on GPUs as far as the kernels are deterministic).
 
 from __future__ import annotations
 
+import argparse
 import math
 import resource
 import sys
@@ -50,7 +51,7 @@ class Trainer:
         UserError: Anything the user can correct: data, options, checkpoints.
     """
 
-    def __init__(self, args) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.world = world = init_world(args.device)
         self.autocast = autocast(args, world.device)
@@ -81,8 +82,10 @@ class Trainer:
             self.net = DistributedDataParallel(model, device_ids=ids)  # gives every process rank 0's weights
         self.no_sync = self.net.no_sync if world.distributed else nullcontext
         ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
-        self.compiled = torch.compile if args.compile else lambda module: module
-        self.net = self.compiled(self.net)
+        self.evaluated = {"raw": model} | ({"ema": ema.module} if ema else {})
+        if args.compile:
+            self.net = torch.compile(self.net)
+            self.evaluated = {name: torch.compile(module) for name, module in self.evaluated.items()}
         random_seed(args.seed, world.rank)
 
         self.parameters = list(model.parameters())
@@ -298,22 +301,12 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Evaluates the raw and the averaged weights: {"raw/top1": …, "ema/top1": …}."""
-        models = {"raw": self.model}
-        if self.state.ema:
-            models["ema"] = self.state.ema.module
         results = {}
-        for name, model in models.items():
+        for name, model in self.evaluated.items():
             if self.world.distributed:
-                distribute_bn(model, self.world.size)
+                distribute_bn(model, self.world.size)  # batch norm's averages differ between processes
             self.val_loader.seek(0)
-            scores = evaluate(
-                self.compiled(model),
-                self.val_loader,
-                self.world,
-                self.autocast,
-                self.args.channels_last,
-                name,
-            )
+            scores = evaluate(model, self.val_loader, self.world, self.autocast, self.args.channels_last, name=name)
             results |= {f"{name}/{key}": scores[key] for key in ("top1", "top5", "loss")}
         return results
 
