@@ -239,13 +239,13 @@ def test_the_gpu_path_gives_the_same_batches(options, data_dir, monkeypatch):
     monkeypatch.setattr(
         "classification.data.PrefetchLoader", lambda *given, device, **more: PrefetchLoader(*given, device=CPU, **more)
     )
-    for train in (True, False):
+    for training in (True, False):
         batches = []
         for device in (CPU, torch.device("cuda")):
-            loader = Loader(open_split(args, train, 3), args, config, World(device), BrokenImages(0), train)
+            loader = Loader(open_split(args, training, 3), args, config, World(device), BrokenImages(0), training)
             loader.seek(1, batch=1)
             batches.append(list(loader))
-            assert len(loader) == (3 if train else 2)
+            assert len(loader) == (3 if training else 2)
         for (images, labels), (same, same_labels) in zip(*batches, strict=True):
             torch.testing.assert_close(images, same, rtol=1e-5, atol=1e-5)
             assert labels.tolist() == same_labels.tolist()
