@@ -3,9 +3,9 @@
 Importing the package registers its models with timm: ``timm.create_model("cswin_tiny_elfatt")``.
 """
 
-from elfatt import ops
+from elfatt import checkpoints, ops
 from elfatt.attention import create_attention, list_attentions
 from elfatt.backbones import list_models
 
 __version__ = "0.1.0"
-__all__ = ["create_attention", "list_attentions", "list_models", "ops"]
+__all__ = ["checkpoints", "create_attention", "list_attentions", "list_models", "ops"]

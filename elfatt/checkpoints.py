@@ -132,7 +132,7 @@ def load_checkpoint(
         path: ``.safetensors``, or a file of ``torch.save`` that holds nothing but tensors and plain containers.
         use_ema: Take averaged weights where the file has them.
         allow: Prefixes of tensors, under the model's names, that may be missing, unexpected or of another shape, such
-            as ``("head.",)`` for another number of classes.
+            as ``("head.",)`` for another number of classes; ``"arch"`` allows a file that names another model.
 
     Raises:
         FileNotFoundError: No such file.
@@ -141,7 +141,9 @@ def load_checkpoint(
     """
     if isinstance(allow, str):
         raise TypeError(f"allow={allow!r} must be a sequence of prefixes: ({allow!r},)")
-    tensors, weights = _unwrap(_read(Path(path)), use_ema, path)
+    content = _read(Path(path))
+    tensors, weights = _unwrap(content, use_ema, path)
+    _check_architecture(content, model, path, allow)
     tensors, source = convert_state_dict(tensors, model)
     origin = f"{source} names, {weights} weights"
     own = model.state_dict()
@@ -204,7 +206,9 @@ def convert_state_dict(state_dict: StateDict, model: nn.Module) -> tuple[StateDi
             name = re.sub(pattern, replacement, name)
         if name in converted:
             raise ValueError(f"two tensors of the checkpoint are called {name}: {key} is one of them")
-        converted[name] = state_dict[key]
+        tensor = state_dict[key]
+        # Agent's biases have a leading axis of one, with which they could not be channels-last
+        converted[name] = tensor[0] if tensor.ndim == 5 and name.endswith(tuple(POSITIONS)) else tensor
     return converted, naming.source
 
 
@@ -245,6 +249,16 @@ def _unwrap(content: object, use_ema: bool, path: str | Path) -> tuple[StateDict
     raise ValueError(f"{path} holds no tensors: it must be a state dict, or have one under {wanted}")
 
 
+def _check_architecture(content: object, model: nn.Module, path: str | Path, allow: Sequence[str]) -> None:
+    """Raise for a training checkpoint of another model: some models share all names and shapes."""
+    saved = content.get("arch") if isinstance(content, dict) else None
+    own = getattr(model, "pretrained_cfg", {}).get("architecture")
+    if saved and own and saved.split(".")[0] != own and "arch" not in allow:
+        raise ValueError(
+            f"{path} is a checkpoint of {saved}, not of {own}: build {saved}, or allow 'arch' to load it all the same"
+        )
+
+
 def _is_state_dict(content: object) -> bool:
     return isinstance(content, dict) and bool(content) and all(map(torch.is_tensor, content.values()))
 
@@ -255,8 +269,8 @@ def _resize(key: str, table: torch.Tensor, model: nn.Module, own: torch.Tensor) 
     if name not in POSITIONS or table.shape == own.shape or table.ndim != own.ndim:
         return table
     mode, channels = POSITIONS[name]
-    if own.ndim == 5:
-        maps, size = table[0], own[0].movedim(channels, 1).shape[-2:]
+    if own.ndim == 4:
+        maps, size = table, own.movedim(channels, 1).shape[-2:]
     else:  # tokens of a map
         tokens, wanted = table.shape[-2], own.shape[-2]
         side = math.isqrt(tokens)

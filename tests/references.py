@@ -166,11 +166,11 @@ def agent(w, x, *, num_heads, agents, feat_size):
     broadcast = torch.zeros(num_heads, height * width, n, dtype=x.dtype)
     for h in range(num_heads):
         for g in range(n):
-            row = bilinear(w["ah_bias"][0, h, g], (height, 1))
-            column = bilinear(w["aw_bias"][0, h, g], (1, width))
+            row = bilinear(w["ah_bias"][h, g], (height, 1))
+            column = bilinear(w["aw_bias"][h, g], (1, width))
             gather[h, g] = (bilinear(w["an_bias"][h, g], (height, width)) + row + column).flatten()
-            row = bilinear(w["ha_bias"][0, h, :, :, g], (height, 1))
-            column = bilinear(w["wa_bias"][0, h, :, :, g], (1, width))
+            row = bilinear(w["ha_bias"][h, :, :, g], (height, 1))
+            column = bilinear(w["wa_bias"][h, :, :, g], (1, width))
             broadcast[h, :, g] = (bilinear(w["na_bias"][h, g], (height, width)) + row + column).flatten()
     q, k, values = (t.flatten(0, 1) for t in (q, k, v))
     gathered = softmax_heads(a, k, values, num_heads, gather)

@@ -650,3 +650,15 @@ def test_the_log_line_tells_what_was_done(tmp_path, caplog):
 def test_the_report_cannot_be_changed():
     with pytest.raises(AttributeError):
         LoadReport("native", "raw", 1, (), ()).matched = 2
+
+
+def test_a_training_checkpoint_of_a_model_with_the_same_tensors_is_refused(tmp_path):
+    """EFFATT and GLOBAL share every name and shape; the file says which of the two it is."""
+    options = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2), "num_classes": 3}
+    source, other = (timm.create_model(name, **options) for name in ("cswin_tiny_effatt", "cswin_tiny_global"))
+    path = tmp_path / "last.pth.tar"
+    torch.save({"arch": "cswin_tiny_effatt", "state_dict": source.state_dict()}, path)
+    load_checkpoint(source, path)
+    with pytest.raises(ValueError, match="is a checkpoint of cswin_tiny_effatt, not of cswin_tiny_global"):
+        load_checkpoint(other, path)
+    load_checkpoint(other, path, allow=("arch",))

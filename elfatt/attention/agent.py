@@ -47,10 +47,10 @@ class AgentAttention(QKVAttention):
         heads, n = num_heads, agents**2
         self.an_bias = nn.Parameter(torch.empty(heads, n, GRID, GRID))
         self.na_bias = nn.Parameter(torch.empty(heads, n, GRID, GRID))
-        self.ah_bias = nn.Parameter(torch.empty(1, heads, n, height, 1))
-        self.aw_bias = nn.Parameter(torch.empty(1, heads, n, 1, width))
-        self.ha_bias = nn.Parameter(torch.empty(1, heads, height, 1, n))
-        self.wa_bias = nn.Parameter(torch.empty(1, heads, 1, width, n))
+        self.ah_bias = nn.Parameter(torch.empty(heads, n, height, 1))
+        self.aw_bias = nn.Parameter(torch.empty(heads, n, 1, width))
+        self.ha_bias = nn.Parameter(torch.empty(heads, height, 1, n))
+        self.wa_bias = nn.Parameter(torch.empty(heads, 1, width, n))
         for bias in (self.an_bias, self.na_bias, self.ah_bias, self.aw_bias, self.ha_bias, self.wa_bias):
             nn.init.trunc_normal_(bias, std=0.02)
         self.lepe = LePE(dim) if lepe else None
@@ -59,14 +59,14 @@ class AgentAttention(QKVAttention):
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
         q, k, v = unpack(qkv).unbind(3)
         size = tuple(q.shape[1:3])
-        broadcast = (bias[0].permute(0, 3, 1, 2) for bias in (self.ha_bias, self.wa_bias))
+        broadcast = (bias.permute(0, 3, 1, 2) for bias in (self.ha_bias, self.wa_bias))
         out = agent_attention(
             q,
             k,
             v,
             num_heads=self.num_heads,
             agents=self.agents,
-            gather_bias=_compose(self.an_bias, self.ah_bias[0], self.aw_bias[0], size),
+            gather_bias=_compose(self.an_bias, self.ah_bias, self.aw_bias, size),
             broadcast_bias=_compose(self.na_bias, *broadcast, size).transpose(1, 2),
         )
         return out if self.lepe is None else out + depthwise_conv(v, *kernel_of(self.lepe))
