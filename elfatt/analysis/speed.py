@@ -144,10 +144,13 @@ def compare_models(args: argparse.Namespace) -> None:
 
 
 def peak_memory_mib(name: str, args: argparse.Namespace) -> float:
-    """What one forward pass takes beyond the weights, in MiB: CUDA's allocator, or a fresh process on a CPU."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        options = (name, args.batch_size, args.img_size, args.device, args.backend, torch.get_num_threads())
-        return pool.apply(_forward_memory_mib, options)
+    """What one forward pass takes beyond the weights, in MiB: the median of three fresh processes."""
+    options = (name, args.batch_size, args.img_size, args.device, args.backend, torch.get_num_threads())
+    found = []
+    for _ in range(3):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(_forward_memory_mib, options))
+    return median(found)
 
 
 def _forward_memory_mib(name, batch, img_size, device, backend, threads):
@@ -201,7 +204,12 @@ def main() -> None:
     model.add_argument("--device", **devices)
     command("import", time_import, 5)
     args = parser.parse_args()
-    args.run(args)
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    try:
+        args.run(args)
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"speed.py: {error}")
 
 
 if __name__ == "__main__":

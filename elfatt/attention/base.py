@@ -28,9 +28,13 @@ class QKVAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend over a map ``[B, H, W, C]`` of any height and width."""
+        self.check_map(x)
+        return self.proj(self.attend(self.qkv(x)))
+
+    def check_map(self, x: torch.Tensor) -> None:
+        """Raise ``ValueError`` for anything but a map ``[B, H, W, C]``."""
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"expected a map [B, H, W, {self.dim}], got {tuple(x.shape)}")
-        return self.proj(self.attend(self.qkv(x)))
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""

@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 
+from timm.models._features_fx import register_notrace_module
 from torch import nn
 
 _ATTENTIONS: dict[str, type[nn.Module]] = {}
@@ -22,7 +23,7 @@ def register_attention(name: str) -> Callable[[type[nn.Module]], type[nn.Module]
         if name in _ATTENTIONS:
             raise ValueError(f"attention {name!r} is already registered by {_ATTENTIONS[name].__qualname__}")
         _ATTENTIONS[name] = cls
-        return cls
+        return register_notrace_module(cls)  # to torch.fx a leaf: its code depends on the map's size
 
     return register
 

@@ -36,10 +36,10 @@ class SwinAttention(QKVAttention):
         self.shifted = shifted
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend over a map ``[B, H, W, C]`` of any height and width."""
+        self.check_map(x)
         height, width = x.shape[1:3]
         return super().forward(pad_to_multiple(x, (self.window_size, self.window_size)))[:, :height, :width]
 
@@ -57,7 +57,8 @@ class SwinAttention(QKVAttention):
         return out.roll(shift, dims=(1, 2)) if any(shift) else out
 
     def _bias(self, batch: int, size: list[int], shift: tuple[int, int]) -> torch.Tensor:
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        table = self.relative_position_bias_table
+        bias = table[relative_position_index(self.window_size, table.device)].permute(2, 0, 1)
         if not any(shift):
             return bias[None]
         mask = shift_mask(tuple(size), self.window_size, shift, bias.device, bias.dtype)

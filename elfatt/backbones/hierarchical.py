@@ -145,6 +145,8 @@ class HierarchicalTransformer(nn.Module):
         stages = len(depths)
         if len(levels) != stages:
             raise ValueError(f"levels={levels!r} must name {stages} stages: each block is {LETTERS}")
+        if len(num_heads) != stages:
+            raise ValueError(f"num_heads={num_heads} must hold {stages} values, one per stage, as depths={depths}")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.output_fmt = "NHWC"

@@ -17,7 +17,7 @@ SIZES = {
     "cswin_tiny": {"embed_dim": 64, "depths": (2, 4, 18, 1), "num_heads": (2, 4, 8, 16)},
     "cswin_base": {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)},
     # not in the paper: for CPUs, tests and the quickstart
-    "swin_nano": {"embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (2, 4, 8, 16)},
+    "swin_nano": {"embed_dim": 48, "depths": (1, 1, 2, 1), "num_heads": (2, 4, 8, 16)},
     "cswin_nano": {"embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (2, 4, 8, 16)},
 }
 
@@ -45,7 +45,6 @@ RESOLUTIONS = {
     224: {"block_size": 14, "swin": 7, "cswin": (1, 2, 7, 7)},
     384: {"block_size": 24, "swin": 12, "cswin": (1, 2, 12, 12)},
 }
-CROPS = {224: 0.9, 384: 1.0}
 
 
 def model_options(name: str, img_size: int | tuple[int, int] = 224) -> dict:
@@ -89,7 +88,7 @@ def _cfg() -> dict:
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
-        "crop_pct": CROPS[224],
+        "crop_pct": 0.9,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from timm.models._features_fx import register_notrace_module
 from torch import nn
 
 from elfatt.ops.geometry import pad_to_multiple
 
 
+@register_notrace_module  # the padding depends on the map's size
 class PatchMerge(nn.Module):
     """Swin's merge (arXiv 2103.14030): 2×2 neighbours side by side, LayerNorm, linear. Odd maps are zero-padded.
 

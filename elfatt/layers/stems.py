@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.models._features_fx import register_notrace_module
 from torch import nn
 
 KINDS = {"patch": (4, 0), "conv": (7, 2)}  # kernel and padding in pixels; the stride is 4
 
 
+@register_notrace_module  # the padding depends on the image's size
 class Stem(nn.Module):
     """Stride-4 convolution and LayerNorm.
 

@@ -18,14 +18,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 # half precisions for which this CPU has no vector instructions
-_SLOW_ON_THIS_CPU = {
-    dtype
-    for dtype, is_fast in (
-        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported()),
-    )
-    if not is_fast
-}
+_SLOW_ON_THIS_CPU = {torch.bfloat16, torch.float16}
+if torch.backends.mkldnn.is_available():
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        _SLOW_ON_THIS_CPU.remove(torch.bfloat16)
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        _SLOW_ON_THIS_CPU.remove(torch.float16)
 BACKENDS = ("auto", "reference", "math", "sdpa", "flash_attn")
 _active = "auto"
 

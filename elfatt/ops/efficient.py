@@ -33,7 +33,7 @@ def efficient_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
 
 
 def _reference(q, k, v):
-    q = q.exp() / q.exp().sum(dim=-1, keepdim=True)
-    k = k.exp() / k.exp().sum(dim=1, keepdim=True)
+    q, k = (q - q.amax(dim=-1, keepdim=True)).exp(), (k - k.amax(dim=1, keepdim=True)).exp()
+    q, k = q / q.sum(dim=-1, keepdim=True), k / k.sum(dim=1, keepdim=True)
     context = torch.einsum("bnhd,bnhe->bhde", k, v)
     return torch.einsum("bnhd,bhde->bnhe", q, context)

@@ -1,10 +1,11 @@
-"""The timm entry points: what timm's generic model tests ask for, any image size, every backend."""
+"""The timm entry points: what timm's generic model tests ask for (but TorchScript), any image size, every backend."""
 
 import copy
 
 import pytest
 import timm
 import torch
+from timm.models._features_fx import create_feature_extractor
 
 import elfatt
 from elfatt.ops import use_backend
@@ -187,6 +188,36 @@ def test_published_options_follow_the_training_resolution():
     assert on_meta("cswin_tiny_elfatt").block_size == [7, 7, 14, 14]
     assert on_meta("cswin_base_elfatt", img_size=384).block_size == [24] * 4
     assert on_meta("cswin_tiny_elfatt", img_size=512).block_size == [7, 7, 14, 14]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_torch_fx_features(name):
+    """timm traces models for features; attentions and padding stems are leaves of the graph."""
+    model = small(name).train()
+    features = create_feature_extractor(model, ["stages.1.blocks.1.mlp", "norm"])
+    x = torch.randn(2, 3, 40, 64)
+    maps = list(features(x).values())
+    torch.testing.assert_close(maps[-1], model.forward_features(x))
+    sum(m.square().sum() for m in maps).backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if not n.startswith("head"))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_channels_last_parameters(name):
+    model = small(name)
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    found = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_can_be_assigned_to_a_model_made_on_meta():
+    source = small("swin_tiny_local")
+    with torch.device("meta"):
+        model = timm.create_model("swin_tiny_local", **SMALL).eval()
+    model.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(model(x), source(x))
 
 
 @pytest.mark.parametrize("name", TINY)
