@@ -27,6 +27,9 @@ from classification.runtime import World
 LOGGER = logging.getLogger("classification")
 RECOVERY = "recovery.pth.tar"
 POSITION = ("epoch", "batch", "updates")
+# options that live on in the optimizer and the schedule, where a new value would have no effect
+RESTORED = {"opt", "opt_kwargs", "lr", "weight_decay", "filter_bias_and_bn", "min_lr", "warmup_lr"}
+RESTORED |= {"warmup_epochs", "epochs", "cooldown_epochs"}
 
 
 def write(state: dict[str, Any], path: str | Path) -> None:
@@ -134,6 +137,17 @@ class TrainState:
             raise UserError(f"{path} is no checkpoint of train.py: start from it with --initial-checkpoint")
         if state["arch"] != self.args.model:
             raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {self.args.model}: correct --model")
+        changed = {
+            name: (value, state["args"].get(name))
+            for name, value in vars(self.args).items()
+            if name not in ("resume", "config") and state["args"].get(name) != value
+        }
+        for name in RESTORED & changed.keys():
+            value, before = changed[name]
+            raise UserError(
+                f"--{name.replace('_', '-')} is {value}, the run of {path} has {before}: resume with its args.yaml, or "
+                f"begin a new run from its weights with --initial-checkpoint"
+            )
         for name, wanted in (("state_dict_ema", self.ema), ("amp_scaler", self.scaler)):
             if (name in state) != (wanted is not None):
                 option = "--model-ema" if wanted is self.ema else "--amp and --amp-dtype"
@@ -163,9 +177,8 @@ class TrainState:
             self.loss_sum, self.images = mine["loss_sum"], mine["images"]
         else:
             LOGGER.warning("%d processes instead of %d: random numbers start anew", self.world.size, saved[0])
-        for name, value in vars(self.args).items():
-            if name not in ("resume", "config") and state["args"].get(name) != value:
-                LOGGER.warning("%s is %r, the resumed run had %r", name, value, state["args"].get(name))
+        for name, (value, before) in changed.items():
+            LOGGER.warning("%s is %r, the resumed run had %r", name, value, before)
 
 
 class AtomicSaver(CheckpointSaver):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,23 @@ import timm
 import yaml
 from timm.utils import ParseKwargs
 
+READERS = ("", "wds", "hfds", "hfids", "tfds", "torch")  # '' is a folder or tar files
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+# what a number may be: from, to, and whether the ends belong to it, as in [0, 1)
+RANGES = {
+    **dict.fromkeys(
+        ("batch_size", "epochs", "grad_accum_steps", "checkpoint_hist", "log_interval"), (1, math.inf, "[)")
+    ),
+    **dict.fromkeys(("workers", "max_broken_images", "recovery_interval"), (0, math.inf, "[)")),
+    **dict.fromkeys(("warmup_epochs", "cooldown_epochs", "mixup", "cutmix", "color_jitter"), (0, math.inf, "[)")),
+    **dict.fromkeys(("weight_decay", "min_lr", "warmup_lr"), (0, math.inf, "[)")),
+    **dict.fromkeys(("lr", "clip_grad"), (0, math.inf, "()")),
+    **dict.fromkeys(("drop_path", "smoothing", "model_ema_decay"), (0, 1, "[)")),
+    **dict.fromkeys(("mixup_prob", "mixup_switch_prob", "reprob", "hflip"), (0, 1, "[]")),
+    "crop_pct": (0, 1, "(]"),
+    "img_size": (4, math.inf, "[)"),
+    "seed": (0, 2**32, "[)"),
+}
 NO_FOLDER_PREFIXES = ("hfds", "hfids", "tfds", "torch")  # these readers find or download their own data
 
 
@@ -84,7 +102,7 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     add("--num-classes", type=int, help="outputs of the classifier (default: the model's own)")
     add("--img-size", type=int, help="side of the square input in pixels (default: the model's own)")
     add("--crop-pct", type=float, help="share of the resized image that the evaluation crop keeps")
-    add("--interpolation", default="bicubic", help="resampling at evaluation")
+    add("--interpolation", default="bicubic", choices=INTERPOLATIONS, help="resampling at evaluation")
 
     group = parser.add_argument_group("computation")
     add = group.add_argument
@@ -118,7 +136,7 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     add("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
     add("--color-jitter", type=float, default=0.4, help="colour jitter, where --aa is not used")
     add("--aa", default=None, help="AutoAugment policy, e.g. rand-m9-mstd0.5-inc1")
-    add("--train-interpolation", default="random", help="resampling in training")
+    add("--train-interpolation", default="random", choices=("random", *INTERPOLATIONS), help="resampling in training")
     add("--reprob", type=float, default=0.0, help="probability of random erasing")
     add("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erasing fills in")
     add("--recount", type=int, default=1, help="most regions that erasing fills in one image")
@@ -276,24 +294,31 @@ def _check(args: argparse.Namespace, train: bool) -> None:
         raise UserError(f"unknown model '{args.model}'{nearest(base_name, timm.list_models())}")
     if not args.data_dir and args.dataset.split("/")[0].lower() not in NO_FOLDER_PREFIXES:
         raise UserError("no data: pass --data-dir FOLDER (see docs/data.md)")
-    positive = ["batch_size"]
-    if train:
-        positive += ["epochs", "grad_accum_steps", "checkpoint_hist", "log_interval", "lr"]
-    for name in positive:
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
-    not_negative = ["workers", "max_broken_images"]
-    if train:
-        not_negative += ["seed", "warmup_epochs", "cooldown_epochs", "recovery_interval", "mixup", "cutmix"]
-    for name in not_negative:
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    reader = args.dataset.split("/")[0].lower()
+    if reader not in READERS:
+        raise UserError(f"unknown reader '{reader}' in --dataset {args.dataset}{nearest(reader, READERS)}")
+    for name, (low, high, bounds) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        above = value > low if bounds[0] == "(" else value >= low
+        below = value < high if bounds[1] == ")" else value <= high
+        if not (above and below):
+            interval = f"{bounds[0]}{low}, {high}{bounds[1]}"
+            raise UserError(f"--{name.replace('_', '-')} must be in {interval}, got {value}")
     if not train:
         if not args.checkpoint:
             raise UserError("no weights: pass --checkpoint FILE")
         if args.results_file and Path(args.results_file).suffix not in (".json", ".csv"):
             raise UserError(f"--results-file must end in .json or .csv, got {args.results_file}")
-    elif (args.mixup or args.cutmix) and args.batch_size % 2:
+        return
+    for name in ("scale", "ratio"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high:
+            raise UserError(f"--{name} must be two growing numbers above 0, got {low} {high}")
+    if args.warmup_epochs >= args.epochs:
+        raise UserError(f"--warmup-epochs must be below --epochs {args.epochs}, got {args.warmup_epochs}")
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise UserError(f"--batch-size must be even with mixup or cutmix, got {args.batch_size}")
 
 

@@ -233,7 +233,7 @@ class Loader:
         self.accum = args.grad_accum_steps if train else 1
         self.seed = args.seed if train else 0
         self.seekable = not isinstance(dataset, IterableDataset)
-        transform = _transform(args, config, train, on_gpu)
+        transform = _checked_transform(args, config, train, on_gpu)
         collate = Collate(fast_collate if on_gpu else default_collate, train and bool(args.mixup or args.cutmix))
         self.generator = torch.Generator()  # the workers' seeds come from here, not from the global state
         common = {
@@ -281,6 +281,14 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.loader)
+
+
+def _checked_transform(args: argparse.Namespace, *rest: Any) -> Callable:
+    try:
+        return _transform(args, *rest)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:  # timm asserts what a policy's text must be
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the images cannot be transformed with --aa {args.aa}: {reason}") from error
 
 
 def _transform(args: argparse.Namespace, config: dict[str, Any], train: bool, on_gpu: bool) -> Callable:

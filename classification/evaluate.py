@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from classification.config import UserError
 from classification.runtime import World
 
 
@@ -38,7 +39,7 @@ def evaluate(
         `images_per_s` over all processes, reading included.
 
     Raises:
-        ValueError: No process has an image.
+        UserError: No process has an image.
     """
     model.eval()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -56,7 +57,7 @@ def evaluate(
         dist.all_reduce(totals)
     images, top1, top5, loss = totals.tolist()
     if not images:
-        raise ValueError("no image to evaluate")
+        raise UserError("no image to evaluate: correct --data-dir or --val-split")
     return {
         "top1": 100 * top1 / images,
         "top5": 100 * top5 / images,

@@ -45,7 +45,12 @@ def init_world(device: str | None) -> World:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no GPU; pass --device cpu or install a CUDA build")
-    info = init_distributed_device_so(device)
+    try:
+        info = init_distributed_device_so(device)
+        torch.empty(0, device=info["device"])
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--device {device} cannot be used ({reason}): pass --device cpu or cuda") from error
     world = World(torch.device(info["device"]), info["global_rank"], info["world_size"])
     logging.basicConfig(
         level=logging.INFO if world.primary else logging.WARNING,

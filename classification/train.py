@@ -131,8 +131,11 @@ class Trainer:
         args, world = self.args, self.world
         self.saver = AtomicSaver(self.folder, args.checkpoint_hist) if world.primary else None
         found = find_newest(self.folder) if args.resume == "auto" else None
-        if args.resume and args.resume != "auto":
+        elsewhere = args.resume not in (None, "auto") and Path(args.resume).resolve().parent != self.folder.resolve()
+        if args.resume not in (None, "auto"):
             found = Path(args.resume), load(args.resume)
+        if (elsewhere or not args.resume) and any(self.folder.glob("*.pth.tar")):
+            raise UserError(f"{self.folder} holds a run: continue it with --resume auto, or pass another --experiment")
         if found:
             path, state = found
             self.state.load_state_dict(state, path)
@@ -141,15 +144,18 @@ class Trainer:
             LOGGER.info("resumed %s: epoch %d, batch %d", path, self.state.epoch, self.state.batch)
         elif args.resume:
             LOGGER.info("no checkpoint in %s yet: starting from the beginning", self.folder)
-        elif any(self.folder.glob("*.pth.tar")):
-            raise UserError(f"{self.folder} holds a run: continue it with --resume auto, or pass another --experiment")
         if world.distributed:
             dist.barrier()  # nobody writes before everybody has read
         if world.primary:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot write to {self.folder} ({error.strerror}): choose another --output") from error
             save_yaml(args, self.folder / "args.yaml")
             trim_summary(str(self.folder / "summary.csv"), self.state.epoch)
             self.board = SummaryWriter(str(self.folder), purge_step=self.state.updates)
+        if found and args.resume != "auto":
+            self.save_recovery()  # from now on the newest state, whatever an abandoned run left behind
         if not self.train_loader.seekable:
             LOGGER.info("%s cannot seek: checkpoints at the end of each epoch only", args.dataset)
 
@@ -290,7 +296,7 @@ class Trainer:
         raise UserError(
             f"the loss is {loss} at epoch {state.epoch}, batch {state.batch}, update {state.updates}, "
             f"learning rate {lr:.3g}; the weights before it and the batch are in {path}: "
-            f"lower --lr, add --clip-grad, or use --amp-dtype bfloat16"
+            f"resume with --amp-dtype bfloat16 or --clip-grad, or begin a new run with a lower --lr"
         )
 
     def save_recovery(self) -> None:

@@ -17,7 +17,14 @@ def write(path, **values):
 
 def test_yaml_sets_and_the_command_line_overrides(tmp_path):
     write(
-        tmp_path / "base.yaml", model="resnet18", lr="2e-3", epochs=7, amp=False, scale=[0.5, 1], opt_kwargs={"eps": 1}
+        tmp_path / "base.yaml",
+        model="resnet18",
+        lr="2e-3",
+        epochs=7,
+        amp=False,
+        scale=[0.5, 1],
+        opt_kwargs={"eps": 1},
+        warmup_epochs=1,
     )
     config = write(tmp_path / "own.yaml", base="base.yaml", epochs=8, data_dir="x", allow_mismatch=["head."])
     argv = ["--config", config, "--epochs", "9", "--opt-kwargs", "momentum=0.5", "--amp"]
@@ -57,8 +64,15 @@ def test_validate_reads_a_training_config(tmp_path):
         ({"model": "cswin_tiny_elfat"}, "unknown model 'cswin_tiny_elfat'; did you mean 'cswin_tiny_elfatt'?"),
         ({"model": None}, "no model: pass --model"),
         ({"data_dir": None}, "no data: pass --data-dir"),
-        ({"lr": 0}, "--lr must be above 0, got 0"),
-        ({"workers": -1}, "--workers must not be negative, got -1"),
+        ({"lr": 0}, "--lr must be in (0, inf), got 0"),
+        ({"clip_grad": 0}, "--clip-grad must be in (0, inf), got 0"),
+        ({"crop_pct": 1.5}, "--crop-pct must be in (0, 1], got 1.5"),
+        ({"drop_path": 1}, "--drop-path must be in [0, 1), got 1"),
+        ({"mixup_prob": 7}, "--mixup-prob must be in [0, 1], got 7"),
+        ({"scale": [1, 0.08]}, "--scale must be two growing numbers above 0, got 1.0 0.08"),
+        ({"epochs": 5, "warmup_epochs": 5}, "--warmup-epochs must be below --epochs 5, got 5"),
+        ({"dataset": "wdss/x"}, "unknown reader 'wdss' in --dataset wdss/x; did you mean 'wds'?"),
+        ({"workers": -1}, "--workers must be in [0, inf), got -1"),
         ({"mixup": 0.8, "batch_size": 3}, "--batch-size must be even with mixup or cutmix, got 3"),
     ],
 )

@@ -114,11 +114,12 @@ def test_everything_a_run_leaves_behind(options, tmp_path):
     [
         ["--amp", "--amp-dtype", "bfloat16", "--channels-last"],
         ["--amp", "--amp-dtype", "float16", "--clip-grad", 1],
+        ["--model", "cswin_tiny_agent", "--channels-last", "--model-kwargs", "depths=[1,1,1,1]", "embed_dim=16"],
         ["--grad-checkpointing", "--smoothing", 0.1, "--mixup", 0.2, "--mixup-mode", "elem"],
         ["--model", "swin_nano_elfatt", "--opt", "sgd", "--opt-kwargs", "nesterov=True", "--no-filter-bias-and-bn"],
         ["--model", "resnet18", "--validation-batch-size", 3, "--dataset", "torch/image_folder"],
     ],
-    ids=["bf16", "fp16", "checkpointing", "sgd", "convolutional"],
+    ids=["bf16", "fp16", "agent-channels-last", "checkpointing", "sgd", "convolutional"],
 )
 def test_every_mode_takes_a_step(options, tmp_path, extra):
     assert main(options(*extra, "--epochs", 1, "--batch-size", 24)) == 0
@@ -202,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(options, tmp_p
 
 
 def test_a_run_is_not_overwritten_and_a_wrong_resume_is_refused(options, tmp_path, fails):
-    assert main(options("--epochs", 1)) == 0
+    assert main(options()) == 0
     assert "holds a run: continue it with --resume auto" in fails(main, options())
     last = tmp_path / "run" / "last.pth.tar"
     resume = ["--resume", last]
@@ -212,10 +213,31 @@ def test_a_run_is_not_overwritten_and_a_wrong_resume_is_refused(options, tmp_pat
     assert "another --amp" in fails(main, options(*resume, "--amp"))
     assert "does not fit this model" in fails(main, options(*resume, "--model-kwargs", "mlp_ratio=3"))
     torch.save({"state_dict": load(last)["state_dict"]}, tmp_path / "weights.pth")
-    assert "start from it with --initial-checkpoint" in fails(main, options("--resume", tmp_path / "weights.pth"))
-    assert "does not exist" in fails(main, options("--resume", tmp_path / "none.pth"))
+    assert "start from it with --initial-checkpoint" in fails(
+        main, options("--resume", tmp_path / "weights.pth", experiment="new")
+    )
+    assert "does not exist" in fails(main, options("--resume", tmp_path / "none.pth", experiment="new"))
     (tmp_path / "half.pth").write_bytes(last.read_bytes()[:1000])
-    assert "cannot be read" in fails(main, options("--resume", tmp_path / "half.pth"))
+    assert "cannot be read" in fails(main, options("--resume", tmp_path / "half.pth", experiment="new"))
+    line = fails(main, options(*resume, "--lr", 1))
+    assert "--lr is 1.0, the run of" in line and "begin a new run from its weights with --initial-checkpoint" in line
+    assert main(options(experiment="other")) == 0
+    assert "other holds a run" in fails(main, options(*resume, experiment="other"))
+
+
+def test_an_explicit_resume_replaces_an_abandoned_position(options, tmp_path, monkeypatch):
+    """`--resume checkpoint-0` goes back; what a later position left behind must not win afterwards."""
+    stop = Trainer.validate
+
+    def in_epoch_1(self):
+        return stop(self) if self.state.epoch == 0 else 1 / 0
+
+    monkeypatch.setattr(Trainer, "validate", in_epoch_1)
+    with pytest.raises(ZeroDivisionError):
+        main(options())
+    assert load(tmp_path / "run" / "recovery.pth.tar")["position"]["epoch"] == 1
+    Trainer(parse_args(options("--resume", tmp_path / "run" / "checkpoint-0.pth.tar"), train=True))
+    assert load(tmp_path / "run" / "recovery.pth.tar")["position"] == {"epoch": 1, "batch": 0, "updates": 3}
 
 
 def test_a_position_inside_an_epoch_needs_the_same_batches(options, tmp_path, fails, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from classification.checkpoint import load
+from classification.config import UserError
 from classification.evaluate import evaluate
 from classification.runtime import World
 from classification.train import main as train
@@ -47,7 +48,7 @@ def test_sums_are_those_of_the_definition():
     assert scores["top1"] == pytest.approx(100 * (order[:, 0] == labels).double().mean().item())
     assert scores["top5"] == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).double().mean().item())
     assert scores["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
-    with pytest.raises(ValueError, match="no image"):
+    with pytest.raises(UserError, match="no image"):
         evaluate(nn.Identity(), [], World(CPU), NO_AMP)
 
 
@@ -90,7 +91,7 @@ def test_a_raw_file_is_evaluated_as_such(arguments, checkpoint, tmp_path):
 def test_a_checkpoint_that_does_not_fit(arguments, tmp_path, fails):
     assert "none.pth does not exist" in fails(main, [*arguments, "--checkpoint", str(tmp_path / "none.pth")])
     line = fails(main, [*arguments, "--model", "resnet18"])
-    assert "last.pth.tar" in line and "does not fit" in line
+    assert "last.pth.tar is a checkpoint of cswin_nano_elfatt, not of resnet18" in line
     (tmp_path / "half.pth").write_bytes(b"PK")
     assert "half.pth" in fails(main, [*arguments, "--checkpoint", str(tmp_path / "half.pth")])
 
