@@ -11,7 +11,8 @@ evaluates the held-out digits with classification/validate.py, and writes runs/q
 pictures. Started again, it continues where it was stopped.
 
 environment:
-  NGPUS  processes (default: the GPUs that PyTorch sees; without a GPU, one for every CPU core, up to two)
+  NGPUS  processes (default: one for every GPU that PyTorch sees, or else for every CPU core, up to two; the recipe
+         is for a global batch of 64 or 128)
 USAGE
     exit 0
 fi
@@ -25,7 +26,7 @@ data=$runs/data/digits
 
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 cores=$(nproc)
-: "${NGPUS:=$((gpus ? gpus : cores < 2 ? 1 : 2))}"
+: "${NGPUS:=$(((gpus ? gpus : cores) < 2 ? 1 : 2))}"
 export NGPUS OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPUS ? cores / NGPUS : 1))}
 
 "$python" scripts/quickstart/digits.py "$data"

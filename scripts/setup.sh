@@ -7,7 +7,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 usage: bash scripts/setup.sh
 
 environment:
-  PYTHON  interpreter of the virtual environment, 3.10 or newer (default: python3)
+  PYTHON  interpreter of the virtual environment, 3.11 or newer (default: python3)
 USAGE
     exit 0
 fi
@@ -19,12 +19,12 @@ wanted=$(cat requirements.txt pyproject.toml | cksum)
 [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && exit 0
 
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "setup.sh: $("$python" --version) is too old: set PYTHON to an interpreter of 3.10 or newer" >&2
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "setup.sh: $("$python" --version) is too old: set PYTHON to an interpreter of 3.11 or newer" >&2
     exit 1
 }
 echo "setup.sh: installing into $root/.venv (torch with its CUDA libraries takes about 6 GB)"
-[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv  # none, or one cut short
 .venv/bin/python -m pip install --quiet --requirement requirements.txt
 .venv/bin/python -m pip install --quiet --no-deps --editable .
 echo "$wanted" >"$stamp"

@@ -26,6 +26,9 @@ shift
 
 : "${NGPUS:=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 : "${NNODES:=1}"
+if [[ $NNODES -eq 1 && $NGPUS -eq 1 ]]; then
+    exec "$python" "$program" "$@"  # one process: errors stay one line
+fi
 if [[ $NNODES -gt 1 ]]; then
     : "${NODE_RANK:?NNODES=$NNODES needs NODE_RANK}" "${MASTER_ADDR:?NNODES=$NNODES needs MASTER_ADDR}"
     place=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
