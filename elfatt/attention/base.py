@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from elfatt.layers.lepe import LePE
+
 
 class QKVAttention(nn.Module):
     """``proj(attend(qkv(x)))``; a mechanism implements ``attend``.
@@ -39,6 +41,20 @@ class QKVAttention(nn.Module):
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
         raise NotImplementedError
+
+
+class LePEAttention(QKVAttention):
+    """One branch over all channels, with LePE.
+
+    Args:
+        dim: Channels C of the map.
+        num_heads: Attention heads.
+        lepe: Add LePE.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, lepe: bool = True):
+        super().__init__(dim, num_heads)
+        self.lepe = LePE(dim) if lepe else None
 
 
 def unpack(qkv: torch.Tensor) -> torch.Tensor:

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from elfatt.attention.base import QKVAttention, unpack
+from elfatt.attention.base import LePEAttention, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, kernel_of
+from elfatt.layers.lepe import kernel_of
 from elfatt.ops import block_attention
 
 
 @register_attention("vanilla")
-class VanillaAttention(QKVAttention):
-    """Quadratic in the tokens.
-
-    Args:
-        dim: Channels C of the map.
-        num_heads: Attention heads.
-        lepe: Add LePE.
-    """
-
-    def __init__(self, dim: int, num_heads: int, *, lepe: bool = True):
-        super().__init__(dim, num_heads)
-        self.lepe = LePE(dim) if lepe else None
+class VanillaAttention(LePEAttention):
+    """Quadratic in the tokens. See ``LePEAttention`` for its arguments."""
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
