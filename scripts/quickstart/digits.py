@@ -20,6 +20,16 @@ HELD_OUT = 360
 NAMES = "zero one two three four five six seven eight nine".split()
 
 
+def split_digits(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Indices of the images of each split, ``train`` and ``val``: no image is in both.
+
+    Args:
+        labels: ``[N]``; each label has the same share in both splits.
+    """
+    train, val = train_test_split(np.arange(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=0)
+    return {"train": train, "val": val}
+
+
 def write_digits(root: Path) -> None:
     """Write ``root/{train,val}/{0_zero,…}/{index}.png``; an image of the one split never is in the other.
 
@@ -29,11 +39,9 @@ def write_digits(root: Path) -> None:
     if root.exists():
         return
     digits = load_digits()
-    indices = np.arange(len(digits.images))
-    train, val = train_test_split(indices, test_size=HELD_OUT, stratify=digits.target, random_state=0)
     unfinished = root.with_name(root.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    for split, chosen in (("train", train), ("val", val)):
+    for split, chosen in split_digits(digits.target).items():
         for index in chosen:
             label = digits.target[index]
             folder = unfinished / split / f"{label}_{NAMES[label]}"
