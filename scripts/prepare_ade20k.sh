@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Checks an ADE20K folder before training starts.
+set -euo pipefail
+
+if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
+    cat <<'USAGE'
+usage: bash scripts/prepare_ade20k.sh DATA_DIR [OPTIONS...]
+
+  DATA_DIR  the unpacked http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip:
+              images/{training,validation}/*.jpg        20,210 and 2,000 images
+              annotations/{training,validation}/*.png   their masks, labels 0 (other) to 150
+  OPTIONS   any of scripts/check_data.py, e.g. --any-size --classes 10 for data of your own, --full
+USAGE
+    [[ $# -ge 1 ]] && exit 0 || exit 2
+fi
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=python
+[[ -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
+exec "$python" "$root/scripts/check_data.py" ade20k "$@"
