@@ -183,8 +183,8 @@ def _annotation_faults(annotation: dict[str, Any], images: dict[int, Any], known
     except (TypeError, ValueError):
         yield f"has the box {box}", "a box is [left, top, width, height] in pixels"
     else:
-        outside = min(left, top) < -TOLERANCE or left + across > width + TOLERANCE or top + down > height + TOLERANCE
-        if outside or not (across >= 0 and down >= 0):
+        fits = left + across <= width + TOLERANCE and top + down <= height + TOLERANCE
+        if not (fits and left >= -TOLERANCE and top >= -TOLERANCE and across >= 0 and down >= 0):  # so NaN is found
             fault = f"has the box {box}, outside {image['file_name']} of {_size((width, height))} pixels"
             yield fault, "a box is [left, top, width, height] in pixels, inside its image"
     shape = annotation["segmentation"]

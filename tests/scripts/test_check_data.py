@@ -1,0 +1,171 @@
+"""check_data.py passes good folders and names each fault with its path."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import check_data
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPTS = Path(check_data.__file__).parent
+ADE20K = ("ade20k", "--any-size", "--classes", "10")
+COCO = ("coco", "--any-size")
+MASK = "annotations/training/train_00002.png"
+IMAGE = "images/training/train_00002.jpg"
+JSON = "annotations/instances_train2017.json"
+
+
+@pytest.fixture
+def folder(scenes_folder, tmp_path):
+    return Path(shutil.copytree(scenes_folder, tmp_path / "data"))
+
+
+def check(capsys, folder, dataset, *options):
+    """The exit code and the printed lines, the last one apart."""
+    code = check_data.main([dataset, str(folder), *options])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith(f"{folder}: {len(lines)} problem(s) found") and code == bool(lines)
+    return lines
+
+
+def edit(folder, change):
+    content = json.loads((folder / JSON).read_text())
+    change(content)
+    (folder / JSON).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("dataset", [ADE20K, COCO])
+@pytest.mark.parametrize("full", [(), ("--full",)])
+def test_good_scenes(capsys, scenes_folder, dataset, full):
+    assert check(capsys, scenes_folder, *dataset, *full) == []
+
+
+def test_counts_are_expectations(capsys, scenes_folder):
+    lines = check(capsys, scenes_folder, "ade20k", "--splits", "training")
+    assert len(lines) == 1 and "has 12 images, expected 20,210" in lines[0] and "--any-size" in lines[0]
+    lines = check(capsys, scenes_folder, "coco", "--splits", "val2017")
+    assert len(lines) == 2 and "10 categories, expected 80" in lines[0] and "has 6 images, expected 5,000" in lines[1]
+
+
+def remove(name):
+    return lambda root: shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
+
+
+def truncate(name):
+    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:-400])
+
+
+def write_mask(name, labels):
+    return lambda root: Image.fromarray(labels).save(root / name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "path", "words"),
+    [
+        (remove("images/validation"), "images/validation", "no such folder"),
+        (remove("annotations/training"), "annotations/training", "no such folder"),
+        (remove(MASK), IMAGE, "has no mask"),
+        (remove(IMAGE), MASK, "has no image"),
+        (truncate(IMAGE), IMAGE, "cannot be read"),
+        (truncate(MASK), MASK, "cannot be read"),
+        (lambda root: (root / IMAGE).write_bytes(b""), IMAGE, "cannot be read"),
+        (write_mask(MASK, np.full((128, 128), 11, np.uint8)), MASK, "has the labels 11"),
+        (write_mask(MASK, np.zeros((128, 127), np.uint8)), MASK, "is 127×128, its image 128×128"),
+        (write_mask(MASK, np.zeros((128, 128, 3), np.uint8)), MASK, "is a RGB picture"),
+    ],
+)
+def test_ade20k_faults(capsys, folder, damage, path, words):
+    damage(folder)
+    (line,) = check(capsys, folder, *ADE20K)
+    assert line.startswith(f"{folder / path}: ") and words in line and "; " in line
+
+
+def test_labels_up_to_150_by_default(capsys, folder):
+    write_mask(MASK, np.full((128, 128), 150, np.uint8))(folder)
+    assert check(capsys, folder, "ade20k", "--any-size") == []
+    write_mask(MASK, np.full((128, 128), 151, np.uint8))(folder)
+    assert len(check(capsys, folder, "ade20k", "--any-size")) == 1
+
+
+def change(table, number, **values):
+    return lambda root: edit(root, lambda content: content[table][number].update(values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "path", "words"),
+    [
+        (remove("val2017"), "val2017", "no such folder"),
+        (remove(JSON), JSON, "no such file"),
+        (lambda root: (root / JSON).write_text(""), JSON, "is empty"),
+        (lambda root: (root / JSON).write_text('{"images": ['), JSON, "is not JSON"),
+        (lambda root: edit(root, lambda content: content["annotations"].clear()), JSON, "has no annotations"),
+        (lambda root: edit(root, lambda content: content.pop("categories")), JSON, "has no categories"),
+        (lambda root: edit(root, lambda content: content["annotations"][3].pop("bbox")), JSON, "annotations[3]"),
+        (change("images", 2, width="128"), JSON, "images[2] has no valid 'width'"),
+        (change("images", 2, id=1), JSON, "images has the id 1 2 times"),
+        (remove("train2017/train_00002.jpg"), "train2017/train_00002.jpg", "is named in instances_train2017.json"),
+        (truncate("train2017/train_00002.jpg"), "train2017/train_00002.jpg", "cannot be read"),
+        (change("images", 1, width=200, height=200), "train2017/train_00002.jpg", "is 128×128 pixels"),
+        (change("annotations", 0, category_id=11), JSON, "annotation 1 has the unknown category 11"),
+        (change("annotations", 0, image_id=99), JSON, "annotation 1 is of the unknown image 99"),
+        (change("annotations", 0, id=0), JSON, "annotation 0 has the id 0"),
+        (change("annotations", 0, bbox=[100, 0, 40, 20]), JSON, "outside train_00001.jpg of 128×128"),
+        (change("annotations", 0, bbox=[-5, 0, 40, 20]), JSON, "outside train_00001.jpg"),
+        (change("annotations", 0, bbox=[5, 5, -4, 20]), JSON, "outside train_00001.jpg"),
+        (change("annotations", 0, bbox=[5, float("nan"), 4, 20]), JSON, "outside train_00001.jpg"),
+        (change("annotations", 0, bbox=[5, 5, 4]), JSON, "has the box [5, 5, 4]"),
+        (change("annotations", 0, segmentation=[]), JSON, "has no valid segmentation"),
+        (change("annotations", 0, segmentation={"counts": [9], "size": [3, 3]}), JSON, "has no valid segmentation"),
+    ],
+)
+def test_coco_faults(capsys, folder, damage, path, words):
+    damage(folder)
+    lines = check(capsys, folder, *COCO)
+    assert any(line.startswith(f"{folder / path}: ") and words in line and "; " in line for line in lines)
+    assert all(str(folder / path) in line or "segmentation" in line for line in lines)
+
+
+def test_boxes_of_coco_itself(capsys, folder):
+    """COCO has boxes without a height, and some that its rounding puts just outside."""
+    change("annotations", 0, bbox=[9.98, 120.0, 15.52, 0.0])(folder)
+    change("annotations", 1, bbox=[0.0, 0.0, 128.4, 128.01], segmentation=[[0, 0, 9.5, 0, 9.5, 9]])(folder)
+    assert check(capsys, folder, *COCO) == []
+
+
+def test_a_sample_is_opened_and_full_opens_all(capsys, folder, monkeypatch):
+    monkeypatch.setattr(check_data, "SAMPLE", 2)
+    for number in range(1, 13):
+        truncate(f"images/training/train_{number:05d}.jpg")(folder)
+    assert len(check(capsys, folder, *ADE20K)) == 4
+    assert len(check(capsys, folder, *ADE20K, "--full")) == 12
+
+
+def test_many_of_a_kind_are_counted(capsys, folder, monkeypatch):
+    monkeypatch.setattr(check_data, "SHOWN", 3)
+    for number in range(1, 13):
+        remove(f"annotations/training/train_{number:05d}.png")(folder)
+    assert check_data.main([*ADE20K[:1], str(folder), *ADE20K[1:]]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[3].startswith("… and 9 more") and "12 problem(s)" in lines[4]
+
+
+def test_command_line(folder):
+    def run(*command):
+        return subprocess.run([*map(str, command)], capture_output=True, text=True)
+
+    program = SCRIPTS / "check_data.py"
+    assert run(sys.executable, program, "coco", folder, "--any-size").returncode == 0
+    assert run(sys.executable, program, "coco", folder / "nothing").returncode == 1
+    wrong = run(sys.executable, program, "coco", folder, "--splits", "val")
+    assert wrong.returncode == 2 and "coco has no split 'val': give train2017 or val2017" in wrong.stderr
+    for dataset in ("ade20k", "coco"):
+        script = SCRIPTS / f"prepare_{dataset}.sh"
+        for arguments, code in (((), 2), (("--help",), 0)):
+            result = run("bash", script, *arguments)
+            assert result.returncode == code and result.stdout.startswith(f"usage: bash scripts/prepare_{dataset}.sh ")
