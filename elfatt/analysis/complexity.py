@@ -1,8 +1,8 @@
 """Parameters and multiply-adds by the rules of the paper's tables, which are fvcore's.
 
 One multiply-add counts 1, LayerNorm 5 per element, batch norm 2 per element, adaptive pooling 1 per input element,
-bilinear resizing 4 per output element; softmax, GELU and bicubic resizing count 0. torch's ``FlopCounterMode`` does the
-counting, so a model on the ``meta`` device needs neither memory nor time.
+bilinear resizing 4 and nearest 1 per output element; softmax, GELU and bicubic resizing count 0. torch's
+``FlopCounterMode`` does the counting, so a model on the ``meta`` device needs neither memory nor time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ aten = torch.ops.aten
 _ELEMENTWISE = {
     aten.native_layer_norm: lambda shape, *_, out_shape, **__: 10 * shape.numel(),
     aten.native_batch_norm: lambda shape, *_, out_shape, **__: 4 * shape.numel(),
+    aten._native_batch_norm_legit_no_training: lambda shape, *_, out_shape, **__: 4 * shape.numel(),
     aten._adaptive_avg_pool2d: lambda shape, *_, out_shape, **__: 2 * shape.numel(),
     aten.upsample_bilinear2d: lambda *_, out_shape, **__: 8 * out_shape.numel(),
 }
@@ -71,9 +72,9 @@ def measure_complexity(model: nn.Module, img_size: tuple[int, int], in_chans: in
 
 def _count(model, image, backend):
     counter = FlopCounterMode(display=False, custom_mapping=_ELEMENTWISE)
-    with torch.no_grad(), use_backend(backend), counter:
+    with torch.no_grad(), use_backend(backend), counter, _NearestResizing() as nearest:
         model(image)
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2 + nearest.outputs
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -89,3 +90,17 @@ class _FusedAttention(TorchFunctionMode):
         q, k, v = args[:3]
         self.macs += q.numel() * k.shape[-2] + q.shape[:-1].numel() * v.shape[-2] * v.shape[-1]
         return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+class _NearestResizing(TorchFunctionMode):
+    """Counts the outputs of nearest-neighbour resizing, which PyTorch turns into indexing before its counter looks."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is F.interpolate and (kwargs or {}).get("mode", "nearest") == "nearest":
+            self.outputs += out.numel()
+        return out

@@ -25,10 +25,12 @@ class AgentAttention(QKVAttention):
         num_heads: Attention heads.
         agents: Side of the grid of agents; there are ``agents²``.
         feat_size: Height and width of the training map in tokens; on other maps the biases are resized bilinearly.
+        tables: Side of the grid of agents that the biases are kept for, by default ``agents``; they are resized
+            bilinearly to ``agents``, as in the official dense models (agent_swin.py under downstream/).
         lepe: Add the convolution on V.
 
     Raises:
-        ValueError: ``agents`` or ``feat_size`` below 1.
+        ValueError: ``agents``, ``tables`` or ``feat_size`` below 1.
     """
 
     def __init__(
@@ -38,13 +40,15 @@ class AgentAttention(QKVAttention):
         *,
         agents: int = 7,
         feat_size: tuple[int, int] = (14, 14),
+        tables: int | None = None,
         lepe: bool = True,
     ):
         super().__init__(dim, num_heads)
         height, width = feat_size
-        check_positive(agents=agents, feat_height=height, feat_width=width)
-        self.agents = agents
-        heads, n = num_heads, agents**2
+        tables = agents if tables is None else tables
+        check_positive(agents=agents, tables=tables, feat_height=height, feat_width=width)
+        self.agents, self.tables = agents, tables
+        heads, n = num_heads, tables**2
         self.an_bias = nn.Parameter(torch.empty(heads, n, GRID, GRID))
         self.na_bias = nn.Parameter(torch.empty(heads, n, GRID, GRID))
         self.ah_bias = nn.Parameter(torch.empty(heads, n, height, 1))
@@ -59,20 +63,25 @@ class AgentAttention(QKVAttention):
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
         q, k, v = unpack(qkv).unbind(3)
         size = tuple(q.shape[1:3])
-        broadcast = (bias.permute(0, 3, 1, 2) for bias in (self.ha_bias, self.wa_bias))
+        gather = self._bias(self.an_bias, self.ah_bias + self.aw_bias, size)
+        broadcast = self._bias(self.na_bias, (self.ha_bias + self.wa_bias).permute(0, 3, 1, 2), size)
         out = agent_attention(
             q,
             k,
             v,
             num_heads=self.num_heads,
             agents=self.agents,
-            gather_bias=_compose(self.an_bias, self.ah_bias, self.aw_bias, size),
-            broadcast_bias=_compose(self.na_bias, *broadcast, size).transpose(1, 2),
+            gather_bias=gather,
+            broadcast_bias=broadcast.transpose(1, 2),
         )
         return out if self.lepe is None else out + depthwise_conv(v, *kernel_of(self.lepe))
 
+    def _bias(self, grid: torch.Tensor, axes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Sum of a coarse map and of the biases per row and column: ``[heads, agents², H * W]``."""
+        return sum(self._resize(table, size) for table in (grid, axes))
 
-def _compose(grid, rows, columns, size):
-    """Sum of a coarse map, a bias per row and one per column: ``[heads, agents², H * W]``."""
-    shapes = ((grid, size), (rows, (size[0], 1)), (columns, (1, size[1])))
-    return sum(resize_positions(table, shape, "bilinear") for table, shape in shapes).flatten(2)
+    def _resize(self, table: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """From ``[heads, tables², h, w]``: first the map, then the grid of agents."""
+        table = resize_positions(table, size, "bilinear").flatten(2).transpose(1, 2)
+        table = resize_positions(table.unflatten(2, (self.tables, self.tables)), 2 * (self.agents,), "bilinear")
+        return table.flatten(2).transpose(1, 2)

@@ -108,6 +108,7 @@ class HierarchicalTransformer(nn.Module):
         channel_split: Share c1/c of ELFATT's channels in the global branch.
         lepe: Add LePE wherever the mechanism has it.
         agents: Side of the agent grid, one or one per stage.
+        agent_tables: Side of the agent grid that the learned biases are kept for, by default ``agents``.
         window_size: Side of Swin's windows or width of CSWin's stripes in tokens, one or one per stage.
         mlp_ratio: Hidden channels of the MLPs per channel.
         drop_rate: Dropout before the classifier.
@@ -136,6 +137,7 @@ class HierarchicalTransformer(nn.Module):
         channel_split: float = 0.5,
         lepe: bool = True,
         agents: int | Sequence[int] = 7,
+        agent_tables: int | Sequence[int] | None = None,
         window_size: int | Sequence[int] = 7,
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
@@ -154,6 +156,7 @@ class HierarchicalTransformer(nn.Module):
         self.channel_split, self.lepe = channel_split, lepe
         self.block_size = per_stage("block_size", block_size, stages)
         self.agents = per_stage("agents", agents, stages)
+        self.agent_tables = per_stage("agent_tables", agent_tables, stages)
         self.window_size = per_stage("window_size", window_size, stages)
 
         dims = [embed_dim * 2**i for i in range(stages)]
@@ -193,7 +196,12 @@ class HierarchicalTransformer(nn.Module):
             },
             "effatt": {"lepe": self.lepe},
             "vanilla": {"lepe": self.lepe},
-            "agent": {"agents": self.agents[stage], "feat_size": feat_size, "lepe": self.lepe},
+            "agent": {
+                "agents": self.agents[stage],
+                "tables": self.agent_tables[stage],
+                "feat_size": feat_size,
+                "lepe": self.lepe,
+            },
             "flatten": {"feat_size": feat_size, "lepe": self.lepe and self.local == "cswin"},
             self.local: self.local_options(stage, block),
         }

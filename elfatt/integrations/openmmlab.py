@@ -1,0 +1,152 @@
+"""The models as backbones of mmsegmentation and mmdetection, registered once in mmengine's root registries.
+
+A configuration finds them with ``custom_imports = dict(imports=["elfatt.integrations.openmmlab"])``. Importing this
+file also puts ``mmcv_ops`` in place, so it must come before mmdet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import timm
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS, TRANSFORMS
+from torch import nn
+
+import elfatt  # noqa: F401  registers the models with timm
+from elfatt.checkpoints import load_checkpoint
+from elfatt.integrations import mmcv_ops
+
+mmcv_ops.install()
+
+LEFT_OVER = ("head.", "norm.")  # a checkpoint's classifier and the norm before it: the levels have norms of their own
+
+
+@MODELS.register_module()
+class TimmBackbone(BaseModule):
+    """Four feature maps of a timm model, each behind a LayerNorm of its own, as the paper's dense models have them.
+
+    Args:
+        name: Model of ``timm.create_model``, such as ``cswin_tiny_elfatt`` or ``convnext_tiny``.
+        out_indices: Levels to return, from 0; level i has stride ``4 * 2**i``.
+        frozen_stages: Parts that do not train: 0 freezes the stem, n the first n stages as well, -1 nothing.
+        with_cp: Recompute activations in the backward pass instead of keeping them.
+        pretrained: Checkpoint file of a classification model, ours or an official one; short for ``init_cfg``.
+        init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``; without it the weights are random.
+        **options: Keywords of the model, such as ``block_size``, ``img_size`` or ``drop_path_rate``.
+
+    Raises:
+        ValueError: Both ``pretrained`` and ``init_cfg``, another ``init_cfg``, or ``frozen_stages`` out of range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        pretrained: str | None = None,
+        init_cfg: dict | None = None,
+        **options,
+    ):
+        if pretrained and init_cfg:
+            raise ValueError(f"pretrained={pretrained!r} and init_cfg={init_cfg!r} both name weights: give one")
+        if pretrained:
+            init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
+        if init_cfg and (init_cfg.get("type") != "Pretrained" or not init_cfg.get("checkpoint")):
+            raise ValueError(f"init_cfg={init_cfg!r} must be dict(type='Pretrained', checkpoint=FILE)")
+        super().__init__(init_cfg)
+        if not -1 <= frozen_stages <= 4:
+            raise ValueError(f"frozen_stages={frozen_stages} must be -1 (none), 0 (the stem), or 1 to 4 (stages)")
+        self.name = name
+        self.frozen_stages = frozen_stages
+        # the getter keeps the classification model's parameter names, so that its checkpoints fit
+        self.features = timm.create_model(
+            name, features_only=True, feature_cls="getter", out_indices=tuple(out_indices), **options
+        )
+        # "norm" in the name keeps weight decay away, see decay_mult in the configurations
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.features.feature_info.channels())
+        if with_cp:
+            self.features.model.set_grad_checkpointing(True)
+        self._freeze()
+
+    def init_weights(self) -> None:
+        """Load the checkpoint that ``init_cfg`` names, averaged (EMA) weights first; all of its tensors, or none.
+
+        Raises:
+            FileNotFoundError: No such checkpoint.
+            ValueError: Its tensors do not fit the model.
+        """
+        if not self.init_cfg:
+            print_log(f"{self.name}: random weights; pretrained weights are given by --pretrained FILE", "current")
+            return
+        path = self.init_cfg["checkpoint"]
+        report = load_checkpoint(self.features.model, path, allow=LEFT_OVER)
+        left_over = f"left over: {', '.join(report.skipped) or 'nothing'}"
+        print_log(
+            f"{self.name}: {report.matched} of {len(self.features.model.state_dict())} tensors matched from {path} "
+            f"({report.source} names, {report.weights} weights, {len(report.resized)} resized; {left_over})",
+            "current",
+        )
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        """As in PyTorch, but frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Image ``[B, 3, H, W]`` to one map ``[B, C, H / stride, W / stride]`` a level.
+
+        Between levels sides are rounded up, by ConvNeXt down; the stem rounds as it does for classification.
+        """
+        maps = self.features(x)
+        return tuple(norm(m.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for norm, m in zip(self.norms, maps, strict=True))
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        model = self.features.model
+        for part in (model.stem, *model.stages[: self.frozen_stages]):
+            part.eval().requires_grad_(False)
+
+
+@TRANSFORMS.register_module()
+class CheckMask:
+    """Stops at a segmentation mask that does not belong to its image or to the classes, and says which file it is.
+
+    Unchecked, a wrong size trains on shifted labels, and a wrong label is an assertion inside a CUDA kernel. Stands
+    right behind ``LoadAnnotations``, before anything is resized.
+
+    Args:
+        num_classes: Labels are 0 to ``num_classes - 1``, after ``reduce_zero_label``.
+        ignore_index: The one label beyond these that is allowed.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255):
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+
+    def __call__(self, results: dict) -> dict:
+        """Pass ``results`` on as they are; an image without a mask passes as well.
+
+        Raises:
+            ValueError: The mask has another size than its image, or an unknown label.
+        """
+        if "gt_seg_map" not in results:
+            return results
+        mask, path = results["gt_seg_map"], results["seg_map_path"]
+        if mask.shape != tuple(results["ori_shape"]):
+            raise ValueError(
+                f"mask {path} has {mask.shape[1]}x{mask.shape[0]} pixels (width x height), but its image "
+                f"{results['img_path']} has {results['ori_shape'][1]}x{results['ori_shape'][0]}: make them equal"
+            )
+        unknown = mask[(mask >= self.num_classes) & (mask != self.ignore_index)]
+        if unknown.size:
+            raise ValueError(
+                f"mask {path} holds label {unknown.max()} (as trained), but there are {self.num_classes} classes, "
+                f"0 to {self.num_classes - 1}, and {self.ignore_index} to ignore: check the mask or num_classes"
+            )
+        return results

@@ -1,0 +1,75 @@
+"""The backbone of both dense frameworks: its maps, its freezing, its pretrained weights."""
+
+import pytest
+import timm
+import torch
+
+from elfatt import create_attention
+from elfatt.integrations import openmmlab
+from elfatt.integrations.openmmlab import TimmBackbone
+
+
+@pytest.mark.parametrize("size", [(512, 2048), (800, 1333), (127, 333)])
+@pytest.mark.parametrize("name", ["swin_tiny_elfatt", "cswin_tiny_elfatt", "swin_tiny_local", "swin_tiny_agent"])
+def test_maps_have_their_strides(name, size):
+    with torch.device("meta"):
+        maps = TimmBackbone(name, block_size=14)(torch.zeros(1, 3, *size))
+    patch = name in ("swin_tiny_local", "swin_tiny_agent")  # the others have CSWin's 7 × 7 stem with a padding of 2
+    sides = [-(-side // 4) if patch else (side - 3) // 4 + 1 for side in size]
+    for i, m in enumerate(maps):
+        assert m.shape == (1, maps[0].shape[1] * 2**i, *(-(-side // 2**i) for side in sides))
+
+
+def test_each_map_is_normed():
+    maps = TimmBackbone("cswin_nano_elfatt")(torch.rand(1, 3, 61, 90))
+    for m in maps:
+        torch.testing.assert_close(m.mean(1), torch.zeros_like(m[:, 0]), atol=1e-5, rtol=0)
+
+
+def test_frozen_stages_and_checkpointing():
+    model = TimmBackbone("cswin_nano_elfatt", frozen_stages=2, with_cp=True, drop_path_rate=0.5).train()
+    sum(m.sum() for m in model(torch.rand(1, 3, 64, 64))).backward()
+    net = model.features.model
+    for part, frozen in ((net.stem, True), (net.stages[1], True), (net.stages[2], False), (model.norms, False)):
+        assert all((p.grad is None) == frozen for p in part.parameters()) and part.training != frozen
+
+
+def test_pretrained_weights_load_loudly(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(openmmlab, "print_log", lambda line, logger: lines.append(line))
+    source = timm.create_model("cswin_nano_elfatt", num_classes=7)
+    raw = {key: torch.zeros_like(value) for key, value in source.state_dict().items()}
+    path = tmp_path / "classifier.pth.tar"
+    torch.save({"state_dict": raw, "state_dict_ema": source.state_dict()}, path)
+    model = TimmBackbone("cswin_nano_elfatt", pretrained=str(path))
+    model.init_weights()
+    own = model.features.model.state_dict()
+    assert f"{len(own)} of {len(own)} tensors matched" in lines[0]
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in own.items())
+
+    torch.save({"state_dict": {k: v for k, v in raw.items() if "stages.2" not in k}}, path)
+    with pytest.raises(ValueError, match="missing"):
+        model.init_weights()
+    with pytest.raises(ValueError, match="both name weights"):
+        TimmBackbone("cswin_nano_elfatt", pretrained="a", init_cfg={"type": "Pretrained", "checkpoint": "b"})
+
+
+def test_position_tables_are_resized(tmp_path):
+    path = tmp_path / "small.pth"
+    torch.save(timm.create_model("swin_tiny_flatten", img_size=64).state_dict(), path)
+    TimmBackbone("swin_tiny_flatten", img_size=96, pretrained=str(path)).init_weights()
+
+
+def test_agents_of_another_grid_use_resized_tables():
+    attention = {"dim": 8, "num_heads": 2, "feat_size": (6, 6)}
+    small = create_attention("agent", **attention, agents=5, tables=3)
+    large = create_attention("agent", **attention, agents=5)
+    state = small.state_dict()
+    for key, axes in (("an_bias", 1), ("na_bias", 1), ("ah_bias", 2), ("aw_bias", 2), ("ha_bias", 4), ("wa_bias", 4)):
+        table = state[key].movedim(axes, -1)
+        grid = table.reshape(1, -1, 3, 3)
+        grid = torch.nn.functional.interpolate(grid, size=(5, 5), mode="bilinear")
+        state[key] = grid.reshape(*table.shape[:-1], 25).movedim(-1, axes)
+    large.load_state_dict(state)
+    x = torch.rand(1, 9, 7, 8)
+    torch.testing.assert_close(small(x), large(x))
