@@ -1,0 +1,8 @@
+# Swin-T: channels of its levels, stochastic depth, ELFATT's blocks.
+_base_ = "upernet.py"
+
+model = dict(
+    backbone=dict(block_size=14, drop_path_rate=0.3),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)

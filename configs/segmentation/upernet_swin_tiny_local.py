@@ -1,0 +1,6 @@
+# bash scripts/train_ade20k.sh configs/segmentation/upernet_swin_tiny_local.py DATA_DIR --pretrained FILE
+# hardware: 8 GPUs
+# paper: 44.5 % mIoU, 55.6 % mAcc
+_base_ = ["_base_/swin_tiny.py", "_base_/ade20k_160k.py"]
+
+model = dict(backbone=dict(name="swin_tiny_local"))
