@@ -129,7 +129,7 @@ def _config(args: argparse.Namespace, task: str) -> Config:
         config.sync_bn = None  # PyTorch synchronises batch norm on GPUs only
         if args.launcher == "pytorch" and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")  # mmengine's own start and wrapper ask for a GPU
-            config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+            config.model_wrapper_cfg = {"device_ids": None, "broadcast_buffers": False}
     return config
 
 
