@@ -1,0 +1,1 @@
+"""Segmentation: programs over mmengine; see docs/segmentation_detection.md."""

@@ -1,0 +1,24 @@
+"""Draws the segmentation of an image file: ``python segmentation/inference.py CONFIG CHECKPOINT IMAGE OUTPUT``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from elfatt.integrations import mm_runner  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the program with these arguments, by default the command line's."""
+    args = mm_runner.parse_inference(argv, "segmentation")
+    from mmseg.apis import inference_model, init_model, show_result_pyplot
+
+    model = init_model(args.config, args.checkpoint, device=args.device)
+    result = inference_model(model, args.image)
+    show_result_pyplot(model, args.image, result, draw_gt=False, show=False, out_file=args.output)
+
+
+if __name__ == "__main__":
+    main()
