@@ -1,0 +1,1 @@
+"""Detection: programs over mmengine; see docs/segmentation_detection.md."""

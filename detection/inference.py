@@ -1,0 +1,29 @@
+"""Draws the instances in an image file: ``python detection/inference.py CONFIG CHECKPOINT IMAGE OUTPUT``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from elfatt.integrations import mm_runner  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the program with these arguments, by default the command line's."""
+    args = mm_runner.parse_inference(argv, "detection")
+    import mmcv
+    from mmdet.apis import inference_detector, init_detector
+    from mmdet.visualization import DetLocalVisualizer
+
+    model = init_detector(args.config, args.checkpoint, device=args.device)
+    result = inference_detector(model, args.image)
+    visualizer = DetLocalVisualizer()
+    visualizer.dataset_meta = model.dataset_meta
+    image = mmcv.imread(args.image, channel_order="rgb")
+    visualizer.add_datasample("image", image, result, draw_gt=False, pred_score_thr=args.score, out_file=args.output)
+
+
+if __name__ == "__main__":
+    main()
