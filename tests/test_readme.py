@@ -17,7 +17,7 @@ def test_the_python_example_runs():
 
 
 def test_every_file_it_names_is_there():
-    names = re.findall(r"(?:scripts|configs|docs|elfatt|classification)/[\w./]*\w", README)
+    names = re.findall(r"(?:scripts|configs|docs|elfatt|classification|segmentation|detection)/[\w./]*\w", README)
     missing = [name for name in names if not (ROOT / name).exists() and not name.startswith("runs")]
     assert not missing
 

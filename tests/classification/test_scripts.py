@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("torchrun.sh", "train_imagenet.sh", "finetune_imagenet_384.sh", "evaluate_imagenet.sh")
+SCRIPTS += ("train_ade20k.sh", "evaluate_ade20k.sh", "train_coco.sh", "evaluate_coco.sh")
 
 
 @pytest.fixture
