@@ -65,7 +65,7 @@ def test_agents_of_another_grid_use_resized_tables():
     small = create_attention("agent", **attention, agents=5, tables=3)
     large = create_attention("agent", **attention, agents=5)
     state = small.state_dict()
-    for key, axes in (("an_bias", 1), ("na_bias", 1), ("ah_bias", 2), ("aw_bias", 2), ("ha_bias", 4), ("wa_bias", 4)):
+    for key, axes in (("an_bias", 1), ("na_bias", 1), ("ah_bias", 1), ("aw_bias", 1), ("ha_bias", 3), ("wa_bias", 3)):
         table = state[key].movedim(axes, -1)
         grid = table.reshape(1, -1, 3, 3)
         grid = torch.nn.functional.interpolate(grid, size=(5, 5), mode="bilinear")
