@@ -3,4 +3,4 @@
 # paper: 44.6 box AP, 40.7 mask AP
 _base_ = ["_base_/swin_tiny.py", "_base_/coco_1x.py"]
 
-model = dict(backbone=dict(name="swin_tiny_agent", agents=(9, 12, 14, 7)))
+model = dict(backbone=dict(name="swin_tiny_agent", agents=(9, 12, 14, 7), agent_tables=(3, 4, 7, 7)))

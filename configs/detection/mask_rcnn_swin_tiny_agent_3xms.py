@@ -3,4 +3,4 @@
 # paper: 47.3 box AP, 42.7 mask AP
 _base_ = ["_base_/swin_tiny.py", "_base_/coco_3xms.py"]
 
-model = dict(backbone=dict(name="swin_tiny_agent", agents=(9, 12, 14, 7)))
+model = dict(backbone=dict(name="swin_tiny_agent", agents=(9, 12, 14, 7), agent_tables=(3, 4, 7, 7)))

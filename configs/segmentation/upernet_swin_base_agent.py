@@ -3,4 +3,4 @@
 # paper: no figure
 _base_ = ["_base_/swin_base.py", "_base_/ade20k_160k.py"]
 
-model = dict(backbone=dict(name="swin_base_agent", agents=(9, 12, 14, 7)))
+model = dict(backbone=dict(name="swin_base_agent", agents=(9, 12, 14, 7), agent_tables=(3, 4, 7, 7)))

@@ -66,7 +66,6 @@ def model_options(name: str, img_size: int | tuple[int, int] = 224) -> dict:
         "block_size": sides["block_size"],
         "window_size": sides[shell],
         "agents": (3, 4, 7, 7),
-        "agent_tables": (3, 4, 7, 7),  # a finer grid of dense tasks resizes these, so that checkpoints fit
     }
     return {**options, **EXCEPTIONS.get((name, resolution), {})}
 
