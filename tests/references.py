@@ -1,4 +1,4 @@
-"""Every mechanism once more, as its formula reads, in loops over images, heads and blocks.
+"""Every mechanism once more, as its formula reads, in loops over images, heads and blocks; and ELFATT's backbone.
 
 Nothing here calls the package: a function takes a mechanism's weights by name and a map ``x[B, H, W, C]`` in float64.
 """
@@ -195,3 +195,47 @@ def flatten(w, x, *, num_heads, feat_size):
     out = torch.cat(heads, -1).view(x.shape)
     out = out + torch.cat([convolve(w, "dwc", head) for head in v.chunk(num_heads, -1)], -1)
     return linear(w, "proj", out + (convolve(w, "lepe", v) if "lepe.weight" in w else 0))
+
+
+def normalize(w, name, x):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+
+def shrink(w, name, x, stride, padding):
+    """Convolution of a zero-padded map [H, W, C] by its definition: a sum over the places of the kernel."""
+    weight, (height, width, _) = w[f"{name}.weight"], x.shape
+    side = weight.shape[-1]
+    x = torch.nn.functional.pad(x, (0, 0, padding, padding, padding, padding))
+    rows, columns = ((length + 2 * padding - side) // stride + 1 for length in (height, width))
+    out = w[f"{name}.bias"].expand(rows, columns, -1)
+    for dy in range(side):
+        for dx in range(side):
+            places = x[dy : dy + stride * rows : stride, dx : dx + stride * columns : stride][:rows, :columns]
+            out = out + places @ weight[:, :, dy, dx].T
+    return out
+
+
+def elfatt_maps(w, image, *, levels, num_heads, block_size):
+    """The map [H, W, C] of each level for an image [3, H, W]; ``levels`` has a letter for each block, E or V."""
+    x, maps = normalize(w, "stem.norm", shrink(w, "stem.conv", image.permute(1, 2, 0), 4, 2)), []
+    for i, (letters, heads, side) in enumerate(zip(levels, num_heads, block_size, strict=True)):
+        if i:
+            merge = f"stages.{i}.downsample"
+            x = normalize(w, f"{merge}.norm", shrink(w, f"{merge}.conv", x, 2, 1))
+        for j, letter in enumerate(letters):
+            block = f"stages.{i}.blocks.{j}."
+            own = {key.removeprefix(block): value for key, value in w.items() if key.startswith(block)}
+            weights = {key.removeprefix("attn."): value for key, value in own.items()}
+            tokens = normalize(own, "norm1", x)[None]
+            if letter == "E":
+                x = x + elfatt(weights, tokens, num_heads=heads, block_size=side)[0]
+            else:
+                x = x + vanilla(weights, tokens, num_heads=heads)[0]
+            x = x + linear(own, "mlp.fc2", gelu(linear(own, "mlp.fc1", normalize(own, "norm2", x))))
+        maps.append(x)
+    return maps

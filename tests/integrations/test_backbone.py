@@ -7,6 +7,7 @@ import torch
 from elfatt import create_attention
 from elfatt.integrations import openmmlab
 from elfatt.integrations.openmmlab import TimmBackbone
+from tests.references import elfatt_maps, normalize
 
 
 @pytest.mark.parametrize("size", [(512, 2048), (800, 1333), (127, 333)])
@@ -24,6 +25,28 @@ def test_each_map_is_normed():
     maps = TimmBackbone("cswin_nano_elfatt")(torch.rand(1, 3, 61, 90))
     for m in maps:
         torch.testing.assert_close(m.mean(1), torch.zeros_like(m[:, 0]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_elfatt", "cswin_tiny_elfatt"])
+def test_maps_of_an_odd_image_equal_float64(name):
+    """Sides of 15×29, 8×15, 4×8 and 2×4 tokens: no block of 7 or 3 divides the first three."""
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 16, "depths": (1, 2, 2, 1), "num_heads": (2, 2, 4, 4)}
+    model = TimmBackbone(name, **sizes, block_size=(7, 7, 3)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    image = torch.randn(1, 3, 61, 117)
+    weights = {key: value.double() for key, value in model.features.model.state_dict().items()}
+    maps = elfatt_maps(
+        weights, image[0].double(), levels=("E", "EE", "VE", "V"), num_heads=(2, 2, 4, 4), block_size=(7, 7, 3, 3)
+    )
+    norms = {key: value.double() for key, value in model.norms.state_dict().items()}
+    with torch.no_grad():
+        found = model(image)
+    for i, (a, b) in enumerate(zip(found, maps, strict=True)):
+        expected = normalize(norms, str(i), b).permute(2, 0, 1)
+        assert a.shape[1:] == expected.shape
+        assert (a[0] - expected).abs().max() <= 1e-5
 
 
 def test_frozen_stages_and_checkpointing():
