@@ -4,19 +4,16 @@ import json
 
 import pytest
 import torch
+from mmengine.structures import InstanceData
 from PIL import Image
 
 from detection import inference, test, train
-from tests.integrations.miniature import detection_config, write_coco
+from tests.integrations.miniature import detection_config, options, train_with_two_processes, write_coco
 
 
 @pytest.fixture
 def data(tmp_path):
     return write_coco(tmp_path / "data")
-
-
-def options(config, data, run, *extra):
-    return [str(x) for x in (config, "--data-dir", data, "--work-dir", run, *extra)]
 
 
 @pytest.mark.slow
@@ -36,6 +33,56 @@ def test_trains_resumes_evaluates_and_draws(data, tmp_path):
     picture, image = tmp_path / "out.png", data / "val2017" / "0.jpg"
     inference.main([str(config), str(run / "epoch_2.pth"), str(image), str(picture), "--device", "cpu"])
     assert Image.open(picture).size == Image.open(image).size
+
+
+@pytest.mark.slow
+def test_two_processes_train(data, tmp_path):
+    train_with_two_processes("detection", options(detection_config(tmp_path), data, tmp_path / "run"))
+    state = torch.load(tmp_path / "run" / "epoch_1.pth", weights_only=False)
+    assert state["meta"]["iter"] == 1  # three images, two processes with two each
+
+
+def truth(data):
+    """A stand-in for ``MaskRCNN.predict`` that knows the annotation file, and nothing of the pipeline."""
+    from mmdet.datasets import CocoDataset
+
+    content = json.loads((data / "annotations" / "instances_val2017.json").read_text())
+    names = {category["id"]: category["name"] for category in content["categories"]}
+
+    def predict(model, images, samples, rescale=True):
+        for sample in samples:
+            own = [a for a in content["annotations"] if a["image_id"] == sample.img_id]
+            labels = [CocoDataset.METAINFO["classes"].index(names[a["category_id"]]) for a in own]
+            boxes = torch.tensor([a["bbox"] for a in own])
+            masks = torch.zeros(len(own), *sample.ori_shape, dtype=torch.bool)
+            for mask, (x, y, w, h) in zip(masks, boxes.tolist(), strict=True):
+                mask[y : y + h, x : x + w] = True
+            boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).float()
+            found = {"bboxes": boxes, "labels": torch.tensor(labels), "scores": torch.ones(len(own)), "masks": masks}
+            sample.pred_instances = InstanceData(**found)
+        return samples
+
+    return predict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wrong", "precision"), [(0, 1.0), (1, 0.0)], ids=["truth", "another class"])
+def test_the_truth_has_an_average_precision_of_one(data, tmp_path, monkeypatch, wrong, precision):
+    from mmdet.models import MaskRCNN
+
+    predict = truth(data)
+
+    def shifted(*args, **kwargs):
+        samples = predict(*args, **kwargs)
+        for sample in samples:
+            sample.pred_instances.labels += wrong
+        return samples
+
+    monkeypatch.setattr(MaskRCNN, "predict", shifted)
+    checkpoint = tmp_path / "nothing.pth"
+    torch.save({"state_dict": {}}, checkpoint)
+    scores = test.main([str(detection_config(tmp_path)), str(checkpoint), *options("", data, tmp_path / "run")[1:]])
+    assert scores["coco/bbox_mAP"] == scores["coco/segm_mAP"] == precision
 
 
 @pytest.mark.slow
