@@ -11,12 +11,48 @@ import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 import elfatt.integrations.openmmlab  # noqa: F401  before mmdet
 
 # mmengine's checkpoints hold its history of losses as numpy arrays, which PyTorch refuses to load otherwise
 torch.serialization.add_safe_globals([np.dtypes.Float32DType, np.dtypes.Float64DType, np.dtypes.Int64DType])
+
+
+class CheckedRunner(Runner):
+    """mmengine's Runner, which stops where a dataset has no image, or other categories than the model has classes."""
+
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
+        """See ``Runner``.
+
+        Raises:
+            ValueError: The data set cannot be trained on or evaluated; its folder or annotation file is named.
+        """
+        if isinstance(dataloader, dict) and isinstance(dataloader["dataset"], dict):
+            dataset = DATASETS.build({**dataloader["dataset"], "lazy_init": True})
+            _load(dataset)
+            dataloader = {**dataloader, "dataset": dataset}
+        return Runner.build_dataloader(dataloader, *args, **kwargs)
+
+
+def _load(dataset) -> None:
+    source = dataset.ann_file or dataset.data_prefix["img_path"]
+    try:
+        dataset.full_init()
+    except ValueError as error:
+        if dataset.data_list:
+            raise
+        # mmengine cannot pack an empty list
+        raise ValueError(f"{source} holds no image that can be used (filter_cfg={dataset.filter_cfg})") from error
+    classes, categories = dataset.metainfo["classes"], getattr(dataset, "cat_ids", None)
+    if categories is not None and len(categories) != len(classes):
+        raise ValueError(
+            f"{source} names {len(categories)} of the {len(classes)} classes of the configuration: "
+            "list all of them in its 'categories', or set metainfo and num_classes to what it holds"
+        )
 
 
 def parse_train(argv: list[str] | None, task: str) -> argparse.Namespace:
@@ -68,7 +104,7 @@ def train(args: argparse.Namespace, task: str) -> Runner:
         config.resume = True
         config.load_from = None if args.resume == "auto" else args.resume
     _choose_precision(config.optim_wrapper, args.amp)
-    runner = Runner.from_cfg(config)
+    runner = CheckedRunner.from_cfg(config)
     runner.train()
     return runner
 
@@ -88,7 +124,7 @@ def test(args: argparse.Namespace, task: str) -> dict[str, float]:
     if getattr(args, "tta", False):
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = ConfigDict(**config.tta_model, module=config.model)
-    return Runner.from_cfg(config).test()
+    return CheckedRunner.from_cfg(config).test()
 
 
 def _parser(task: str, verb: str, program: str) -> argparse.ArgumentParser:

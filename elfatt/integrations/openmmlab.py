@@ -133,11 +133,13 @@ class CheckMask:
         """Pass ``results`` on as they are; an image without a mask passes as well.
 
         Raises:
-            ValueError: The mask has another size than its image, or an unknown label.
+            ValueError: The mask has channels, another size than its image, or an unknown label.
         """
         if "gt_seg_map" not in results:
             return results
         mask, path = results["gt_seg_map"], results["seg_map_path"]
+        if mask.ndim != 2:
+            raise ValueError(f"mask {path} has {mask.shape[2]} channels: save one, with the index of the class")
         if mask.shape != tuple(results["ori_shape"]):
             raise ValueError(
                 f"mask {path} has {mask.shape[1]}x{mask.shape[0]} pixels (width x height), but its image "

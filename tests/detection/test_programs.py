@@ -42,6 +42,13 @@ def test_two_processes_train(data, tmp_path):
     assert state["meta"]["iter"] == 1  # three images, two processes with two each
 
 
+def evaluate(data, folder):
+    """With random weights."""
+    checkpoint = folder / "nothing.pth"
+    torch.save({"state_dict": {}}, checkpoint)
+    return test.main([str(detection_config(folder)), str(checkpoint), *options("", data, folder / "run")[1:]])
+
+
 def truth(data):
     """A stand-in for ``MaskRCNN.predict`` that knows the annotation file, and nothing of the pipeline."""
     from mmdet.datasets import CocoDataset
@@ -79,9 +86,7 @@ def test_the_truth_has_an_average_precision_of_one(data, tmp_path, monkeypatch, 
         return samples
 
     monkeypatch.setattr(MaskRCNN, "predict", shifted)
-    checkpoint = tmp_path / "nothing.pth"
-    torch.save({"state_dict": {}}, checkpoint)
-    scores = test.main([str(detection_config(tmp_path)), str(checkpoint), *options("", data, tmp_path / "run")[1:]])
+    scores = evaluate(data, tmp_path)
     assert scores["coco/bbox_mAP"] == scores["coco/segm_mAP"] == precision
 
 
@@ -94,3 +99,33 @@ def test_a_missing_image_stops_with_its_name(data, tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
         train.main(options(detection_config(tmp_path), data, tmp_path / "run"))
+
+
+def change(data, split, **fields):
+    file = data / "annotations" / f"instances_{split}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"annotations": []}, "train2017.json holds no image that can be used .*filter_empty_gt"),
+        ({"images": [], "annotations": []}, "train2017.json holds no image"),
+        ({"categories": [{"id": 1, "name": "person"}]}, "train2017.json names 1 of the 80 classes"),
+    ],
+    ids=["no instance", "no image", "one category"],
+)
+def test_an_annotation_file_of_no_use_is_named(data, tmp_path, fields, message):
+    change(data, "train2017", **fields)
+    with pytest.raises(ValueError, match=message):
+        train.main(options(detection_config(tmp_path), data, tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_evaluation_without_instances_gives_the_sign_of_no_precision(data, tmp_path):
+    change(data, "val2017", annotations=[])
+    assert set(evaluate(data, tmp_path).values()) == {-1.0}
+    change(data, "val2017", images=[])
+    with pytest.raises(ValueError, match=r"val2017\.json holds no image"):
+        evaluate(data, tmp_path)

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from PIL import Image
 
 from segmentation import inference, test, train
+from tests.integrations.dense import build
 from tests.integrations.miniature import options, segmentation_config, train_with_two_processes, write_ade20k
 
 
@@ -70,7 +72,7 @@ def test_two_processes_train(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["label", "size", "missing"])
+@pytest.mark.parametrize("fault", ["label", "size", "channels", "missing"])
 def test_bad_masks_stop_with_the_file_name(data, tmp_path, fault):
     for path in (data / "annotations" / "training").iterdir():
         if fault == "missing":
@@ -78,11 +80,58 @@ def test_bad_masks_stop_with_the_file_name(data, tmp_path, fault):
         elif fault == "label":
             Image.fromarray(np.full((64, 96), 200, np.uint8)).save(path)
         else:
-            Image.fromarray(np.ones((64, 64), np.uint8)).save(path)
-    message = {"label": "holds label 199 .* 150 classes", "size": "64x64 pixels .* 96x64", "missing": "annotations"}
+            shape = {"size": (64, 64), "channels": (64, 96, 3)}[fault]
+            Image.fromarray(np.ones(shape, np.uint8)).save(path)
+    message = {
+        "label": "holds label 199 .* 150 classes",
+        "size": "64x64 pixels .* 96x64",
+        "channels": "has 3 channels",
+        "missing": "annotations",
+    }
     with pytest.raises((ValueError, FileNotFoundError), match=message[fault]) as error:
         train.main(options(segmentation_config(tmp_path), data, tmp_path / "run"))
     assert ".png" in str(error.value)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Of no use, but the same each time."""
+    config = Config.fromfile(segmentation_config(tmp_path))
+    torch.manual_seed(0)
+    path = tmp_path / "random.pth"
+    torch.save({"state_dict": build(config, "cpu").state_dict()}, path)
+    return path
+
+
+def evaluate(weights, data, run, *extra):
+    return test.main([str(segmentation_config(run.parent)), str(weights), *options("", data, run, *extra)[1:]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [(), ("--tta",)], ids=["once", "tta"])
+def test_a_bad_mask_stops_the_evaluation(data, tmp_path, weights, extra):
+    Image.fromarray(np.ones((64, 64), np.uint8)).save(data / "annotations" / "validation" / "1.png")
+    with pytest.raises(ValueError, match=r"1\.png has 64x64 pixels .* 96x64"):
+        evaluate(weights, data, tmp_path / "run", *extra)
+
+
+@pytest.mark.slow
+def test_unlabelled_images_train_and_count_nothing(data, tmp_path, weights):
+    for path in (*(data / "annotations" / "training").iterdir(), data / "annotations" / "validation" / "1.png"):
+        Image.fromarray(np.zeros((64, 96), np.uint8)).save(path)
+    runner = train.main(options(segmentation_config(tmp_path), data, tmp_path / "run"))
+    assert all(p.isfinite().all() for p in runner.model.parameters())
+    scores = evaluate(weights, data, tmp_path / "both")
+    (data / "images" / "validation" / "1.jpg").unlink()
+    assert evaluate(weights, data, tmp_path / "labelled") == scores
+
+
+@pytest.mark.slow
+def test_a_folder_without_images_is_named(data, tmp_path):
+    for path in (data / "images" / "training").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="images/training holds no image"):
+        train.main(options(segmentation_config(tmp_path), data, tmp_path / "run"))
 
 
 def test_what_is_not_there_ends_in_one_line(tmp_path, capsys):

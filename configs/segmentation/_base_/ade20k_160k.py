@@ -34,6 +34,7 @@ tta_pipeline = [
             ],
             [dict(type="RandomFlip", prob=p, direction="horizontal") for p in (0.0, 1.0)],
             [dict(type="LoadAnnotations", reduce_zero_label=True)],
+            [check_mask],
             [dict(type="PackSegInputs")],
         ],
     ),
