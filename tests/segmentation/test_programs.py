@@ -51,11 +51,12 @@ custom_hooks = [dict(type="EMAHook", momentum=0.1)]
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_continues_its_averaged_weights(data, tmp_path):
+def test_an_interrupted_run_continues_its_averaged_weights(data, tmp_path, capfd):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.main(options(segmentation_config(tmp_path, 4, DETERMINISTIC_EMA), data, whole))
     train.main(options(segmentation_config(tmp_path, 2, DETERMINISTIC_EMA), data, parts))
     train.main(options(segmentation_config(tmp_path, 4, DETERMINISTIC_EMA), data, parts, "--resume"))
+    assert "resumed epoch: 0, iter: 2" in "".join(capfd.readouterr())
     expected, found = (torch.load(run / "iter_4.pth", weights_only=False) for run in (whole, parts))
     averaged, raw = found["state_dict"], found["ema_state_dict"]  # mmengine's names for them once they are saved
     assert raw["steps"] == 4
