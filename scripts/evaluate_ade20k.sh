@@ -19,4 +19,4 @@ fi
 config=$1 data=$2 checkpoint=$3
 shift 3
 exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" segmentation/test.py \
-    "$config" "$checkpoint" --launcher pytorch --data-dir "$data" "$@"
+    "$config" "$checkpoint" --data-dir "$data" "$@"

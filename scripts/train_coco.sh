@@ -18,4 +18,4 @@ fi
 config=$1 data=$2
 shift 2
 exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" detection/train.py \
-    "$config" --launcher pytorch --data-dir "$data" "$@"
+    "$config" --data-dir "$data" "$@"

@@ -133,7 +133,13 @@ def _parser(task: str, verb: str, program: str) -> argparse.ArgumentParser:
     add("config", help=f"e.g. of configs/{task}")
     add("--data-dir", help="root of the data set, instead of the config's data_root")
     add("--work-dir", help=f"folder for logs and checkpoints (default: runs/{task}/CONFIG)")
-    add("--launcher", choices=("none", "pytorch", "slurm"), default="none", help="who started the processes")
+    launcher = "pytorch" if "TORCHELASTIC_RUN_ID" in os.environ else "none"
+    add(
+        "--launcher",
+        choices=("none", "pytorch", "slurm"),
+        default=launcher,
+        help="who started the processes (default: pytorch under torchrun, or else none)",
+    )
     add("--cfg-options", nargs="+", action=DictAction, help="KEY=VALUE …: any field, e.g. train_cfg.max_iters=80000")
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser

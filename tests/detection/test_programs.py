@@ -8,7 +8,7 @@ from mmengine.structures import InstanceData
 from PIL import Image
 
 from detection import inference, test, train
-from tests.integrations.miniature import detection_config, options, train_with_two_processes, write_coco
+from tests.integrations.miniature import detection_config, options, run_script, write_coco
 
 
 @pytest.fixture
@@ -36,10 +36,13 @@ def test_trains_resumes_evaluates_and_draws(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train(data, tmp_path):
-    train_with_two_processes("detection", options(detection_config(tmp_path), data, tmp_path / "run"))
-    state = torch.load(tmp_path / "run" / "epoch_1.pth", weights_only=False)
-    assert state["meta"]["iter"] == 1  # three images, two processes with two each
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_scripts_train_and_evaluate(data, tmp_path, processes):
+    config, run = detection_config(tmp_path), tmp_path / "run"
+    run_script("train_coco.sh", processes, config, data, "--work-dir", run)
+    state = torch.load(run / "epoch_1.pth", weights_only=False)
+    assert state["meta"]["iter"] == 2 // processes  # three images, batches of two
+    run_script("evaluate_coco.sh", processes, config, data, run / "epoch_1.pth", "--work-dir", run)
 
 
 def evaluate(data, folder):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,10 @@ def options(config: Path, data: Path, run: Path, *extra) -> list[str]:
     return [str(x) for x in (config, "--data-dir", data, "--work-dir", run, *extra)]
 
 
-def train_with_two_processes(task: str, arguments: list[str]) -> None:
-    """Run ``train.py`` of a task as its script does, on CPUs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / task / "train.py"), *arguments, "--launcher", "pytorch"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+def run_script(name: str, processes: int, *arguments) -> None:
+    """Run a script of ``scripts`` on CPUs."""
+    env = {**os.environ, "NGPUS": str(processes), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(ROOT / "scripts" / name), *map(str, arguments)]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from segmentation import inference, test, train
 from tests.integrations.dense import build
-from tests.integrations.miniature import options, segmentation_config, train_with_two_processes, write_ade20k
+from tests.integrations.miniature import options, run_script, segmentation_config, write_ade20k
 
 
 @pytest.fixture
@@ -67,9 +67,11 @@ def test_an_interrupted_run_continues_its_averaged_weights(data, tmp_path, capfd
 
 
 @pytest.mark.slow
-def test_two_processes_train(data, tmp_path):
-    train_with_two_processes("segmentation", options(segmentation_config(tmp_path, steps=1), data, tmp_path / "run"))
-    assert (tmp_path / "run" / "iter_1.pth").is_file()
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_scripts_train_and_evaluate(data, tmp_path, processes):
+    config, run = segmentation_config(tmp_path, steps=1), tmp_path / "run"
+    run_script("train_ade20k.sh", processes, config, data, "--work-dir", run)
+    run_script("evaluate_ade20k.sh", processes, config, data, run / "iter_1.pth", "--work-dir", run)
 
 
 @pytest.mark.slow
