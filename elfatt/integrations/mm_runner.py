@@ -113,7 +113,6 @@ def test(args: argparse.Namespace, task: str) -> dict[str, float]:
     """Evaluates as the command line says and returns the metrics."""
     config = _config(args, task)
     config.load_from = args.checkpoint
-    _choose_precision(config.optim_wrapper, None)
     if args.show_dir:
         folder = str(Path(args.show_dir).resolve())
         config.default_hooks.visualization.draw = True
