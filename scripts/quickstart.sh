@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained and evaluated model: sets up, trains a nano ELFATT on real digits, reports.
+# From nothing to three trained and evaluated models: sets up, trains a nano ELFATT on real digits, then UperNet and
+# Mask R-CNN from its weights on scenes of digits, reports.
 set -euo pipefail
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
@@ -7,12 +8,13 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 usage: bash scripts/quickstart.sh
 
 Trains cswin_nano_elfatt on scikit-learn's handwritten digits with classification/train.py under torchrun,
-evaluates the held-out digits with classification/validate.py, and writes runs/quickstart/report.md with its
-pictures. Started again, it continues where it was stopped.
+and evaluates the held-out digits with classification/validate.py. From its weights, trains UperNet with
+segmentation/train.py and Mask R-CNN with detection/train.py on scenes of several digits, evaluates held-out scenes, and
+writes runs/quickstart/report.md with its pictures. Started again, it continues where it was stopped.
 
 environment:
-  NGPUS  processes (default: one for every GPU that PyTorch sees, or else for every CPU core, up to two; the recipe
-         is for a global batch of 64 or 128)
+  NGPUS  processes of the classification (default: one for every GPU that PyTorch sees, or else for every CPU core, up
+         to two; the recipe is for a global batch of 64 or 128); the other two are trained by one
 USAGE
     exit 0
 fi
@@ -34,4 +36,11 @@ bash scripts/torchrun.sh classification/train.py --config $config --data-dir $da
     --output $runs --experiment digits --resume auto
 bash scripts/torchrun.sh classification/validate.py --config $config --data-dir $data \
     --checkpoint $runs/digits/last.pth.tar --results-file $runs/digits/validate.json
-"$python" scripts/quickstart/report.py $runs --data "$data"
+
+scenes=$runs/data/scenes
+"$python" scripts/quickstart/scenes.py $scenes
+for task in segmentation detection; do
+    OMP_NUM_THREADS=$cores "$python" $task/train.py configs/$task/scenes_nano.py --data-dir $scenes \
+        --work-dir $runs/$task --pretrained $runs/digits/last.pth.tar --resume
+done
+OMP_NUM_THREADS=$cores "$python" scripts/quickstart/report.py $runs --digits $data --scenes $scenes

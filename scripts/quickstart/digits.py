@@ -1,7 +1,7 @@
 """Writes scikit-learn's 1,797 handwritten digits as an ImageNet-style folder: train/ and val/, one folder a class.
 
-The images are the UCI test set of Optical Recognition of Handwritten Digits, 8×8 pixels each, and come inside
-scikit-learn; here they are enlarged to 32×32.
+Each digit is enlarged to 32×32 pixels, grey on black. A training digit comes five times more, as it will be met in
+scenes: coloured, moved, of several sizes, on a piece of a photograph, beside the edge of another digit.
 """
 
 from __future__ import annotations
@@ -11,43 +11,59 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from material import NAMES, Material, background, enlarge, light_colour, load_material, paint
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 SIDE = 32
-HELD_OUT = 360
-NAMES = "zero one two three four five six seven eight nine".split()
+COPIES = 5
+PIECE_SIDES = (24, 40)  # pixels of the photograph
+DIGIT_SIDES = (20, 36)  # pixels
+OUTSIDE = 3  # pixels that may be cut off at a border; a digit has about as many without ink
+NEIGHBOUR = 0.7  # chance of another digit behind, and how far its centre is from the middle
+NEIGHBOUR_DISTANCES = (18, 26)
 
 
-def split_digits(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Indices of the images of each split, ``train`` and ``val``: no image is in both.
+def compose(rng: np.random.Generator, number: int, material: Material) -> np.ndarray:
+    """A digit on a photograph, ``[SIDE, SIDE, 3]`` uint8.
 
     Args:
-        labels: ``[N]``; each label has the same share in both splits.
+        rng: The only source of chance.
+        number: Which of the material's digits.
+        material: Digits and photographs.
     """
-    train, val = train_test_split(np.arange(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=0)
-    return {"train": train, "val": val}
+    canvas = background(rng, material.photos, PIECE_SIDES, SIDE)
+    if rng.random() < NEIGHBOUR:
+        opacity = enlarge(
+            material.digits[rng.integers(len(material.digits))], rng.integers(*DIGIT_SIDES, endpoint=True)
+        )
+        angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(*NEIGHBOUR_DISTANCES)
+        middle = SIDE / 2 + distance * np.array([np.sin(angle), np.cos(angle)])
+        paint(canvas, opacity, *(middle - len(opacity) / 2).astype(int), light_colour(rng))
+    opacity = enlarge(material.digits[number], rng.integers(*DIGIT_SIDES, endpoint=True))
+    reach = sorted((-OUTSIDE, SIDE - len(opacity) + OUTSIDE))
+    paint(canvas, opacity, *rng.integers(*reach, size=2, endpoint=True), light_colour(rng))
+    return canvas.round().astype(np.uint8)
 
 
 def write_digits(root: Path) -> None:
-    """Write ``root/{train,val}/{0_zero,…}/{index}.png``; an image of the one split never is in the other.
+    """Write ``root/{train,val}/{0_zero,…}/{index}.png``, and ``{index}_{copy}.png`` of training digits in scenes.
 
     Args:
         root: Folder to make; one that is there already is kept as it is.
     """
     if root.exists():
         return
-    digits = load_digits()
     unfinished = root.with_name(root.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    for split, chosen in split_digits(digits.target).items():
-        for index in chosen:
-            label = digits.target[index]
+    for split, material in load_material().items():
+        for number, (index, digit, label) in enumerate(zip(*material[:3], strict=True)):
             folder = unfinished / split / f"{label}_{NAMES[label]}"
             folder.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray((digits.images[index] * (255 / 16)).round().astype(np.uint8))
+            image = Image.fromarray((digit * (255 / 16)).round().astype(np.uint8))
             image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.png")
+            for copy in range(COPIES if split == "train" else 0):
+                scene = compose(np.random.default_rng((index, copy)), number, material)
+                Image.fromarray(scene).save(folder / f"{index:04d}_{copy}.png")
     unfinished.rename(root)
 
 

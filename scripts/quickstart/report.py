@@ -1,4 +1,4 @@
-"""Writes the quickstart's report: the table, the training curves and what the model says of held-out digits."""
+"""Writes the quickstart's report: tables, training curves, what the models say of held-out digits and scenes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import dense
 import matplotlib.pyplot as plt
 import timm
 import torch
@@ -23,27 +24,51 @@ from elfatt.checkpoints import load_checkpoint
 SAMPLES = 40
 COLUMNS = 10
 GOAL = 97.0
+DENSE_GOALS = {  # name of the metric: (what it is called here, goal in %)
+    "segmentation": {"mIoU": ("UperNet, mIoU", 75)},
+    "detection": {
+        "coco/bbox_mAP_50": ("Mask R-CNN, box AP50", 70),
+        "coco/segm_mAP_50": ("Mask R-CNN, mask AP50", 65),
+    },
+}
 
 
 def main() -> None:
-    """Read a finished run and write report.md, curves.png and predictions.png beside it."""
+    """Read finished runs and write report.md with its pictures beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path, help="folder of the quickstart's runs")
-    parser.add_argument("--data", type=Path, required=True, help="folder with val/")
+    parser.add_argument("--digits", type=Path, required=True, help="folder of digits.py")
+    parser.add_argument("--scenes", type=Path, required=True, help="folder of scenes.py")
     args = parser.parse_args()
     run = args.root / "digits"
     result = json.loads((run / "validate.json").read_text())
     with (run / "summary.csv").open(newline="") as file:
         history = list(csv.DictReader(file))
     draw_curves(history, args.root / "curves.png")
-    wrong = draw_predictions(run, result["model"], args.data / "val", args.root / "predictions.png")
-    text = table(result, wrong, len(history))
+    wrong = draw_predictions(run, result["model"], args.digits / "val", args.root / "predictions.png")
+    scores = {}
+    for task, draw in (("segmentation", dense.draw_segmentation), ("detection", dense.draw_detection)):
+        checkpoint, scores[task] = dense.evaluate(task, args.root / task, args.scenes)
+        draw(checkpoint, args.scenes, args.root / f"{task}.png")
+    text = f"{table(result, wrong, len(history))}\n\n{dense_table(scores)}"
     (args.root / "report.md").write_text(
-        f"# Quickstart\n\n{text}\n\n## Training\n\n![training curves](curves.png)\n\n"
+        f"# Quickstart\n\n{text}\n\n## Training of the classifier\n\n![training curves](curves.png)\n\n"
         "## Held-out digits\n\nAll mistakes first, then correct ones; the title is the prediction, "
-        "in red with the truth where it is wrong.\n\n![predictions](predictions.png)\n"
+        "in red with the truth where it is wrong.\n\n![predictions](predictions.png)\n\n"
+        "## Held-out scenes\n\nUperNet:\n\n![segmentation](segmentation.png)\n\n"
+        f"Mask R-CNN, instances with a score of at least {dense.CONFIDENT:.0%}:\n\n![detection](detection.png)\n"
     )
     print(f"\n{text}\n\nreport: {args.root / 'report.md'}")
+
+
+def dense_table(scores: dict[str, dict[str, float]]) -> str:
+    """Metrics of the dense models on held-out scenes as a Markdown table."""
+    rows = []
+    for task, goals in DENSE_GOALS.items():
+        for key, (name, goal) in goals.items():
+            percent = scores[task][key] * (100 if key.startswith("coco/") else 1)  # mmseg gives %, mmdet shares
+            rows.append(f"| {name} | {percent:.1f} % (goal {goal} %) |")
+    return "\n".join(["| Held-out scenes | |", "|---|---|", *rows])
 
 
 def table(result: dict, wrong: int, epochs: int) -> str:

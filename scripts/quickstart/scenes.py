@@ -1,11 +1,10 @@
 """Composes scikit-learn's handwritten digits into scenes, written for segmentation and for detection.
 
-One scene is 128×128 pixels: three to seven coloured digits of several sizes, later ones over earlier ones, on a piece
-of one of scikit-learn's two photographs. Training scenes hold the digits that `digits.py` trains on and the left of
-the photographs; held-out scenes hold the held-out digits and the right. The folder reads as both data sets:
+One scene is 128×128 pixels: four to eight coloured digits of several sizes, later ones over earlier ones, on a piece of
+a photograph. The folder reads as both data sets:
 
     images/{training,validation}/*.jpg                  ADE20K
-    annotations/{training,validation}/*.png             0 other, 1…10 the digits 0…9
+    annotations/{training,validation}/*.png             0 background, 1…10 the digits 0…9
     {train,val}2017/*.jpg                               COCO, the same files
     annotations/instances_{train,val}2017.json          the visible part of each digit as run lengths, category 1…10
 """
@@ -16,21 +15,19 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from digits import NAMES, split_digits
+from material import NAMES, Material, background, enlarge, light_colour, load_material, paint
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
 
 SIDE = 128
-DIGITS = (3, 7)  # digits in a scene
-DIGIT_SIDES = (28, 64)  # pixels
+DIGITS = (4, 8)  # digits in a scene
+DIGIT_SIDES = (28, 48)  # pixels
 PIECE_SIDES = (96, 160)  # pixels of the photograph
-HELD_OUT_COLUMNS = 160  # of 640: as wide as the largest piece
-INK, EDGE = 7.0, 4.0  # of 16: darkness where a digit ends, and the range over which it fades
-VISIBLE = 0.5  # share of its ink that every digit keeps
+VISIBLE = 0.8  # share of its ink that every digit keeps
 ADE20K_NAMES = {"train": "training", "val": "validation"}
 
 
@@ -48,54 +45,34 @@ class Scene(NamedTuple):
     labels: list[int]
 
 
-def enlarge(digit: np.ndarray, side: int) -> np.ndarray:
-    """Opacity ``[side, side]`` of a digit ``[8, 8]`` with ink from 0 to 16; from one half upwards it is its mask."""
-    ink = Image.fromarray(digit.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
-    return np.clip((np.asarray(ink) - INK) / EDGE + 0.5, 0, 1)
-
-
-def compose(rng: np.random.Generator, digits: np.ndarray, labels: np.ndarray, photos: list[np.ndarray]) -> Scene:
+def compose(rng: np.random.Generator, material: Material) -> Scene:
     """One scene.
 
     Args:
         rng: The only source of chance.
-        digits: ``[N, 8, 8]``, ink from 0 to 16.
-        labels: ``[N]``, 0…9.
-        photos: Backgrounds ``[H, W, 3]``, uint8, no side below the largest piece.
+        material: Digits and photographs.
     """
-    canvas = _background(rng, photos[rng.integers(len(photos))])
+    canvas = background(rng, material.photos, PIECE_SIDES, SIDE)
     owner = np.zeros((SIDE, SIDE), np.uint8)
     shown: list[int] = []
     areas: list[int] = []
     count = rng.integers(*DIGITS, endpoint=True)
     while len(shown) < count:
-        index = rng.integers(len(digits))
+        index = rng.integers(len(material.digits))
         side = rng.integers(*DIGIT_SIDES, endpoint=True)
         y, x = rng.integers(0, SIDE - side, size=2, endpoint=True)
-        square = np.s_[y : y + side, x : x + side]
-        opacity = enlarge(digits[index], side)
+        opacity = enlarge(material.digits[index], side)
         mask = opacity >= 0.5
         covered = owner.copy()
-        covered[square][mask] = len(shown) + 1
+        covered[y : y + side, x : x + side][mask] = len(shown) + 1
         visible = np.bincount(covered.ravel(), minlength=len(shown) + 2)[1:-1]
         if (visible < VISIBLE * np.array(areas)).any():
             continue  # it would hide another digit: nothing visible may be without a label
-        colours = rng.uniform(0, 255, size=(3, 3))
-        distances = np.linalg.norm(colours - canvas[square][mask].mean(axis=0), axis=1)
-        canvas[square] += opacity[..., None] * (colours[distances.argmax()] - canvas[square])
+        paint(canvas, opacity, y, x, light_colour(rng))
         owner = covered
-        shown.append(int(labels[index]))
+        shown.append(int(material.labels[index]))
         areas.append(int(mask.sum()))
     return Scene(canvas.round().astype(np.uint8), owner, shown)
-
-
-def _background(rng: np.random.Generator, photo: np.ndarray) -> np.ndarray:
-    """A random square piece of a photograph, half of the time mirrored, as ``[SIDE, SIDE, 3]`` float32."""
-    side = rng.integers(*PIECE_SIDES, endpoint=True)
-    y = rng.integers(0, photo.shape[0] - side, endpoint=True)
-    x = rng.integers(0, photo.shape[1] - side, endpoint=True)
-    piece = Image.fromarray(photo[y : y + side, x : x + side]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return np.asarray(piece, np.float32)[:, :: rng.choice((-1, 1))].copy()
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
@@ -124,7 +101,7 @@ def instances(scene: Scene) -> list[dict[str, Any]]:
     return annotations
 
 
-def write_scenes(root: Path, train: int = 400, val: int = 100, seed: int = 0) -> None:
+def write_scenes(root: Path, train: int = 2000, val: int = 100, seed: int = 0) -> None:
     """Write the folder that the head of this file describes.
 
     Args:
@@ -137,18 +114,13 @@ def write_scenes(root: Path, train: int = 400, val: int = 100, seed: int = 0) ->
         return
     unfinished = root.with_name(root.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    data = load_digits()
-    photos = load_sample_images().images
-    columns = {"train": np.s_[:-HELD_OUT_COLUMNS], "val": np.s_[-HELD_OUT_COLUMNS:]}
-    for stream, (split, chosen) in enumerate(split_digits(data.target).items()):
-        material = data.images[chosen], data.target[chosen], [photo[:, columns[split]] for photo in photos]
+    for stream, (split, material) in enumerate(load_material().items()):
         numbers = range({"train": train, "val": val}[split])
-        scenes = [compose(np.random.default_rng((seed, stream, n)), *material) for n in numbers]
-        _write_split(unfinished, split, scenes)
+        _write_split(unfinished, split, (compose(np.random.default_rng((seed, stream, n)), material) for n in numbers))
     unfinished.rename(root)
 
 
-def _write_split(root: Path, split: str, scenes: list[Scene]) -> None:
+def _write_split(root: Path, split: str, scenes: Iterable[Scene]) -> None:
     images = root / "images" / ADE20K_NAMES[split]
     masks = root / "annotations" / ADE20K_NAMES[split]
     links = root / f"{split}2017"
@@ -174,7 +146,7 @@ def _write_split(root: Path, split: str, scenes: list[Scene]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="folder to write")
-    parser.add_argument("--train", type=int, default=400, help="training scenes")
+    parser.add_argument("--train", type=int, default=2000, help="training scenes")
     parser.add_argument("--val", type=int, default=100, help="held-out scenes")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
     write_scenes(**vars(parser.parse_args()))
