@@ -22,7 +22,7 @@ torch.serialization.add_safe_globals([np.dtypes.Float32DType, np.dtypes.Float64D
 
 
 class CheckedRunner(Runner):
-    """mmengine's Runner, which stops where a dataset has no image, or other categories than the model has classes."""
+    """mmengine's Runner, which stops at weights of another model, and at data without images or of other classes."""
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
@@ -36,6 +36,14 @@ class CheckedRunner(Runner):
             _load(dataset)
             dataloader = {**dataloader, "dataset": dataset}
         return Runner.build_dataloader(dataloader, *args, **kwargs)
+
+    def load_checkpoint(self, filename: str, map_location="cpu", strict: bool = True, **kwargs) -> dict:
+        """See ``Runner``; a tensor that is missing or left over is an error here.
+
+        Raises:
+            RuntimeError: The checkpoint is of another model; the tensors are named.
+        """
+        return super().load_checkpoint(filename, map_location, strict, **kwargs)
 
 
 def _load(dataset) -> None:

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.structures import InstanceData
 from PIL import Image
 
 from detection import inference, test, train
+from tests.integrations.dense import build
 from tests.integrations.miniature import detection_config, options, run_script, write_coco
 
 
@@ -47,9 +49,23 @@ def test_the_scripts_train_and_evaluate(data, tmp_path, processes):
 
 def evaluate(data, folder):
     """With random weights."""
-    checkpoint = folder / "nothing.pth"
-    torch.save({"state_dict": {}}, checkpoint)
-    return test.main([str(detection_config(folder)), str(checkpoint), *options("", data, folder / "run")[1:]])
+    checkpoint, config = folder / "random.pth", detection_config(folder)
+    torch.save({"state_dict": build(Config.fromfile(config), "cpu").state_dict()}, checkpoint)
+    return test.main([str(config), str(checkpoint), *options("", data, folder / "run")[1:]])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_model_is_refused(data, tmp_path):
+    config, checkpoint = detection_config(tmp_path), tmp_path / "other.pth"
+    state = build(Config.fromfile(config), "cpu").state_dict()
+    del state["roi_head.bbox_head.fc_cls.bias"]
+    torch.save({"state_dict": state, "meta": {}}, checkpoint)
+    arguments = [str(config), str(checkpoint), *options("", data, tmp_path / "run")[1:]]
+    with pytest.raises(RuntimeError, match="roi_head.bbox_head.fc_cls.bias"):
+        test.main(arguments)
+    image = str(data / "val2017" / "0.jpg")
+    with pytest.raises(RuntimeError, match="roi_head.bbox_head.fc_cls.bias"):
+        inference.main([str(config), str(checkpoint), image, str(tmp_path / "out.png"), "--device", "cpu"])
 
 
 def truth(data):
