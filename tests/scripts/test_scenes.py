@@ -191,11 +191,12 @@ def test_a_mask_is_the_ink_not_its_square():
 
 
 def test_the_configs_know_the_classes():
-    from tests.integrations.dense import CONFIGS, build
+    from elfatt.integrations.mm_models import build_model
+    from tests.integrations.dense import CONFIGS
 
     for task, classes in (("segmentation", ("background", *material.NAMES)), ("detection", tuple(material.NAMES))):
         config = Config.fromfile(CONFIGS / task / "scenes_nano.py")
-        model = build(config)
+        model = build_model(config)
         head = model.decode_head if task == "segmentation" else model.roi_head.bbox_head
         for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
             assert loader.dataset.metainfo.classes == classes and head.num_classes == len(classes)
