@@ -58,7 +58,7 @@ def test_mask_and_json_agree_in_every_pixel(scenes_folder, split):
     assert len(triples) == COUNTS[split]
     for image, mask, own in triples:
         assert image.shape == (128, 128, 3) and mask.shape == (128, 128) and mask.dtype == np.uint8
-        assert 4 <= len(own) <= 8
+        assert scenes.DIGITS[0] <= len(own) <= scenes.DIGITS[1]
         painted, seen = np.zeros_like(mask), np.zeros(mask.shape, int)
         for annotation in own:
             shape = decode(annotation["segmentation"])
@@ -158,12 +158,13 @@ def test_later_digits_cover_earlier_ones_and_all_stay_visible(monkeypatch):
         return np.ones((side, side))
 
     monkeypatch.setattr(scenes, "enlarge", enlarge)
+    monkeypatch.setattr(scenes, "DIGIT_SIDES", (24, 40))  # squares take more room than digits
     covered = 0
     for number in range(20):
         placed.clear()
         full = Material(np.arange(10), np.ones((10, 8, 8)), np.arange(10), BLACK)
         scene = scenes.compose(np.random.default_rng(number), full)
-        assert 4 <= len(scene.labels) <= 8
+        assert scenes.DIGITS[0] <= len(scene.labels) <= scenes.DIGITS[1]
         colours = []
         for k in range(1, len(scene.labels) + 1):
             mask = scene.owner == k
