@@ -62,10 +62,20 @@ class Row:
 
     @property
     def group(self) -> str:
-        """Rows of one group are compared with each other: the same shell, size and resolution."""
+        """Rows of one group are compared with each other: shell, size and resolution; other systems as in the paper."""
         shell = self.published.get("backbone", "cswin_tiny")
-        shell = shell if shell.startswith(("cswin", "swin")) else "cswin_tiny" if self.table > 7 else "other"
+        shell = shell if "win_" in shell else "cswin_tiny" if self.is_edge else "swin_tiny"
         return " ".join(filter(None, (shell, self.published.get("resolution"), self.published.get("schedule"))))
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it has vanilla attention, over which speed-ups are given."""
+        return self.model.endswith("-GLOBAL") or self.model == "levels V-V-V-V"
+
+    @property
+    def is_edge(self) -> bool:
+        """Whether it is of an edge device's table, which has speeds alone."""
+        return self.table in (8, 9)
 
     @property
     def img_size(self) -> tuple[int, int]:

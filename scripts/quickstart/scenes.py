@@ -1,7 +1,7 @@
 """Composes scikit-learn's handwritten digits into scenes, written for segmentation and for detection.
 
-One scene is 128×128 pixels: three to seven coloured digits of several sizes, later ones over earlier ones, on a piece of
-a photograph. The folder reads as both data sets:
+One scene is 128×128 pixels: three to seven coloured digits of several sizes, later ones over earlier ones, on a piece
+of a photograph. The folder reads as both data sets:
 
     images/{training,validation}/*.jpg                  ADE20K
     annotations/{training,validation}/*.png             0 background, 1…10 the digits 0…9
