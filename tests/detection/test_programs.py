@@ -25,7 +25,7 @@ def test_trains_resumes_evaluates_and_draws(data, tmp_path):
         len(train.main(options(config, data, run)).train_dataloader.dataset) == 3
     )  # an image without instances is left out
     config = detection_config(tmp_path, epochs=2)
-    train.main(options(config, data, run, "--resume"))
+    train.main(options(config, data, run, "--resume", "auto"))
     first, second = (torch.load(run / f"epoch_{i}.pth", weights_only=False) for i in (1, 2))
     assert [(c["meta"]["epoch"], c["meta"]["iter"]) for c in (first, second)] == [(1, 2), (2, 4)]
     assert [{int(s["step"]) for s in c["optimizer"]["state"].values()} for c in (first, second)] == [{2}, {4}]

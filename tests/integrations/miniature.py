@@ -71,9 +71,9 @@ def write_coco(root: Path, train: int = 4, val: int = 2) -> Path:
 
 
 LOADERS = """
-train_dataloader = dict(num_workers=0, persistent_workers=False, batch_size=2)
-val_dataloader = dict(num_workers=0, persistent_workers=False)
-test_dataloader = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(num_workers=0, batch_size=2)
+val_dataloader = dict(num_workers=0)
+test_dataloader = dict(num_workers=0)
 """
 
 
