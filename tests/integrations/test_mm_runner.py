@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 
 from elfatt.integrations import mm_runner
 from segmentation import test, train
-from tests.integrations.dense import register
+from tests.integrations.dense import CONFIGS, register
 from tests.integrations.miniature import options, segmentation_config, write_ade20k, write_coco
 
 
@@ -51,6 +51,34 @@ def test_wrapped_instances_are_read_and_checked(tmp_path):
         file.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=rf"val2017\.json {message}"):
             build_dataloader("mmdet", dataset)
+
+
+@pytest.mark.parametrize("pipeline", ["train_pipeline", "test_pipeline"])
+@pytest.mark.parametrize(
+    ("image", "annotation", "message"),
+    [
+        ({"width": 95}, {}, r"0\.jpg has 96x64 pixels .* says 95x64"),
+        ({}, {"segmentation": {"size": [96, 64], "counts": [0, 6144]}}, r"0\.jpg has run lengths of size \[96, 64\]"),
+        ({}, {"segmentation": []}, r"0\.jpg has an instance without segmentation"),
+        ({}, {"segmentation": {"size": [64, 96], "counts": [0, 6144]}}, None),
+    ],
+    ids=["size", "run lengths", "none", "valid"],
+)
+def test_instances_belong_to_their_image(tmp_path, pipeline, image, annotation, message):
+    root = write_coco(tmp_path / "data")
+    file = root / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["images"][0].update(image)
+    content["annotations"][0].update(annotation)
+    file.write_text(json.dumps(content))
+    dataset = {"type": "CocoDataset", "ann_file": str(file), "data_prefix": {"img": str(root / "val2017")}}
+    steps = Config.fromfile(CONFIGS / "detection" / "mask_rcnn_swin_tiny_elfatt_1x.py")[pipeline]
+    dataset = build_dataloader("mmdet", {**dataset, "pipeline": steps}).dataset
+    if message:
+        with pytest.raises(ValueError, match=message):
+            dataset[0]
+    else:
+        assert dataset[0]["data_samples"].gt_instances.masks.masks[0].all()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from PIL import Image
 
 from segmentation import inference, test, train
 from tests.integrations.dense import build
-from tests.integrations.miniature import options, run_script, segmentation_config, write_ade20k
+from tests.integrations.miniature import in_two_processes, options, run_script, segmentation_config, write_ade20k
 
 
 @pytest.fixture
@@ -70,20 +70,23 @@ def test_the_scripts_train_and_evaluate(data, tmp_path, processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["label", "size", "channels", "missing"])
+@pytest.mark.parametrize("fault", ["label", "size", "channels", "bits", "missing"])
 def test_bad_masks_stop_with_the_file_name(data, tmp_path, fault):
     for path in (data / "annotations" / "training").iterdir():
         if fault == "missing":
             path.unlink()
         elif fault == "label":
             Image.fromarray(np.full((64, 96), 200, np.uint8)).save(path)
+        elif fault == "bits":
+            Image.fromarray(np.full((64, 96), 257, np.uint16)).save(path)  # 1 in 8 bits
         else:
             shape = {"size": (64, 64), "channels": (64, 96, 3)}[fault]
             Image.fromarray(np.ones(shape, np.uint8)).save(path)
     message = {
         "label": "holds label 199 .* 150 classes",
         "size": "64x64 pixels .* 96x64",
-        "channels": "has 3 channels",
+        "channels": "of mode RGB: save class indices as 8-bit grey",
+        "bits": "of mode I;16: save class indices as 8-bit grey",
         "missing": "annotations",
     }
     with pytest.raises((ValueError, FileNotFoundError), match=message[fault]) as error:
@@ -132,6 +135,14 @@ def test_what_is_evaluated_is_what_is_drawn(data, tmp_path, weights, by_brightne
         assert picture.shape == (64, 2 * 96, 3)
         truth, prediction = picture[4:, :96], picture[4:, 96:]  # the first rows are unlabelled
         assert (abs(truth - prediction).max(2) < 40).mean() > 0.8
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_scores_of_one(tmp_path, weights, by_brightness):
+    data = write_ade20k(tmp_path / "data", val=3)  # one process has two images, the other one
+    one = evaluate(weights, data, tmp_path / "one")
+    two = in_two_processes(lambda: evaluate(weights, data, tmp_path / "two", "--launcher", "pytorch"))
+    assert two == [one, one] and 85 < one["mIoU"] < 100
 
 
 @pytest.mark.slow
