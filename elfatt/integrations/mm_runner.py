@@ -190,7 +190,7 @@ def load_model(args: argparse.Namespace, init: Callable[..., nn.Module]) -> nn.M
     """
     model = init(args.config, device=args.device)
     load_checkpoint(model, args.checkpoint, map_location="cpu", strict=True)  # init passes over what does not fit
-    model.dataset_meta = DATASETS.build({**model.cfg.test_dataloader.dataset, "lazy_init": True}).metainfo
+    model.dataset_meta = DATASETS.build(_lazy(model.cfg.test_dataloader.dataset)).metainfo
     return model
 
 

@@ -107,10 +107,10 @@ def test_resume_takes_a_value():
 
 
 def test_augmented_evaluation_needs_a_pipeline(tmp_path):
-    config, weights = segmentation_config(tmp_path, more="tta_pipeline = None"), tmp_path / "w.pth"
+    weights = tmp_path / "weights.pth"
     weights.touch()
-    with pytest.raises(SystemExit, match=r"error: --tta: .*segmentation_nano\.py has no tta_pipeline"):
-        test.main([str(config), str(weights), "--tta"])
+    with pytest.raises(SystemExit, match=r"error: --tta: .*scenes_nano\.py has no tta_pipeline"):
+        test.main([str(CONFIGS / "segmentation" / "scenes_nano.py"), str(weights), "--tta"])
 
 
 def test_no_worker_is_kept_where_there_is_none(tmp_path):

@@ -22,7 +22,7 @@ def test_trains_and_resumes(data, tmp_path, capfd):
     train.main(options(config, data, run))
     first = torch.load(run / "iter_2.pth", weights_only=False)
     config = segmentation_config(tmp_path, steps=3)
-    runner = train.main(options(config, data, run, "--resume", "auto"))
+    runner = train.main(options(config, data, run, "--resume", "auto", "--pretrained", "not needed any more"))
     log = "".join(capfd.readouterr())
     assert "resumed epoch: 0, iter: 2" in log and "Could not safely load" not in log
     second = torch.load(run / "iter_3.pth", weights_only=False)
