@@ -12,7 +12,8 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import DefaultScope
 
 from elfatt.analysis.paper import load_table
-from tests.integrations.dense import CONFIGS, ROOT, build
+from elfatt.integrations.mm_models import build_model
+from tests.integrations.dense import CONFIGS, ROOT
 
 FILES = sorted(
     str(path.relative_to(CONFIGS))
@@ -57,7 +58,7 @@ def test_header(name):
 @pytest.mark.parametrize("name", FILES)
 def test_model_builds_and_norms_do_not_decay(name):
     config = load(name)
-    model = build(config)
+    model = build_model(config)
     settings = config.optim_wrapper
     assert settings.type == "AmpOptimWrapper" and settings.loss_scale == "dynamic"
     with DefaultScope.overwrite_default_scope(config.default_scope):

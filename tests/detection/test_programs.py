@@ -10,7 +10,7 @@ from mmengine.structures import InstanceData
 from PIL import Image
 
 from detection import inference, test, train
-from tests.integrations.dense import build
+from elfatt.integrations.mm_models import build_model
 from tests.integrations.miniature import detection_config, in_two_processes, options, run_script, write_coco
 
 
@@ -45,7 +45,7 @@ def test_the_scripts_train_and_evaluate(data, tmp_path, processes):
 
 def random_weights(folder):
     checkpoint, config = folder / "random.pth", detection_config(folder)
-    torch.save({"state_dict": build(Config.fromfile(config), "cpu").state_dict()}, checkpoint)
+    torch.save({"state_dict": build_model(Config.fromfile(config), "cpu").state_dict()}, checkpoint)
     return [str(config), str(checkpoint)]
 
 
@@ -56,7 +56,7 @@ def evaluate(data, folder, *extra):
 @pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(data, tmp_path):
     config, checkpoint = detection_config(tmp_path), tmp_path / "other.pth"
-    state = build(Config.fromfile(config), "cpu").state_dict()
+    state = build_model(Config.fromfile(config), "cpu").state_dict()
     del state["roi_head.bbox_head.fc_cls.bias"]
     torch.save({"state_dict": state, "meta": {}}, checkpoint)
     arguments = [str(config), str(checkpoint), *options("", data, tmp_path / "run")[1:]]

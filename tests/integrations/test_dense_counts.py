@@ -8,7 +8,8 @@ import pytest
 from mmengine.config import Config
 
 from elfatt.analysis.paper import load_table
-from tests.integrations.dense import CONFIGS, build, count, count_with_mmengine
+from elfatt.integrations.mm_models import build_model
+from tests.integrations.dense import CONFIGS, count, count_with_mmengine
 
 SIZES = {6: (800, 1280), 7: (512, 2048)}
 ROWS = [
@@ -30,7 +31,7 @@ def load(number, row):
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: f"table{case[0]}-{case[1]['model']}")
 def test_counts_equal_the_printed_figures(case):
     number, row = case
-    found = count(build(load(*case)), SIZES[number])
+    found = count(build_model(load(*case)), SIZES[number])
     assert f"{found.params / 1e6:.0f}" == row["params_m"]
     assert f"{found.macs_nfa / 1e9:.2f}" == row["gmacs_nfa"]
     if row["gmacs_fa"]:
@@ -52,8 +53,11 @@ def test_every_row_but_vmamba_is_compared():
 def test_mmengine_counts_the_same(number, model):
     (row,) = (row for n, row in ROWS if n == number and row["model"] == model)
     config, size, proposals = load(number, row), (64, 96), 8
-    found = count(build(config), size, proposals)
+    found = count(build_model(config), size, proposals)
     # PyTorch pools UperNet's last map to 1 × 1 by a mean, which our counter does not see
     pooled = config.model.decode_head.in_channels[-1] * 2 * 3 if number == 7 else 0
     for backend, macs in (("math", found.macs_nfa), ("sdpa", found.macs_fa)):
-        assert count_with_mmengine(build(config, "cpu"), size, backend, proposals) == (found.params, macs + pooled)
+        assert count_with_mmengine(build_model(config, "cpu"), size, backend, proposals) == (
+            found.params,
+            macs + pooled,
+        )

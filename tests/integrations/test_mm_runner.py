@@ -7,14 +7,14 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 
-from elfatt.integrations import mm_runner
+from elfatt.integrations import mm_models, mm_runner
 from segmentation import test, train
-from tests.integrations.dense import CONFIGS, register
+from tests.integrations.dense import CONFIGS
 from tests.integrations.miniature import options, segmentation_config, write_ade20k, write_coco
 
 
 def build_dataloader(scope, dataset):
-    register(scope)
+    mm_models._register(scope)
     loader = {"batch_size": 1, "num_workers": 0, "sampler": {"type": "DefaultSampler", "shuffle": False}}
     with DefaultScope.overwrite_default_scope(scope):
         return mm_runner.CheckedRunner.build_dataloader({**loader, "dataset": dataset})

@@ -6,8 +6,8 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
+from elfatt.integrations.mm_models import build_model
 from segmentation import inference, test, train
-from tests.integrations.dense import build
 from tests.integrations.miniature import in_two_processes, options, run_script, segmentation_config, write_ade20k
 
 
@@ -100,7 +100,7 @@ def weights(tmp_path):
     config = Config.fromfile(segmentation_config(tmp_path))
     torch.manual_seed(0)
     path = tmp_path / "random.pth"
-    torch.save({"state_dict": build(config, "cpu").state_dict()}, path)
+    torch.save({"state_dict": build_model(config, "cpu").state_dict()}, path)
     return path
 
 
