@@ -22,6 +22,7 @@ train_pipeline = [
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [*train_pipeline[:3], dict(type="PackSegInputs")]
+tta_pipeline = None  # a mirrored digit is another sign
 _dataset = dict(type="BaseSegDataset", data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(**_dataset, pipeline=train_pipeline))
 val_dataloader = dict(num_workers=1, dataset=dict(**_dataset, pipeline=test_pipeline))
