@@ -97,12 +97,31 @@ class Row:
     @property
     def config(self) -> str:
         """Stem of the configuration that trains it, which is also the name of its checkpoint file."""
-        if 2 <= self.table <= 5:
-            return f"table{self.table}_" + self.model.split()[-1].lower().replace("/", "")
+        if self.is_ablation:
+            return self.variant
         name, _ = self.timm_model()
         if self.table == 6:
             return f"mask_rcnn_{name}_{self.published['schedule'].lower()}"
         return f"upernet_{name}" if self.table == 7 else f"{name}_{self.img_size[0]}"
+
+    @property
+    def is_ablation(self) -> bool:
+        """Whether ``configs/classification/ablations.yaml`` trains it."""
+        return 2 <= self.table <= 5
+
+    @property
+    def variant(self) -> str:
+        """Name of an ablation in that file, such as ``table4_E-E-H-V``."""
+        what = self.model.split()[-1]
+        if self.table == 3:
+            what = what.split("-")[2].lower() + ("_no_lepe" if "w/o" in what else "")
+        return f"table{self.table}_{what}"
+
+    def config_arguments(self) -> list[str]:
+        """Arguments of the classification programs that choose this model."""
+        if self.is_ablation:
+            return ["--config", str(CONFIGS / "classification" / "ablations.yaml"), "--variant", self.variant]
+        return ["--config", str(CONFIGS / "classification" / f"{self.config}.yaml")]
 
     def build(self, device: str = "meta") -> nn.Module:
         """The model in evaluation mode, with random weights; image to output.
