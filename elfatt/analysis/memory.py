@@ -33,10 +33,11 @@ class LiveTensors(TorchDispatchMode):
         self._known = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for storage in _storages((args, kwargs)):
+            self._known.setdefault(storage, None)  # weights and images: their views are no new memory
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+        for storage in _storages(out):
+            self._add(storage)
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -50,8 +51,12 @@ class LiveTensors(TorchDispatchMode):
         self.alive -= size
 
 
+def _storages(values) -> list[torch.UntypedStorage]:
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
 def count_memory(model: torch.nn.Module, shape: tuple[int, ...], backend: str, dtype: torch.dtype | None = None) -> int:
-    """Bytes of activations alive at the worst moment of a forward pass, without running it.
+    """Bytes alive at the worst moment of a forward pass, beside weights and images, without running it.
 
     Args:
         model: On the ``meta`` device, in evaluation mode.

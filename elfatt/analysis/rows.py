@@ -183,10 +183,10 @@ def select_rows(tables: list[int], patterns: list[str] | None = None) -> list[Ro
     for pattern in patterns:
         fits = {i for i, row in enumerate(rows) if _fits(row, pattern)}
         if not fits:
-            names = sorted({row.model for row in rows})
-            close = difflib.get_close_matches(pattern, names, n=1, cutoff=0) or [""]
+            names = {row.model.lower(): row.model for row in rows}
+            (close,) = difflib.get_close_matches(pattern.lower(), names, n=1, cutoff=0)
             numbers = ", ".join(map(str, tables))
-            raise ValueError(f"no row {pattern!r} in table {numbers}: did you mean {close[0]!r}? (quote patterns)")
+            raise ValueError(f"no row {pattern!r} in table {numbers}: did you mean {names[close]!r}? (quote patterns)")
         chosen |= fits
     return [row for i, row in enumerate(rows) if i in chosen]
 

@@ -36,10 +36,6 @@ class Timing:
     low: float
     high: float
 
-    def per_second(self, count: int) -> dict[str, float]:
-        """``count`` items a call as items per second, spread included."""
-        return {"median": count / self.median, "low": count / self.high, "high": count / self.low}
-
 
 def time_in_turns(
     variants: dict[str, Callable[[], object]],
@@ -120,29 +116,31 @@ class Inference:
             with torch.inference_mode(), use_backend(self.backend), amp if self.precision == "amp" else nullcontext():
                 return forward(image)
 
-        return self._record(run) if self.cuda_graph else run
+        return record_graph(run) if self.cuda_graph else run
 
     def synchronize(self) -> None:
         """Wait until the device has finished."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def _record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        stream = torch.cuda.Stream()  # a graph is recorded beside the default stream, warm
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = run()
 
-        def replay():
-            graph.replay()
-            return out
+def record_graph(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Record a call as a CUDA graph; what is returned replays it."""
+    stream = torch.cuda.Stream()  # a graph is recorded beside the default stream, warm
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
 
-        return replay
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
 
 
 @lru_cache(maxsize=2)
