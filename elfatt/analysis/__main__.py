@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from elfatt.analysis import tables
+from elfatt.analysis import error, tables
 
-COMMANDS = {"tables": tables}
+COMMANDS = {"tables": tables, "error": error}
 
 
 def main(argv: list[str] | None = None) -> int:
