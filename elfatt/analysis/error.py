@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.utils import ParseKwargs
 
 import elfatt  # noqa: F401  registers the models with timm
 from elfatt.analysis.approximation import COLUMNS, MECHANISMS, compare, layer_qkv, random_qkv, sweep
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=float, default=1.0, help="standard deviation of q and k: larger is more peaked (1)")
     add = parser.add_argument_group("q, k, v of a model's layer").add_argument
     add("--model", help="such as cswin_tiny_global")
+    add("--model-kwargs", nargs="+", action=ParseKwargs, default={}, metavar="K=V", help="as it was trained with")
     add("--checkpoint", type=Path, help="its weights (default: random ones)")
     add("--layer", default="stages.2.blocks.0.attn", help="default: %(default)s; time grows as the cube of its tokens")
     add("--image", type=Path, help="picture to show to the model")
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         _pyplot()  # a missing package shows before the work
     if args.model:
         layer, (q, k, v) = _load_layer(args)
-        heads, names = layer.num_heads, ("model", "checkpoint", "layer", "image", "img_size", "seed")
+        heads, names = layer.num_heads, ("model", "model_kwargs", "checkpoint", "layer", "image", "img_size", "seed")
     else:
         size = {"images": args.images, "scale": args.scale, "seed": args.seed}
         q, k, v = random_qkv(tuple(args.size), args.dim, **size)
@@ -130,7 +132,10 @@ def _load_layer(args: argparse.Namespace) -> tuple[QKVAttention, tuple[torch.Ten
     if args.image is None:
         raise ValueError("--model needs --image: a picture to show to it")
     torch.manual_seed(args.seed)
-    model = timm.create_model(args.model, img_size=args.img_size)
+    try:
+        model = timm.create_model(args.model, img_size=args.img_size, **args.model_kwargs)
+    except TypeError as error:
+        raise ValueError(f"--model-kwargs: {error}") from error
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, allow=("head.",))  # the classifier comes after every layer
     config = resolve_model_data_config(model) | {"input_size": (3, args.img_size, args.img_size)}

@@ -226,10 +226,14 @@ def test_command_on_a_layer(tmp_path, capsys):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50), dtype=np.uint8)).save(image)
     torch.manual_seed(1)
     torch.save(timm.create_model("cswin_nano_elfatt", num_classes=7, img_size=32).state_dict(), checkpoint)
-    layer = ["--model", "cswin_nano_elfatt", "--img-size", "32", "--layer", "stages.0.blocks.0.attn"]
-    assert main(["error", *layer, "--image", str(image), "--checkpoint", str(checkpoint), "--blocks", "4"]) == 0
+    model = ["--model", "cswin_nano_elfatt", "--model-kwargs", "block_size=4", "--checkpoint", str(checkpoint)]
+    layer = ["--layer", "stages.0.blocks.0.attn", "--image", str(image), "--img-size", "32"]
+    assert main(["error", *model, *layer, "--blocks", "4", "8"]) == 0
     out = capsys.readouterr().out
-    assert "map 8 × 8, 32 channels" in out and "checkpoint nano.pth" in out and "| this layer, with" in out
+    assert "map 8 × 8, 32 channels" in out and "checkpoint nano.pth" in out
+    figures = dict(line.strip("| ").split(" | ", 1) for line in out.splitlines() if line.startswith("| "))
+    assert figures["this layer, with its position terms"] == figures["elfatt, c1/c = 0.5, block 4"]
+    assert figures["elfatt, c1/c = 0.5, block 4"] != figures["elfatt, c1/c = 0.5, block 8"]
 
 
 @pytest.mark.parametrize(
@@ -239,6 +243,7 @@ def test_command_on_a_layer(tmp_path, capsys):
         (["--heads", "3"], "dim=64 cannot be split into num_heads=3"),
         (["--model", "cswin_tiny_elfatt"], "--model needs --image"),
         (["--model", "cswin_nano_elfatt", "--img-size", "32", "--image", "no.png"], "no.png"),
+        (["--model", "cswin_nano_elfatt", "--image", "no.png", "--model-kwargs", "blok=4"], "--model-kwargs: "),
     ],
 )
 def test_command_names_what_is_wrong(options, message, capsys):
