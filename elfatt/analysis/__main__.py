@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from elfatt.analysis import edge, op, plots, report, scaling, tables
+from elfatt.analysis import edge, error, op, plots, report, scaling, tables
 
-COMMANDS = {"tables": tables, "scaling": scaling, "edge": edge, "op": op, "plot": plots, "report": report}
+COMMANDS = {
+    "tables": tables,
+    "scaling": scaling,
+    "edge": edge,
+    "op": op,
+    "error": error,
+    "plot": plots,
+    "report": report,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
