@@ -9,10 +9,11 @@ usage: bash scripts/reproduce_tables.sh [OPTIONS...]
 Tables I to VII with parameters, multiply-adds, speed and memory; VIII and IX at the power mode that is set; the scaling
 curves; figures beside the results file; docs/results.md.
 
-  OPTIONS  any of `python -m elfatt.analysis tables`, e.g. --batch-size 64, --repeats 20, --compile
+  OPTIONS  how speed is measured, e.g. --batch-size 64, --repeats 20, --precision float32, --compile; see
+           `python -m elfatt.analysis tables --help`
 
 environment:
-  TABLES       which of I to VII (default: 1 2 3 4 5 6 7)
+  TABLES       which of them (default: 1 2 3 4 5 6 7 8 9)
   CHECKPOINTS  folder of checkpoints, each named as its configuration, for the accuracies
   IMAGENET, ADE20K, COCO  folders of the data sets, for the accuracies of the tables that need them
 USAGE
@@ -34,7 +35,14 @@ if [[ -n ${CHECKPOINTS:-} ]]; then
     done
 fi
 
-read -ra tables <<<"${TABLES:-1 2 3 4 5 6 7}"
+read -ra tables <<<"${TABLES:-1 2 3 4 5 6 7 8 9}"
 for table in "${tables[@]}"; do
-    analyse tables "$table" --measure "${measures[@]}" "${folders[@]}" "$@"
+    if [[ $table -lt 8 ]]; then
+        analyse tables "$table" --measure "${measures[@]}" "${folders[@]}" "$@"
+    else
+        analyse edge "$table" "$@"
+    fi
 done
+analyse scaling --memory "$@"
+analyse plot
+analyse report

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from elfatt.analysis.results import load_runs
+from elfatt.analysis.results import RESULTS, load_runs
 from elfatt.analysis.rows import TITLES, Row, select_rows
 
 STYLES = {"nfa": (":", "o"), "fa": ("-", "s"), "fp32": ("-", "o"), "amp": ("--", "s")}
@@ -22,7 +22,7 @@ EDGE_QUANTITIES = {"images_per_s": "images/s", "speedup": "speed-up over GLOBAL"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the ``plot`` command."""
     add = parser.add_argument
-    add("results", type=Path, help="results file, such as results/nvidia-h200.json")
+    add("results", type=Path, nargs="*", help=f"results files (default: all of {RESULTS})")
     add("--folder", type=Path, help="where the pictures go (default: beside the file)")
     parser.set_defaults(run=run)
 
@@ -33,16 +33,18 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: It has none.
     """
-    drawn = []
-    base = (args.folder or args.results.parent) / args.results.stem
-    base.parent.mkdir(parents=True, exist_ok=True)
-    for number, run in enumerate(load_runs(args.results), start=1):
-        for name, draw in FIGURES.get(run["kind"], {}).items():
-            path = Path(f"{base}-{number}-{name}.png")
-            if draw(run["rows"], path):
-                drawn.append(path)
+    drawn, files = [], args.results or sorted(RESULTS.glob("*.json"))
+    for file in files:
+        folder = args.folder or file.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, run in enumerate(load_runs(file), start=1):
+            for name, draw in FIGURES.get(run["kind"], {}).items():
+                path = folder / f"{file.stem}-{number}-{name}.png"
+                if draw(run["rows"], path):
+                    drawn.append(path)
     if not drawn:
-        raise ValueError(f"{args.results} has nothing to draw: measure something first, such as `scaling`")
+        names = ", ".join(map(str, files)) or RESULTS
+        raise ValueError(f"{names} has nothing to draw: measure something first, such as `scaling`")
     print(*drawn, sep="\n")
 
 

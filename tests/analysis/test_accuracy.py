@@ -18,7 +18,7 @@ from elfatt.analysis.rows import select_rows
 
 @pytest.mark.slow
 def test_a_checkpoint_gets_the_top_1_of_validate(tmp_path, monkeypatch):
-    """Weights whose classifier always says class 3, on four images, one of them of class 3: ImageNet of four classes."""
+    """Weights whose classifier always says class 3, on an ImageNet of four images and classes."""
     real = subprocess.run
     monkeypatch.setattr(
         accuracy.subprocess, "run", lambda command, **options: real([*command, "--num-classes", "4"], **options)
