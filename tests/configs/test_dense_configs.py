@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import DefaultScope
 
-from elfatt.analysis.paper import load_table
+from elfatt.analysis.paper import OTHERS, load_table
 from tests.integrations.dense import CONFIGS, ROOT, build
 
 FILES = sorted(
@@ -16,6 +16,8 @@ FILES = sorted(
     for task in ("segmentation", "detection")
     for path in (CONFIGS / task).glob("*_*_*.py")
 )
+RATES = {"cswin_base": 0.6, "convnext": 0.4, "vmamba": 0.2}  # stochastic depth in segmentation, else 0.3
+SPARED = ("relative_position_bias_table", "A_logs", "Ds", "dt_projs_bias")
 SEGMENTATION = [name for name in FILES if name.startswith("segmentation")]
 DETECTION = [name for name in FILES if name.startswith("detection")]
 
@@ -31,7 +33,7 @@ def expected_header(name):
     else:
         model, rows = name.removeprefix("segmentation/upernet_").removesuffix(".py"), load_table(7)
     for row in rows:
-        if model == (f"{row['backbone']}_{row['attention']}" if row["attention"] else "convnext_tiny"):
+        if model == (f"{row['backbone']}_{row['attention']}" if row["attention"] else OTHERS[row["model"]]):
             if "ap_box" in row:
                 return f"# paper: {row['ap_box']} box AP, {row['ap_mask']} mask AP"
             return f"# paper: {row['miou_percent']} % mIoU, {row['macc_percent']} % mAcc"
@@ -39,7 +41,7 @@ def expected_header(name):
 
 
 def test_all_files_are_there():
-    assert len(SEGMENTATION) == 4 * 6 + 1 and len(DETECTION) == 2 * (2 * 6 + 1)
+    assert len(SEGMENTATION) == 4 * 6 + 2 and len(DETECTION) == 2 * (2 * 6 + 2)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -66,7 +68,7 @@ def test_model_builds_and_norms_do_not_decay(name):
     found = {id(group["params"][0]): group["weight_decay"] for group in optimizer.param_groups}
     norms = {id(p) for m in model.backbone.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()}
     for key, parameter in model.named_parameters():
-        spared = id(parameter) in norms or "relative_position_bias_table" in key
+        spared = id(parameter) in norms or key.endswith(SPARED)
         assert found[id(parameter)] == (0 if spared else settings.optimizer.weight_decay), key
 
 
@@ -85,8 +87,8 @@ def test_ade20k_recipe(name):
     assert (auxiliary.in_index, auxiliary.channels, auxiliary.num_convs) == (2, 256, 1)
     assert (head.loss_decode.loss_weight, auxiliary.loss_decode.loss_weight) == (1.0, 0.4)
     backbone = config.model.backbone
-    assert backbone.get("block_size", 14) == 14 and "convnext" in name or backbone.block_size == 14
-    rate = 0.6 if "cswin_base" in name else 0.4 if "convnext" in name else 0.3
+    assert "swin" not in name or backbone.block_size == 14
+    rate = next((rate for part, rate in RATES.items() if part in name), 0.3)
     assert backbone.drop_path_rate == rate
     scales = [t.scale for t in config.tta_pipeline[1].transforms[0]]
     assert scales == [(1024, 256), (1536, 384), (2048, 512), (2560, 640), (3072, 768), (3584, 896)]

@@ -7,7 +7,7 @@ device; both give the same number to the last multiply-add where both can run.
 import pytest
 from mmengine.config import Config
 
-from elfatt.analysis.paper import load_table
+from elfatt.analysis.paper import OTHERS, load_table, printed_macs
 from tests.integrations.dense import CONFIGS, build, count, count_with_mmengine
 
 SIZES = {6: (800, 1280), 7: (512, 2048)}
@@ -16,12 +16,12 @@ ROWS = [
     for number in SIZES
     for row in load_table(number)
     # the 3xMS rows are the 1x models again
-    if row["model"] != "VMamba-T" and row.get("schedule") != "3xMS"
+    if row.get("schedule") != "3xMS"
 ]
 
 
 def load(number, row):
-    name = f"{row['backbone']}_{row['attention']}" if row["attention"] else "convnext_tiny"
+    name = f"{row['backbone']}_{row['attention']}" if row["attention"] else OTHERS[row["model"]]
     file = f"detection/mask_rcnn_{name}_1x.py" if number == 6 else f"segmentation/upernet_{name}.py"
     return Config.fromfile(CONFIGS / file)
 
@@ -32,13 +32,13 @@ def test_counts_equal_the_printed_figures(case):
     number, row = case
     found = count(build(load(*case)), SIZES[number])
     assert f"{found.params / 1e6:.0f}" == row["params_m"]
-    assert f"{found.macs_nfa / 1e9:.2f}" == row["gmacs_nfa"]
+    assert f"{printed_macs(number, row, found) / 1e9:.2f}" == row["gmacs_nfa"]
     if row["gmacs_fa"]:
         assert f"{found.macs_fa / 1e9:.2f}" == row["gmacs_fa"]
 
 
-def test_every_row_but_vmamba_is_compared():
-    assert len(ROWS) == 13 + 13
+def test_every_row_is_compared():
+    assert len(ROWS) == 14 + 14
     for row in load_table(6):
         (single,) = (r for r in load_table(6) if r["model"] == row["model"] and r["schedule"] == "1x")
         assert all(row[key] == single[key] for key in ("params_m", "gmacs_nfa", "gmacs_fa"))
@@ -47,7 +47,13 @@ def test_every_row_but_vmamba_is_compared():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "model"),
-    [(6, "Swin-T-ELFATT"), (6, "CSWin-T24181-FLatten"), (7, "Swin-T-Agent"), (7, "CSWin-T24181-LOCAL")],
+    [
+        (6, "Swin-T-ELFATT"),
+        (6, "CSWin-T24181-FLatten"),
+        (7, "Swin-T-Agent"),
+        (7, "CSWin-T24181-LOCAL"),
+        (7, "VMamba-T"),
+    ],
 )
 def test_mmengine_counts_the_same(number, model):
     (row,) = (row for n, row in ROWS if n == number and row["model"] == model)
@@ -56,4 +62,7 @@ def test_mmengine_counts_the_same(number, model):
     # PyTorch pools UperNet's last map to 1 × 1 by a mean, which our counter does not see
     pooled = config.model.decode_head.in_channels[-1] * 2 * 3 if number == 7 else 0
     for backend, macs in (("math", found.macs_nfa), ("sdpa", found.macs_fa)):
-        assert count_with_mmengine(build(config, "cpu"), size, backend, proposals) == (found.params, macs + pooled)
+        params, counted = count_with_mmengine(build(config, "cpu"), size, backend, proposals)
+        # mmengine rounds the einsums of VMamba's scans to four digits
+        slack = 1e-6 if model == "VMamba-T" else 0
+        assert (params, counted) == (found.params, pytest.approx(macs + pooled, rel=slack, abs=0))

@@ -9,6 +9,8 @@ import csv
 from importlib.resources import files
 from math import isqrt
 
+from elfatt.analysis.complexity import Complexity
+
 FILES = {
     1: "table1_imagenet.csv",
     2: "table2_block_size.csv",
@@ -20,6 +22,9 @@ FILES = {
     8: "table8_jetson_agx_orin.csv",
     9: "table9_jetson_nano.csv",
 }
+
+# systems without an attention of their own in the tables, by their name there
+OTHERS = {"ConvNeXt-T": "convnext_tiny", "VMamba-T": "vmamba_tiny", "EfficientViT-B2": "efficientvit_b2"}
 
 
 def load_table(number: int) -> list[dict[str, str]]:
@@ -38,17 +43,17 @@ def load_table(number: int) -> list[dict[str, str]]:
 
 
 def classification_model(number: int, row: dict[str, str]) -> tuple[str, dict]:
-    """The ``timm.create_model`` name and keywords of a row of Tables I to V.
+    """The ``timm.create_model`` name and keywords of a row of Tables I to V, VIII or IX.
 
     Tables II to V vary CSWin-T-ELFATT, with blocks of 14×14 but where the row says otherwise.
 
     Raises:
-        ValueError: No model stands behind the row yet, or it belongs to another table.
+        ValueError: The row belongs to a table of dense models.
     """
-    if row.get("backbone") == "ConvNeXt-T":
-        return "convnext_tiny", {}
-    if number == 1 and row["attention"]:
-        return f"{row['backbone']}_{row['attention']}", {"img_size": int(row["resolution"])}
+    if number in (1, 8, 9) and not row["attention"]:
+        return OTHERS[row["backbone"]], {}
+    if number in (1, 8, 9):
+        return f"{row['backbone']}_{row['attention']}", {"img_size": int(row.get("resolution", 224))}
     if number == 2:
         return "cswin_tiny_elfatt", {
             "block_size": [isqrt(int(row[f"tokens_per_block_level{i}"])) for i in (1, 2, 3, 4)]
@@ -64,3 +69,11 @@ def classification_model(number: int, row: dict[str, str]) -> tuple[str, dict]:
     if number == 5:
         return "cswin_tiny_elfatt", {**base, "channel_split": float(row["c1_over_c"])}
     raise ValueError(f"no model stands behind this row of table {number}: {row}")
+
+
+def printed_macs(number: int, row: dict[str, str], found: Complexity) -> int:
+    """The count that the column ``gmacs_nfa`` of a row prints.
+
+    VMamba-T's selective scan is left out in Table I and counted in Tables VI and VII.
+    """
+    return found.macs_true if number in (6, 7) and row["model"] == "VMamba-T" else found.macs_nfa
