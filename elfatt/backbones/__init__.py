@@ -3,6 +3,6 @@
 from elfatt.backbones.cswin import CSWinTransformer
 from elfatt.backbones.swin import SwinTransformer
 from elfatt.backbones.vmamba import VMamba
-from elfatt.backbones.zoo import list_models
+from elfatt.backbones.zoo import check_model, list_models
 
-__all__ = ["CSWinTransformer", "SwinTransformer", "VMamba", "list_models"]
+__all__ = ["CSWinTransformer", "SwinTransformer", "VMamba", "check_model", "list_models"]

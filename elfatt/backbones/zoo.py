@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from timm.models import list_models as timm_models
 
 from elfatt.backbones.cswin import CSWinTransformer
 from elfatt.backbones.swin import SwinTransformer
@@ -74,6 +77,18 @@ def model_options(name: str, img_size: int | tuple[int, int] = 224) -> dict:
         "agents": (3, 4, 7, 7),
     }
     return {**options, **EXCEPTIONS.get((name, resolution), {})}
+
+
+def check_model(name: str) -> None:
+    """Raise for a name that timm does not know.
+
+    Raises:
+        ValueError: With the nearest name, where one is near.
+    """
+    base = name.split(".")[0]
+    if not is_model(base):
+        near = difflib.get_close_matches(base, timm_models(), n=1)
+        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def list_models() -> list[str]:

@@ -15,7 +15,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS, TRANSFORMS
 from torch import nn
 
-import elfatt  # noqa: F401  registers the models with timm
+from elfatt.backbones import check_model
 from elfatt.checkpoints import load_checkpoint
 from elfatt.integrations import mmcv_ops
 
@@ -38,7 +38,8 @@ class TimmBackbone(BaseModule):
         **options: Keywords of the model, such as ``block_size``, ``img_size`` or ``drop_path_rate``.
 
     Raises:
-        ValueError: Both ``pretrained`` and ``init_cfg``, another ``init_cfg``, or ``frozen_stages`` out of range.
+        ValueError: An unknown model, both ``pretrained`` and ``init_cfg``, another ``init_cfg``, or ``frozen_stages``
+            out of range.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class TimmBackbone(BaseModule):
         super().__init__(init_cfg)
         if not -1 <= frozen_stages <= 4:
             raise ValueError(f"frozen_stages={frozen_stages} must be -1 (none), 0 (the stem), or 1 to 4 (stages)")
+        check_model(name)
         self.name = name
         self.frozen_stages = frozen_stages
         # the getter keeps the classification model's parameter names, so that its checkpoints fit
