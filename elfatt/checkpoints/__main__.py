@@ -35,7 +35,8 @@ examples:
   {program} swin_tiny_patch4_window7_224.pth --model swin_tiny_local
   {program} cswin_tiny_224.pth --model cswin_tiny_local --model-kwargs "depths=(1,2,21,1)"
   {program} vssm1_tiny_0230s.pth --model vmamba_tiny --output vmamba_tiny.safetensors
-  {program} cswin_elfatt_tiny_224.pth --model cswin_tiny_elfatt --output cswin_tiny_elfatt.pth
+  {program} cswin_elfatt_tiny_224.pth --model cswin_tiny_elfatt --output cswin_tiny_elfatt.pth \\
+      --rename lepe_vertical=lepe_global --rename lepe_horizontal=lepe_local
 
 exit code: 0 all tensors fit, 1 some do not, 2 the file or the options cannot be used"""
 

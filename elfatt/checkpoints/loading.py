@@ -6,6 +6,7 @@ import argparse
 import logging
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,18 +141,15 @@ def read_tensors(
     return tensors, weights
 
 
-class _Options(dict):
-    """Stands in for yacs' ``CfgNode``, in which the official training checkpoints keep their options."""
-
-
 def _read(path: Path) -> object:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist, or is no file")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        # timm's training script stores its arguments as a Namespace, Swin's as a CfgNode; neither runs code
-        with torch.serialization.safe_globals([argparse.Namespace, (_Options, "yacs.config.CfgNode")]):
+        # arguments of timm's training script, and options of Swin's and its descendants' read as what they are: no code
+        options = (OrderedDict, "yacs.config.CfgNode")
+        with torch.serialization.safe_globals([argparse.Namespace, options]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files fail in many ways
         reason = f"is damaged or no checkpoint ({type(error).__name__}): download or copy it again"

@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import sys
+from types import ModuleType
 
 import pytest
 import safetensors.torch
@@ -97,6 +99,28 @@ def test_pickled_objects_are_refused_and_not_run(nano, tmp_path, zipped):
         load_checkpoint(nano, tmp_path / "unsafe.pth")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+class CfgNode(dict):
+    """As yacs has it: a dictionary with attributes."""
+
+    def __init__(self, **values):
+        super().__init__(**values)
+        self.frozen = False
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_options_of_yacs_are_read_without_yacs(nano, tmp_path, zipped, monkeypatch):
+    """The training checkpoints of Swin, FLatten, Agent and VMamba keep theirs beside the weights."""
+    module = ModuleType("yacs.config")
+    module.CfgNode, CfgNode.__module__ = CfgNode, "yacs.config"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", module)
+        content = {"model": scaled(nano, 2), "config": CfgNode(MODEL=CfgNode(NAME="vssm", DEPTHS=[2, 2])), "epoch": 1}
+        torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    load_checkpoint(nano, tmp_path / "a.pth")
+    assert torch.equal(nano.head.fc.weight, content["model"]["head.fc.weight"])
 
 
 @pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 1}, [torch.zeros(1)], {"model": [torch.zeros(1)]}])
