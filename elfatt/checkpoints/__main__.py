@@ -120,13 +120,13 @@ def _sections(
     """Every tensor that is not simply taken: a line for each, by what became of it."""
 
     def both(name):
-        return name if origins[name] == name else f"{origins[name]}, here {name},"
+        return name if origins[name] == name else f"{origins[name]} (here {name})"
 
     return {
         "resized": [f"{name} from {shape}" for name, shape in fit.resized.items()],
         "paired by structure": [f"{name} is {origins[name]}" for name in pairs],
         "undecided, --rename decides": [
-            f"{name} {fit.missing[name]} is one of: {', '.join(names)}" for name, names in choices.items()
+            f"{name} {fit.missing[name]} is one of: {', '.join(map(both, names))}" for name, names in choices.items()
         ],
         "missing": [f"{name} {shape}" for name, shape in fit.missing.items() if name not in choices],
         "left over": [f"{both(name)} {shape}" for name, shape in fit.unexpected.items()],

@@ -69,7 +69,10 @@ def load_checkpoint(
     fit = fit_tensors(tensors, model)
     refused = fit.misfits(allow)
     if any(refused.values()):
-        remedy = "build the model that the checkpoint was trained with, or name the prefixes to skip in allow"
+        remedy = (
+            "build the model that the checkpoint was trained with, name the prefixes to skip in allow, or let "
+            "python -m elfatt.checkpoints list every tensor"
+        )
         if all(key.startswith("head.") for keys in refused.values() for key in keys):
             remedy = "set the checkpoint's num_classes, or start the classifier anew with allow=('head.',)"
         found = _summary(refused)
