@@ -8,7 +8,7 @@ from PIL import Image
 
 from segmentation import inference, test, train
 from tests.integrations.dense import build
-from tests.integrations.miniature import options, run_script, segmentation_config, write_ade20k
+from tests.integrations.miniature import VMAMBA, options, run_script, segmentation_config, write_ade20k
 
 
 @pytest.fixture
@@ -147,3 +147,11 @@ def test_what_is_not_there_ends_in_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             train.main(arguments)
         assert capsys.readouterr().err == f"segmentation/train.py: error: {word}\n"
+
+
+@pytest.mark.slow
+def test_vmamba_trains_and_is_evaluated(data, tmp_path):
+    run, config = tmp_path / "run", segmentation_config(tmp_path, 1, VMAMBA)
+    train.main(options(config, data, run))
+    scores = test.main([str(config), str(run / "iter_1.pth"), *options(config, data, run)[1:]])
+    assert all(np.isfinite(score) for score in scores.values())
