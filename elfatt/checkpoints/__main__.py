@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import sys
 import textwrap
@@ -12,7 +13,6 @@ from pathlib import Path
 import safetensors.torch
 import timm
 import torch
-from timm.utils import ParseKwargs
 
 from elfatt.backbones import check_model
 from elfatt.checkpoints.loading import Fit, fit_tensors, read_tensors
@@ -63,22 +63,34 @@ def _parse(argv):
     add = parser.add_argument
     add("file", type=Path, help="checkpoint, .safetensors or of torch.save")
     add("--model", required=True, help="timm model that it is for, e.g. cswin_tiny_elfatt")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="the model's keywords")
+    add("--model-kwargs", nargs="+", default=[], type=_keyword, metavar="KEY=VALUE", help="the model's keywords")
     add("--output", type=Path, help="write the converted tensors here; a name in .safetensors, or else torch.save")
     add("--no-ema", action="store_true", help="take the raw weights where the file has averaged ones as well")
     add(
         "--rename",
         action="append",
         default=[],
+        type=_pair,
         metavar="PATTERN=NAME",
         help="replace a regular expression in the names, as the report shows them; may be repeated",
     )
     add("--allow", nargs="+", default=[], metavar="PREFIX", help="names that need not fit, e.g. head.")
-    args = parser.parse_args(argv)
-    for rename in args.rename:
-        if "=" not in rename:
-            parser.error(f"--rename {rename}: expected PATTERN=NAME")
-    return args
+    return parser.parse_args(argv)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    left, equals, right = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} has no '='")
+    return left, right
+
+
+def _keyword(text: str) -> tuple[str, object]:
+    key, value = _pair(text)
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return key, value
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -86,13 +98,12 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--output {args.output} is the checkpoint itself: choose another name")
     check_model(args.model)
     with torch.device("meta"):  # only names and shapes are needed
-        model = timm.create_model(args.model, **args.model_kwargs)
+        model = timm.create_model(args.model, **dict(args.model_kwargs))
     own = model.state_dict()
-    renames = [tuple(rename.split("=", 1)) for rename in args.rename]
 
     tensors, weights = read_tensors(args.file, model, use_ema=not args.no_ema, allow=args.allow)
-    origins = {new: old for old, new in new_names(tensors, model, renames)[0].items()}
-    converted, source = convert_state_dict(tensors, model, renames)
+    origins = {new: old for old, new in new_names(tensors, model, args.rename)[0].items()}
+    converted, source = convert_state_dict(tensors, model, args.rename)
     first = fit_tensors(converted, model)
     pairs, choices = pair_by_structure(first.missing, first.unexpected, own)
     for name, left_over in pairs.items():

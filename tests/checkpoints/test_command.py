@@ -185,11 +185,12 @@ def test_the_checkpoint_is_not_overwritten(tmp_path, capsys):
 
 
 def test_usage_errors(capsys):
-    for arguments in ([], ["a.pth"], ["a.pth", "--model", "x", "--rename", "y"]):
+    for arguments in ([], ["a.pth"], ["a.pth", "--model", "x", "--rename", "y"], ["a.pth", "--model-kwargs", "y"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
-    assert "--rename y: expected PATTERN=NAME" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "argument --rename: 'y' has no '='" in errors and "argument --model-kwargs: 'y' has no '='" in errors
 
 
 def test_the_help_page():
