@@ -10,7 +10,17 @@ import torch
 
 from elfatt.checkpoints import load_checkpoint
 from elfatt.checkpoints.__main__ import PROGRAM, main
-from tests.checkpoints.official import convnext_shapes, drawn, randomized, vmamba_shapes
+from tests.checkpoints.official import SMALL as SMALL_OFFICIAL
+from tests.checkpoints.official import (
+    SOURCES,
+    WINDOWS,
+    convnext_shapes,
+    drawn,
+    official,
+    randomized,
+    small_model,
+    vmamba_shapes,
+)
 
 DIMS, DEPTHS = (16, 32, 64, 128), (1, 2, 1, 1)
 CONVNEXT = ["--model", "convnext_tiny", "--model-kwargs", f"dims={DIMS}", f"depths={DEPTHS}", "num_classes=5"]
@@ -46,6 +56,21 @@ def test_a_file_that_fits_is_converted(name, tmp_path, capsys):
     assert load_checkpoint(model, out).source == "native"
     assert torch.equal(model.stages[1].blocks[1].mlp.fc2.weight, state["stages.1.1.pwconv2.weight"].float())
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_each_repository_is_recognised(name, tmp_path, capsys):
+    shell, mechanism = name.split("_")
+    options = {**SMALL_OFFICIAL, "window_size": WINDOWS[shell], "img_size": 96}
+    path, out = save(tmp_path, official(name)[1]), tmp_path / "out.safetensors"
+    command = ["--model", f"{shell}_tiny_{mechanism}", "--output", out]
+    command += ["--model-kwargs", *(f"{key}={value}" for key, value in options.items())]
+    code, text, _ = run(capsys, path, *command)
+    assert code == 0 and f"{SOURCES[name]} names" in text
+    direct, converted = small_model(name), small_model(name)
+    load_checkpoint(direct, path)
+    assert load_checkpoint(converted, out).source == "native"
+    assert all(torch.equal(t, direct.state_dict()[key]) for key, t in converted.state_dict().items())
 
 
 def test_a_file_is_checked_without_an_output(tmp_path, capsys):
