@@ -217,4 +217,4 @@ def test_coco_recipe(name):
     in_channels = {"neck.in_channels": [first, 2 * first, 4 * first, 8 * first]}
     assert differences(flatten(config.model), library_model("mmdet", "mask-rcnn_r50_fpn.py")) == in_channels
     assert config.model.backbone.drop_path_rate == 0.2
-    assert config.model.backbone.get("block_size") == (None if "convnext" in name else 14)
+    assert config.model.backbone.get("block_size") == (14 if "swin" in name else None)
