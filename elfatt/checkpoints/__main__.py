@@ -27,9 +27,9 @@ Recognised names: {sources}, and the model's own.
 The report lists each tensor that was resized, paired by its structure, or does not fit. Nothing is written unless all
 fit; what is written loads wherever weights are taken: --initial-checkpoint, --checkpoint, --pretrained."""
 EPILOG = """\
-Tensors of unknown names are paired with those that the model still misses where block, shape and kind leave one
-choice. Where they leave several, nothing is guessed: the report names the candidates, and --rename decides; only an
-evaluation can tell whether it decided well.
+Modules of unknown names are paired with those that the model still misses where block and shapes leave one choice.
+Where they leave several, nothing is guessed: the report names the candidates, and --rename decides; only an evaluation
+can tell whether it decided well.
 
 examples:
   {program} swin_tiny_patch4_window7_224.pth --model swin_tiny_local
@@ -130,18 +130,21 @@ def _sections(
 ) -> dict[str, list[str]]:
     """Every tensor that is not simply taken: a line for each, by what became of it."""
 
-    def both(name):
-        return name if origins[name] == name else f"{origins[name]} (here {name})"
+    def both(old, new):
+        return new if old == new else f"{old} (here {new})"
 
+    modules = {name.rpartition(".")[0]: origins[name].rpartition(".")[0] for name in fit.unexpected}
+    undecided = {name for name in fit.missing if name.rpartition(".")[0] in choices}
     return {
         "resized": [f"{name} from {shape}" for name, shape in fit.resized.items()],
-        "paired by structure": [f"{name} is {origins[name]}" for name in pairs],
+        "paired by structure": [f"{name} is {origins[name]}" for name in sorted(pairs)],
         "undecided, --rename decides": [
-            f"{name} {fit.missing[name]} is one of: {', '.join(map(both, names))}" for name, names in choices.items()
+            f"{name} is one of: {', '.join(both(modules[other], other) for other in names)}"
+            for name, names in choices.items()
         ],
-        "missing": [f"{name} {shape}" for name, shape in fit.missing.items() if name not in choices],
-        "left over": [f"{both(name)} {shape}" for name, shape in fit.unexpected.items()],
-        "of another shape": [f"{both(name)} {shapes}" for name, shapes in fit.mismatched.items()],
+        "missing": [f"{name} {shape}" for name, shape in fit.missing.items() if name not in undecided],
+        "left over": [f"{both(origins[name], name)} {shape}" for name, shape in fit.unexpected.items()],
+        "of another shape": [f"{both(origins[name], name)} {shapes}" for name, shapes in fit.mismatched.items()],
     }
 
 

@@ -14,18 +14,31 @@ NAMES = ["stem.conv.weight", "stages.0.blocks.0.attn.a.weight", "stages.0.blocks
         ({"norm.weight": "[4]"}, {"last.weight": "[4]"}, {"norm.weight": "last.weight"}, {}),
         ({"norm.weight": "[4]"}, {"last.weight": "[5]"}, {}, {}),
         ({"norm.weight": "[4]"}, {"last.bias": "[4]"}, {}, {}),
+        # a module's tensors go together
+        ({"norm.weight": "[4]", "norm.bias": "[4]"}, {"last.weight": "[4]"}, {}, {}),
+        (
+            {"norm.weight": "[4]", "norm.bias": "[4]", "stem.conv.weight": "[4, 3]", "stem.conv.bias": "[4]"},
+            {"embed.0.weight": "[4, 3]", "embed.0.bias": "[4]", "embed.2.weight": "[4]", "embed.2.bias": "[4]"},
+            {
+                "norm.weight": "embed.2.weight",
+                "norm.bias": "embed.2.bias",
+                "stem.conv.weight": "embed.0.weight",
+                "stem.conv.bias": "embed.0.bias",
+            },
+            {},
+        ),
         # two of one shape
         (
             {"norm.weight": "[4]", "head.weight": "[4]"},
             {"last.weight": "[4]", "end.weight": "[4]"},
             {},
-            {"norm.weight": ["last.weight", "end.weight"], "head.weight": ["last.weight", "end.weight"]},
+            {"norm": ["last", "end"], "head": ["last", "end"]},
         ),
         (
             {"norm.weight": "[4]", "head.weight": "[4]"},
             {"last.weight": "[4]"},
             {},
-            {"norm.weight": ["last.weight"], "head.weight": ["last.weight"]},
+            {"norm": ["last"], "head": ["last"]},
         ),
         # a block is no other block, not even one whose number begins alike
         ({"stages.0.blocks.0.attn.a.weight": "[4]"}, {"stages.0.blocks.10.x.weight": "[4]"}, {}, {}),
@@ -39,6 +52,8 @@ NAMES = ["stem.conv.weight", "stages.0.blocks.0.attn.a.weight", "stages.0.blocks
             },
             {},
         ),
+        # a parameter of the block itself
+        ({"stages.0.blocks.0.scale": "[4]"}, {"stages.0.blocks.0.gamma": "[4]"}, {}, {}),
     ],
 )
 def test_pairs(wanted, given, pairs, choices):
