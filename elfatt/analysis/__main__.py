@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from elfatt.analysis import tables
+from elfatt.analysis import edge, plots, report, scaling, tables
 
-COMMANDS = {"tables": tables}
+COMMANDS = {"tables": tables, "scaling": scaling, "edge": edge, "plot": plots, "report": report}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from elfatt.analysis.complexity import FusedAttention
 from elfatt.analysis.environment import available_bytes
-from elfatt.analysis.rows import Row
 from elfatt.analysis.timing import Inference
 from elfatt.ops import use_backend
 
@@ -72,26 +71,26 @@ def count_memory(model: torch.nn.Module, shape: tuple[int, ...], backend: str, d
 
 
 def fit_batch(
-    row: Row, model: torch.nn.Module | None, how: Inference, batch: int
+    name: str, needed: int, batch: int, size: tuple[int, int], how: Inference, model: torch.nn.Module | None = None
 ) -> tuple[int, Callable[[], torch.Tensor] | None]:
     """The largest batch that memory holds, halving from what is asked for, and the pass that runs it.
 
     Args:
-        row: Says what the images are.
-        model: The model on its device, which runs once; None to count only.
-        how: How it runs.
+        name: For the message.
+        needed: Bytes of one image, see ``count_memory``.
         batch: Images asked for.
+        size: Height and width of an image.
+        how: How the model runs.
+        model: It runs once; without it the count alone decides.
 
     Raises:
         MemoryError: One image does not fit; what it needs is named.
     """
     free = available_bytes(how.device)
-    one = count_memory(row.build(), (1, 3, *row.img_size), how.backend, how.dtype)
-    height, width = row.img_size
     while batch:
         try:
-            if batch * one < free:
-                call = how.prepare(model, (batch, 3, height, width)) if model else None
+            if batch * needed < free:
+                call = how.prepare(model, (batch, 3, *size)) if model else None
                 if call:
                     call()
                 return batch, call
@@ -99,8 +98,8 @@ def fit_batch(
             torch.cuda.empty_cache()
         batch //= 2
     raise MemoryError(
-        f"{row.name} with the {how.backend} backend needs about {one / 2**30:.1f} GiB for one image of "
-        f"{height}x{width}, {free / 2**30:.1f} GiB are free: take a fused backend or a smaller image"
+        f"{name} with the {how.backend} backend needs about {needed / 2**30:.1f} GiB for one image of "
+        f"{size[0]}x{size[1]}, {free / 2**30:.1f} GiB are free: take a fused backend or a smaller image"
     )
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from elfatt.analysis.accuracy import evaluate
 from elfatt.analysis.environment import describe_environment, machine_name
-from elfatt.analysis.memory import fit_batch, measure_memory
+from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
 from elfatt.analysis.results import RESULTS, save_rows, to_markdown, write_csv
 from elfatt.analysis.rows import TITLES, Row, select_rows
 from elfatt.analysis.timing import PRECISIONS, Inference, WrongOutput, check_numerics, time_in_turns
@@ -182,7 +182,7 @@ def measure_speed(entries: list[Entry], args: argparse.Namespace) -> Iterator[li
             for kind, how in variants(entry.row, args).items():
                 try:
                     check_numerics(entry.row.name, model, (1, 3, NUMERICS_SIDE, NUMERICS_SIDE), how)
-                    batch, call = fit_batch(entry.row, model, how, args.batch_size or entry.row.batch_size)
+                    batch, call = _fit(entry.row, how, args, model)
                 except (WrongOutput, MemoryError) as error:
                     print(f"not timed: {error}", file=sys.stderr)
                     entry.values[f"refused_{kind}"] = str(error)
@@ -220,7 +220,7 @@ def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[lis
     for entry in tqdm(entries, "memory", disable=None, leave=False):
         for kind, how in variants(entry.row, args).items():
             try:
-                batch, _ = fit_batch(entry.row, None, how, args.batch_size or entry.row.batch_size)
+                batch, _ = _fit(entry.row, how, args)
             except MemoryError as error:
                 print(f"not measured: {error}", file=sys.stderr)
                 continue
@@ -228,6 +228,11 @@ def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[lis
             entry.values[f"peak_memory_mib_{kind}"] = measure_memory(build, args.device)
             entry.values[f"batch_size_{kind}"] = batch
         yield [entry]
+
+
+def _fit(row: Row, how: Inference, args: argparse.Namespace, model: torch.nn.Module | None = None):
+    needed = count_memory(row.build(), (1, 3, *row.img_size), how.backend, how.dtype)
+    return fit_batch(row.name, needed, args.batch_size or row.batch_size, row.img_size, how, model)
 
 
 def _build_pass(row: Row, how: Inference, batch: int):
