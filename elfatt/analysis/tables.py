@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from elfatt.analysis.accuracy import evaluate
-from elfatt.analysis.complexity import measure_complexity
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
 from elfatt.analysis.results import RESULTS, save_rows, to_markdown, write_csv
@@ -168,7 +167,7 @@ def measure_counts(entries: list[Entry], args: argparse.Namespace) -> Iterator[l
     for entry in tqdm(entries, "counts", disable=None, leave=False):
         key = f"{entry.row.timm_model()} {entry.row.img_size}"
         if key not in known:
-            known[key] = vars(measure_complexity(entry.row.build(), entry.row.img_size))
+            known[key] = vars(entry.row.count())
         entry.values.update(known[key])
     yield entries
 

@@ -16,7 +16,7 @@ from mmengine.registry import MODELS, TRANSFORMS
 from PIL import Image
 from torch import nn
 
-import elfatt  # noqa: F401  registers the models with timm
+from elfatt.backbones import check_model
 from elfatt.checkpoints import load_checkpoint
 from elfatt.integrations import mmcv_ops
 
@@ -39,8 +39,8 @@ class TimmBackbone(BaseModule):
         **options: Keywords of the model, such as ``block_size``, ``img_size`` or ``drop_path_rate``.
 
     Raises:
-        ValueError: Both ``pretrained`` and ``init_cfg``, another ``init_cfg``, or ``frozen_stages`` out of range or for
-            a model without ``stem`` and ``stages``.
+        ValueError: An unknown model, both ``pretrained`` and ``init_cfg``, another ``init_cfg``, or ``frozen_stages``
+            out of range or for a model without ``stem`` and ``stages``.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class TimmBackbone(BaseModule):
         super().__init__(init_cfg)
         if not -1 <= frozen_stages <= 4:
             raise ValueError(f"frozen_stages={frozen_stages} must be -1 (none), 0 (the stem), or 1 to 4 (stages)")
+        check_model(name)
         self.name = name
         self.frozen_stages = frozen_stages
         # the getter keeps the classification model's parameter names, so that its checkpoints fit

@@ -7,6 +7,7 @@ from elfatt.ops.dispatch import BACKENDS, active_backend, can_run_flash_attn, ha
 from elfatt.ops.efficient import efficient_attention
 from elfatt.ops.elfatt import elfatt_attention, global_branch
 from elfatt.ops.focused import focused_attention
+from elfatt.ops.scan import selective_scan
 from elfatt.ops.softmax import softmax_attention
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "focused_attention",
     "global_branch",
     "has_flash_attn",
+    "selective_scan",
     "softmax_attention",
     "use_backend",
 ]

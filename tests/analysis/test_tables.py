@@ -31,6 +31,20 @@ def test_counts_equal_the_printed_figures_of_every_row(tmp_path):
     assert compared == sum(bool(row[cell]) for row in rows for cell in ("params_m", "gmacs_nfa", "gmacs_fa"))
 
 
+def test_true_multiply_adds_have_fused_attention_and_the_scan_in_them():
+    (elfatt,), (vmamba,) = (select_rows([1], [name]) for name in ("CSWin-T24181-ELFATT", "VMamba-T"))
+    found = elfatt.count()
+    assert found.macs_true == found.macs_nfa
+    assert f"{vmamba.count().macs_true / 1e9:.2f}" == "4.91"  # as its authors publish it, with the scan
+
+
+def test_efficientvit_of_the_edge_tables_is_counted():
+    for row in select_rows([8, 9], ["EfficientViT-B2"]):
+        found = row.count()
+        assert (f"{found.params / 1e6:.1f}", f"{found.macs_nfa / 1e9:.2f}") == ("24.3", "1.60")
+        assert found.macs_true == found.macs_fa == found.macs_nfa
+
+
 def test_speed_lands_in_the_results_and_beside_the_paper(tmp_path, capsys):
     path = tmp_path / "machine.json"
     rows = ["CSWin-T24181-ELFATT", "CSWin-T24181-GLOBAL"]

@@ -12,6 +12,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import DefaultScope
 
 from elfatt.analysis.paper import load_table
+from elfatt.analysis.rows import OTHERS
 from elfatt.integrations.mm_models import build_model
 from tests.integrations.dense import CONFIGS, ROOT
 
@@ -20,6 +21,8 @@ FILES = sorted(
     for task in ("segmentation", "detection")
     for path in (CONFIGS / task).glob("*_*_*.py")
 )
+RATES = {"cswin_base": 0.6, "convnext": 0.4, "vmamba": 0.2}  # stochastic depth in segmentation, else 0.3
+SPARED = ("relative_position_bias_table", "A_logs", "Ds", "dt_projs_bias")
 SEGMENTATION = [name for name in FILES if name.startswith("segmentation")]
 DETECTION = [name for name in FILES if name.startswith("detection")]
 
@@ -35,7 +38,7 @@ def expected_header(name):
     else:
         model, rows = name.removeprefix("segmentation/upernet_").removesuffix(".py"), load_table(7)
     for row in rows:
-        if model == (f"{row['backbone']}_{row['attention']}" if row["attention"] else "convnext_tiny"):
+        if model == (f"{row['backbone']}_{row['attention']}" if row["attention"] else OTHERS[row["model"]]):
             if "ap_box" in row:
                 return f"# paper: {row['ap_box']} box AP, {row['ap_mask']} mask AP"
             return f"# paper: {row['miou_percent']} % mIoU, {row['macc_percent']} % mAcc"
@@ -43,7 +46,7 @@ def expected_header(name):
 
 
 def test_all_files_are_there():
-    assert len(SEGMENTATION) == 4 * 6 + 1 and len(DETECTION) == 2 * (2 * 6 + 1)
+    assert len(SEGMENTATION) == 4 * 6 + 2 and len(DETECTION) == 2 * (2 * 6 + 2)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -70,12 +73,12 @@ def test_model_builds_and_norms_do_not_decay(name):
     found = {id(group["params"][0]): group["weight_decay"] for group in optimizer.param_groups}
     norms = {id(p) for m in model.backbone.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()}
     for key, parameter in model.named_parameters():
-        spared = id(parameter) in norms or "relative_position_bias_table" in key
+        spared = id(parameter) in norms or key.endswith(SPARED)
         assert found[id(parameter)] == (0 if spared else settings.optimizer.weight_decay), key
 
 
 # of the first level; each further one has twice as many
-CHANNELS = {"swin_tiny": 96, "swin_base": 128, "cswin_tiny": 64, "cswin_base": 96, "convnext_tiny": 96}
+CHANNELS = {"swin_tiny": 96, "swin_base": 128, "cswin_tiny": 64, "cswin_base": 96, "convnext_tiny": 96, "vmamba": 96}
 
 
 @cache
@@ -165,8 +168,8 @@ def test_ade20k_recipe(name):
         "auxiliary_head.num_classes": 150,
     }
     backbone = config.model.backbone
-    assert backbone.get("block_size") == (None if "convnext" in name else 14)
-    assert backbone.drop_path_rate == (0.6 if "cswin_base" in name else 0.4 if "convnext" in name else 0.3)
+    assert backbone.get("block_size") == (14 if "swin" in name else None)
+    assert backbone.drop_path_rate == next((rate for part, rate in RATES.items() if part in name), 0.3)
 
 
 COCO_IMAGE = [kind("LoadImageFromFile")]
@@ -214,4 +217,4 @@ def test_coco_recipe(name):
     in_channels = {"neck.in_channels": [first, 2 * first, 4 * first, 8 * first]}
     assert differences(flatten(config.model), library_model("mmdet", "mask-rcnn_r50_fpn.py")) == in_channels
     assert config.model.backbone.drop_path_rate == 0.2
-    assert config.model.backbone.get("block_size") == (None if "convnext" in name else 14)
+    assert config.model.backbone.get("block_size") == (14 if "swin" in name else None)

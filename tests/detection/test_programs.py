@@ -11,7 +11,7 @@ from PIL import Image
 
 from detection import inference, test, train
 from elfatt.integrations.mm_models import build_model
-from tests.integrations.miniature import detection_config, in_two_processes, options, run_script, write_coco
+from tests.integrations.miniature import VMAMBA, detection_config, in_two_processes, options, run_script, write_coco
 
 
 @pytest.fixture
@@ -214,3 +214,13 @@ def test_evaluation_without_instances_gives_the_sign_of_no_precision(data, tmp_p
     change(data, "val2017", images=[])
     with pytest.raises(ValueError, match=r"val2017\.json holds no image"):
         evaluate(data, tmp_path)
+
+
+@pytest.mark.slow
+def test_vmamba_trains_and_is_evaluated(data, tmp_path):
+    run, config = tmp_path / "run", detection_config(tmp_path, more=VMAMBA)
+    train.main(options(config, data, run))
+    state = torch.load(run / "epoch_1.pth", weights_only=False)["state_dict"]
+    assert "backbone.features.model.stages.0.blocks.0.attn.A_logs" in state
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    test.main([str(config), str(run / "epoch_1.pth"), *options(config, data, run)[1:]])

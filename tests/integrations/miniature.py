@@ -104,6 +104,14 @@ test_dataloader = dict(num_workers=0)
 """
 
 
+# to append: VMamba in place of the nano backbone, with the same channels
+VMAMBA = """
+model["backbone"] = dict(
+    _delete_=True, type="TimmBackbone", name="vmamba_tiny", embed_dim=32, depths=(1, 1, 1, 1), drop_path_rate=0.2
+)
+"""
+
+
 def segmentation_config(folder: Path, steps: int = 2, more: str = "") -> Path:
     """The CSWin-T recipe with a nano backbone and crops of 64 pixels; ``more`` is appended."""
     path = folder / "segmentation_nano.py"
@@ -133,8 +141,8 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval={steps}))
     return path
 
 
-def detection_config(folder: Path, epochs: int = 1) -> Path:
-    """The CSWin-T recipe with a nano backbone and images of 96 × 64 pixels."""
+def detection_config(folder: Path, epochs: int = 1, more: str = "") -> Path:
+    """The CSWin-T recipe with a nano backbone and images of 96 × 64 pixels; ``more`` is appended."""
     path = folder / "detection_nano.py"
     path.write_text(f"""
 _base_ = {str(CONFIGS / "detection" / "mask_rcnn_cswin_tiny_elfatt_1x.py")!r}
@@ -159,5 +167,6 @@ val_dataloader.update(dataset=dict(pipeline=test_pipeline))
 test_dataloader.update(dataset=dict(pipeline=test_pipeline))
 train_cfg = dict(max_epochs={epochs})
 default_hooks = dict(logger=dict(interval=1))
+{more}
 """)
     return path

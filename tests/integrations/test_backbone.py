@@ -112,3 +112,8 @@ def test_agents_of_another_grid_use_resized_tables():
     large.load_state_dict(state)
     x = torch.rand(1, 9, 7, 8)
     torch.testing.assert_close(small(x), large(x))
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(ValueError, match="unknown model 'vmamba_tinny'; did you mean 'vmamba_tiny'?"):
+        TimmBackbone("vmamba_tinny")

@@ -8,7 +8,14 @@ from PIL import Image
 
 from elfatt.integrations.mm_models import build_model
 from segmentation import inference, test, train
-from tests.integrations.miniature import in_two_processes, options, run_script, segmentation_config, write_ade20k
+from tests.integrations.miniature import (
+    VMAMBA,
+    in_two_processes,
+    options,
+    run_script,
+    segmentation_config,
+    write_ade20k,
+)
 
 
 @pytest.fixture
@@ -188,3 +195,11 @@ def test_a_folder_without_images_is_named(data, tmp_path):
         path.unlink()
     with pytest.raises(ValueError, match="images/training holds no image"):
         train.main(options(segmentation_config(tmp_path), data, tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_vmamba_trains_and_is_evaluated(data, tmp_path):
+    run, config = tmp_path / "run", segmentation_config(tmp_path, 1, VMAMBA)
+    train.main(options(config, data, run))
+    scores = test.main([str(config), str(run / "iter_1.pth"), *options(config, data, run)[1:]])
+    assert all(np.isfinite(score) for score in scores.values())
