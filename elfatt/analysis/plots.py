@@ -11,7 +11,7 @@ from typing import Any
 from elfatt.analysis.results import RESULTS, load_runs
 from elfatt.analysis.rows import TITLES, Row, select_rows
 
-STYLES = {"nfa": (":", "o"), "fa": ("-", "s"), "fp32": ("-", "o"), "amp": ("--", "s")}
+STYLES = {"nfa": (":", "o"), "fa": ("-", "s"), "sdpa": ("--", "^"), "fp32": ("-", "o"), "amp": ("--", "s")}
 MECHANISMS = ("elfatt", "global", "local", "effatt", "agent", "flatten")  # a colour each, the same in every figure
 ACCURACY = {1: "top1_percent", 6: "ap_box", 7: "miou_percent"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from elfatt.backbones.zoo import ATTENTIONS
 
 DEFAULT_MODELS = [f"cswin_tiny_{name}" for name in ATTENTIONS]
 DEFAULT_SIZES = ["224", "384", "512", "768", "1024", "1536", "2048"]
+WAYS = {**BACKENDS, "sdpa": "sdpa"}  # the last: fused by PyTorch alone, without kernels of ours
 KEY = ("model", "attention", "height", "width")
 
 
@@ -31,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", help="of timm; the first is the baseline")
     add("--baseline", metavar="NAME", help="model over which speed-ups are given (default: the first)")
     add("--sizes", nargs="+", default=DEFAULT_SIZES, metavar="SIZE", help="side or HEIGHTxWIDTH in pixels")
-    add("--attention", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="softmax attention open or fused")
+    add("--attention", nargs="+", choices=WAYS, default=list(BACKENDS), help="softmax attention open (nfa), fused (fa)")
+    add("--backward", action="store_true", help="with the backward pass, as in training")
     add("--memory", action="store_true", help="measure peak memory, rather than count what is alive")
     add("--count-only", action="store_true", help="run no model: memory alone, counted")
     add("--plot", type=Path, metavar="FILE", help="draw the curves as .png or .svg")
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     if baseline not in args.models:
         raise ValueError(f"--baseline {baseline} is none of the models {', '.join(args.models)}")
     sizes = [parse_size(text) for text in args.sizes]
-    settings = {**apply_speed_arguments(args), "baseline": baseline}
+    settings = {**apply_speed_arguments(args), "baseline": baseline, "backward": args.backward}
     path = args.results or RESULTS / f"{machine_name(args.device)}.json"
     head = {"kind": "scaling", "settings": settings, "environment": describe_environment(args.device)}
     rows = []
@@ -86,16 +89,18 @@ def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace)
         build = partial(_build, name, size)
         model = None if args.count_only else build(args.device)
         for attention in args.attention:
-            how = Inference(args.device, args.precision, BACKENDS[attention], args.compile, args.cuda_graphs)
+            how = Inference(args.device, args.precision, WAYS[attention], args.compile, args.cuda_graphs, args.backward)
             row = {"model": name, "attention": attention, "height": size[0], "width": size[1]}
             rows.append(row)
             label = f"{name} ({attention})"
             try:
-                needed = count_memory(build("meta"), (1, 3, *size), how.backend, how.dtype)
-                row["counted_memory_mib"] = needed / 2**20
+                needed = 0  # what the backward pass needs is not counted
+                if not args.backward:
+                    needed = count_memory(build("meta"), (1, 3, *size), how.backend, how.dtype)
+                    row["counted_memory_mib"] = needed / 2**20
                 if args.count_only:
                     continue
-                check_numerics(label, model, (1, 3, 64, 64), how)
+                check_numerics(label, model, (1, 3, 64, 64), replace(how, backward=False))
                 batch, passes[name, attention] = fit_batch(label, needed, args.batch_size, size, how, model)
                 row["batch_size"] = batch
                 if args.memory:

@@ -81,6 +81,7 @@ class Inference:
         backend: Of the operations.
         compile: Through ``torch.compile``.
         cuda_graph: Recorded once as a CUDA graph and replayed.
+        backward: With the gradients of all weights, in training mode.
     """
 
     device: str = "cpu"
@@ -88,6 +89,7 @@ class Inference:
     backend: str = "auto"
     compile: bool = False
     cuda_graph: bool = False
+    backward: bool = False
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -107,14 +109,18 @@ class Inference:
             model: It is moved to the device and the dtype.
             shape: ``[B, 3, H, W]``.
         """
-        model = model.eval().to(self.device, self.dtype)
+        model = model.train(self.backward).to(self.device, self.dtype)
         image = random_images(shape, self.device, self.dtype)
         forward = torch.compile(model) if self.compile else model
 
         def run():
             amp = torch.autocast(self.device, torch.float16 if self.device == "cuda" else torch.bfloat16)
-            with torch.inference_mode(), use_backend(self.backend), amp if self.precision == "amp" else nullcontext():
-                return forward(image)
+            with use_backend(self.backend), torch.inference_mode(not self.backward):
+                with amp if self.precision == "amp" else nullcontext():
+                    out = forward(image)
+                if self.backward:
+                    torch.autograd.grad(out.float().square().mean(), list(model.parameters()), allow_unused=True)
+            return out
 
         return record_graph(run) if self.cuda_graph else run
 

@@ -41,6 +41,14 @@ def test_scaling_measures_every_model_size_and_attention(tmp_path, capsys):
     assert capsys.readouterr().out.count("| 64×96 |") == 4
 
 
+def test_scaling_times_training_as_well(tmp_path):
+    argv = ["scaling", "--models", "cswin_nano_elfatt", "--sizes", "64", "--attention", "fa", *FAST, "--repeats", "5"]
+    for number, extra in enumerate(([], ["--backward"])):
+        assert main([*argv, *extra, "--results", str(tmp_path / f"{number}.json")]) == 0
+    forward, training = (rows_of(tmp_path / f"{number}.json")[0] for number in (0, 1))
+    assert training["latency_ms"] > forward["latency_ms"] and "counted_memory_mib" not in training
+
+
 def test_counted_memory_is_quadratic_for_vanilla_attention_and_linear_for_elfatt(tmp_path):
     argv = ["scaling", "--count-only", "--models", "cswin_tiny_global", "cswin_tiny_elfatt", "--sizes", "256", "1024"]
     assert main([*argv, "--device", "cpu", "--results", str(tmp_path / "m.json")]) == 0
