@@ -1,0 +1,219 @@
+"""From tensors to launches: grids, tile sizes, buffers. Sizes depend on shapes and dtypes alone, never on values.
+
+Sums over tokens are taken in two stages, a partial result for each program and one reduction, without atomics: the same
+input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+
+from elfatt.ops.triton import global_branch, local_branch
+
+PROGRAMS = 512  # enough to fill the largest GPUs of today a few times over; work is grouped only beyond it
+WHOLE_BLOCK = 256  # tokens up to which one program holds all keys of a block in the backward pass
+
+
+def forward(
+    qkv: torch.Tensor,
+    weight_global: torch.Tensor | None,
+    bias_global: torch.Tensor | None,
+    weight_local: torch.Tensor | None,
+    bias_local: torch.Tensor | None,
+    heads: tuple[int, int],
+    global_channels: int,
+    block: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output ``[B, H, W, C]``, and what the backward pass keeps (see ``kept_shapes``), for a contiguous qkv."""
+    b, h, w, packed = qkv.shape
+    out = qkv.new_empty(b, h, w, packed // 3)
+    shapes = kept_shapes(qkv.shape, heads, global_channels, block)
+    context, key_lse, row_lse = (qkv.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    with _device(qkv):
+        if global_channels:
+            _context(qkv, context, key_lse, heads[0])
+            _global_out(qkv, context, weight_global, bias_global, out, heads[0])
+        if global_channels < out.shape[-1]:
+            _local_out(qkv, weight_local, bias_local, out, row_lse, heads[1], global_channels, block)
+    return out, context, key_lse, row_lse
+
+
+def backward(
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    weight_global: torch.Tensor | None,
+    weight_local: torch.Tensor | None,
+    context: torch.Tensor,
+    key_lse: torch.Tensor,
+    row_lse: torch.Tensor,
+    heads: tuple[int, int],
+    global_channels: int,
+    block: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of qkv and, ``[10, channels]`` in float32 for each branch with LePE, of its nine weights and bias."""
+    dqkv = torch.empty_like(qkv)
+    sums_global = sums_local = None
+    with _device(qkv):
+        if global_channels:
+            sums_global = _global_gradients(qkv, dout, context, key_lse, weight_global, dqkv, heads[0])
+        if global_channels < dout.shape[-1]:
+            sums_local = _local_gradients(qkv, dout, weight_local, row_lse, dqkv, heads[1], global_channels, block)
+    return dqkv, sums_global, sums_local
+
+
+def kept_shapes(
+    shape: tuple[int, ...], heads: tuple[int, int], global_channels: int, block: tuple[int, int]
+) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the context ``softmax(K)ᵀV``, of K's log-sum-exp and, for large blocks alone, of the scores' one."""
+    b, h, w, packed = shape
+    local = packed // 3 - global_channels
+    width = global_channels // heads[0] if global_channels else 0
+    tokens = block[0] * block[1]
+    rows = triton.cdiv(h, block[0]) * triton.cdiv(w, block[1]) if local and tokens > WHOLE_BLOCK else 0
+    return (b, heads[0], width, width), (b, heads[0], width), (b, heads[1], rows, tokens)
+
+
+def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -> None:
+    """Every launch goes through here."""
+    kernel[(programs,)](*arguments, **constants)
+
+
+def _context(qkv, context, key_lse, heads):
+    (b, h, w, packed), width = qkv.shape, context.shape[-1]
+    splits, steps, common = _splits(qkv, heads, width)
+    parts = context if splits == 1 else qkv.new_empty(b, heads, splits, width, width, dtype=torch.float32)
+    parts_lse = key_lse if splits == 1 else qkv.new_empty(b, heads, splits, width, dtype=torch.float32)
+    launch(
+        global_branch.context_kernel, b * heads * splits, qkv, parts, parts_lse, h * w, packed // 3, heads, splits, **common
+    )
+    if splits > 1:
+        launch(
+            global_branch.combine_kernel, b * heads * width, parts, parts_lse, context, key_lse, splits, D=width,
+            BLOCK_D=_padded(width), SPLITS=triton.next_power_of_2(splits), TILE=min(128, triton.next_power_of_2(splits)),
+            num_warps=1,
+        )  # fmt: skip
+
+
+def _global_out(qkv, context, weight, bias, out, heads):
+    (b, h, w, packed), width = qkv.shape, context.shape[-1]
+    tiles = triton.cdiv(h, 8) * triton.cdiv(w, 8)
+    launch(
+        global_branch.global_out_kernel, b * heads * tiles, qkv, context, weight, bias, out, h, w, packed // 3, heads,
+        tiles, D=width, BLOCK_D=_padded(width), TILE_H=8, TILE_W=8, PRECISION=_precision(qkv), num_warps=4,
+    )  # fmt: skip
+
+
+def _global_gradients(qkv, dout, context, key_lse, weight, dqkv, heads):
+    (b, h, w, packed), width = qkv.shape, context.shape[-1]
+    splits, steps, common = _splits(qkv, heads, width)
+    parts = qkv.new_empty(b, heads, splits, width, width, dtype=torch.float32)
+    launch(
+        global_branch.global_query_gradient_kernel, b * heads * splits, qkv, dout, context, dqkv, parts, h * w,
+        packed // 3, heads, splits, **common,
+    )  # fmt: skip
+    dcontext = parts.sum(2) if splits > 1 else parts
+    tiles = triton.cdiv(h, 8) * triton.cdiv(w, 8)
+    group = _group(b * heads, tiles) if weight is not None else 1
+    groups = triton.cdiv(tiles, group)
+    sums = None if weight is None else qkv.new_empty(b * groups, 10, heads * width, dtype=torch.float32)
+    launch(
+        global_branch.global_key_value_gradient_kernel, b * heads * groups, qkv, dout, context, dcontext, key_lse,
+        weight, dqkv, sums, h, w, packed // 3, heads, groups, D=width, BLOCK_D=_padded(width), TILE_H=8, TILE_W=8,
+        GROUP=group, PRECISION=_precision(qkv, float32_operands=True), num_warps=4,
+    )  # fmt: skip
+    return None if sums is None else sums.sum(0)
+
+
+def _local_out(qkv, weight, bias, out, row_lse, heads, first, block):
+    sizes, constants, blocks = _local(qkv, heads, first, block)
+    tokens = block[0] * block[1]
+    rows, keys = (128, 32) if tokens > 64 else (_padded(tokens),) * 2
+    programs = qkv.shape[0] * heads * blocks * triton.cdiv(tokens, rows)
+    launch(
+        local_branch.local_out_kernel, programs, qkv, weight, bias, out, row_lse if row_lse.numel() else None, *sizes,
+        BLOCK_M=rows, BLOCK_N=keys, num_warps=4, **constants,
+    )  # fmt: skip
+
+
+def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
+    sizes, constants, blocks = _local(qkv, heads, first, block)
+    tokens, units = block[0] * block[1], qkv.shape[0] * blocks
+
+    def partial_sums(programs):
+        width = dout.shape[-1] - first
+        return None if weight is None else qkv.new_empty(programs, 10, width, dtype=torch.float32)
+
+    if tokens <= WHOLE_BLOCK:
+        padded = _padded(tokens)
+        group = _group(heads, units) if weight is not None else 1
+        groups = triton.cdiv(units, group)
+        sums = partial_sums(groups)
+        launch(
+            local_branch.local_gradient_kernel, groups * heads, qkv, dout, weight, dqkv, sums, units, *sizes,
+            BLOCK_M=min(padded, 64) if padded <= 64 else 32, BLOCK_T=padded, GROUP=group,
+            num_warps=4 if padded <= 64 else 8, **constants,
+        )  # fmt: skip
+    else:
+        rows = keys = 64
+        tiles = triton.cdiv(tokens, keys)
+        row_sum = torch.empty_like(row_lse)
+        sums = partial_sums(units * tiles)
+        tile = {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4}
+        launch(
+            local_branch.local_query_gradient_kernel, units * heads * tiles, qkv, dout, row_lse, row_sum, dqkv, *sizes,
+            **tile, **constants,
+        )  # fmt: skip
+        launch(
+            local_branch.local_key_value_gradient_kernel, units * heads * tiles, qkv, dout, row_lse, row_sum, weight,
+            dqkv, sums, *sizes, **tile, **constants,
+        )  # fmt: skip
+    return None if sums is None else sums.sum(0)
+
+
+def _splits(qkv, heads, width):
+    """How the tokens are split among programs that each sum over a power of two of tiles of 64."""
+    b, h, w, _ = qkv.shape
+    tiles = triton.cdiv(h * w, 64)
+    steps = _group(b * heads, tiles)
+    common = {"D": width, "BLOCK_D": _padded(width), "BLOCK_N": 64, "STEPS": steps, "PRECISION": _precision(qkv)}
+    return triton.cdiv(tiles, steps), steps, {**common, "num_warps": 4}
+
+
+def _local(qkv, heads, first, block):
+    b, h, w, packed = qkv.shape
+    width = (packed // 3 - first) // heads
+    blocks = triton.cdiv(h, block[0]) * triton.cdiv(w, block[1])
+    constants = {"BH": block[0], "BW": block[1], "D": width, "BLOCK_D": _padded(width), "PRECISION": _precision(qkv)}
+    return (h, w, packed // 3, first, heads, blocks, width**-0.5), constants, blocks
+
+
+def _group(outer, inner, largest=16):
+    """Power of two of inner items that one program takes in turn, as long as ``PROGRAMS`` programs remain."""
+    group = 1
+    while group < min(largest, inner) and outer * triton.cdiv(inner, 2 * group) >= PROGRAMS:
+        group *= 2
+    return group
+
+
+def _padded(length):
+    return max(16, triton.next_power_of_2(length))  # the least side of a matrix product
+
+
+def _precision(qkv, float32_operands=False):
+    """TF32 for float32 tensors only where PyTorch's own products may use it; half-precision tensors lose nothing by it."""
+    if qkv.dtype == torch.float32:
+        return "tf32" if _allows_tf32() else "ieee"
+    return "tf32" if float32_operands else "ieee"
+
+
+def _allows_tf32():
+    matmul = torch.backends.cuda.matmul
+    # asking for the old flag fails once the new one (torch 2.9) was set
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+def _device(x):
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
