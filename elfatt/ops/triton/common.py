@@ -40,13 +40,13 @@ def add_lepe(out, v, stride, y, x, top, left, bottom, right, width, weight, bias
 
     The nine shifted reads of V come from the cache: neighbouring tokens share them.
     """
-    for tap in tl.static_range(9):
-        ys = y + (tap // 3 - 1)
-        xs = x + (tap % 3 - 1)
-        inside = (ys >= top) & (ys < bottom) & (xs >= left) & (xs < right)
-        shifted = load_tile(v, ys * width + xs, stride, lane, inside[:, None] & lanes[None, :])
-        w = tl.load(weight + lane * 9 + tap, mask=lanes, other=0.0)
-        out += shifted.to(tl.float32) * w.to(tl.float32)[None, :]
+    for dy in range(3):
+        for dx in tl.static_range(3):
+            ys, xs, tap = y + (dy - 1), x + (dx - 1), dy * 3 + dx
+            inside = (ys >= top) & (ys < bottom) & (xs >= left) & (xs < right)
+            shifted = load_tile(v, ys * width + xs, stride, lane, inside[:, None] & lanes[None, :])
+            w = tl.load(weight + lane * 9 + tap, mask=lanes, other=0.0)
+            out += shifted.to(tl.float32) * w.to(tl.float32)[None, :]
     if bias is not None:
         out += tl.load(bias + lane, mask=lanes, other=0.0).to(tl.float32)[None, :]
     return out
@@ -59,16 +59,17 @@ def add_lepe_gradients(dv, sums, v, dout, stride, y, x, top, left, bottom, right
     ``sums[16, BLOCK_D]`` has the nine weights in rows 0 to 8 and the bias in row 9.
     """
     row = tl.arange(0, 16)[:, None]
-    for tap in tl.static_range(9):
-        ys = y - (tap // 3 - 1)
-        xs = x - (tap % 3 - 1)
-        inside = (ys >= top) & (ys < bottom) & (xs >= left) & (xs < right)
-        shifted = load_tile(dout, ys * width + xs, stride, lane, inside[:, None] & lanes[None, :]).to(tl.float32)
-        w = tl.load(weight + lane * 9 + tap, mask=lanes, other=0.0)
-        dv += shifted * w.to(tl.float32)[None, :]
-        sums = tl.where(row == tap, sums + tl.sum(shifted * v, axis=0)[None, :], sums)
-        if tap == 4:
-            sums = tl.where(row == 9, sums + tl.sum(shifted, axis=0)[None, :], sums)
+    for dy in range(3):
+        for dx in tl.static_range(3):
+            ys, xs, tap = y - (dy - 1), x - (dx - 1), dy * 3 + dx
+            inside = (ys >= top) & (ys < bottom) & (xs >= left) & (xs < right)
+            shifted = load_tile(dout, ys * width + xs, stride, lane, inside[:, None] & lanes[None, :]).to(tl.float32)
+            w = tl.load(weight + lane * 9 + tap, mask=lanes, other=0.0)
+            dv += shifted * w.to(tl.float32)[None, :]
+            sums = tl.where(row == tap, sums + tl.sum(shifted * v, axis=0)[None, :], sums)
+            if dx == 1:
+                centre = (row == 9) & (dy == 1)
+                sums = tl.where(centre, sums + tl.sum(shifted, axis=0)[None, :], sums)
     return dv, sums
 
 
