@@ -14,7 +14,7 @@ import triton
 from elfatt.ops.triton import global_branch, local_branch
 
 PROGRAMS = 512  # enough to fill the largest GPUs of today a few times over; work is grouped only beyond it
-WHOLE_BLOCK = 256  # tokens up to which one program holds all keys of a block in the backward pass
+WHOLE_BLOCK = 64  # tokens up to which one program holds a whole block; beyond it the backward pass runs out of registers
 
 
 def forward(
@@ -130,7 +130,7 @@ def _global_gradients(qkv, dout, context, key_lse, weight, dqkv, heads):
 def _local_out(qkv, weight, bias, out, row_lse, heads, first, block):
     sizes, constants, blocks = _local(qkv, heads, first, block)
     tokens = block[0] * block[1]
-    rows, keys = (128, 32) if tokens > 64 else (_padded(tokens),) * 2
+    rows, keys = _tiles(tokens)
     programs = qkv.shape[0] * heads * blocks * triton.cdiv(tokens, rows)
     launch(
         local_branch.local_out_kernel, programs, qkv, weight, bias, out, row_lse if row_lse.numel() else None, *sizes,
@@ -147,28 +147,25 @@ def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
         return None if weight is None else qkv.new_empty(programs, 10, width, dtype=torch.float32)
 
     if tokens <= WHOLE_BLOCK:
-        padded = _padded(tokens)
         group = _group(heads, units) if weight is not None else 1
         groups = triton.cdiv(units, group)
         sums = partial_sums(groups)
         launch(
             local_branch.local_gradient_kernel, groups * heads, qkv, dout, weight, dqkv, sums, units, *sizes,
-            BLOCK_M=min(padded, 64) if padded <= 64 else 32, BLOCK_T=padded, GROUP=group,
-            num_warps=4 if padded <= 64 else 8, **constants,
+            BLOCK_T=_padded(tokens), GROUP=group, num_warps=4, **constants,
         )  # fmt: skip
     else:
-        rows = keys = 64
-        tiles = triton.cdiv(tokens, keys)
+        own, walked = _tiles(tokens)
+        tiles = triton.cdiv(tokens, own)
         row_sum = torch.empty_like(row_lse)
         sums = partial_sums(units * tiles)
-        tile = {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4}
         launch(
             local_branch.local_query_gradient_kernel, units * heads * tiles, qkv, dout, row_lse, row_sum, dqkv, *sizes,
-            **tile, **constants,
+            BLOCK_M=own, BLOCK_N=walked, num_warps=4, **constants,
         )  # fmt: skip
         launch(
             local_branch.local_key_value_gradient_kernel, units * heads * tiles, qkv, dout, row_lse, row_sum, weight,
-            dqkv, sums, *sizes, **tile, **constants,
+            dqkv, sums, *sizes, BLOCK_M=walked, BLOCK_N=own, num_warps=4, **constants,
         )  # fmt: skip
     return None if sums is None else sums.sum(0)
 
@@ -188,6 +185,13 @@ def _local(qkv, heads, first, block):
     blocks = triton.cdiv(h, block[0]) * triton.cdiv(w, block[1])
     constants = {"BH": block[0], "BW": block[1], "D": width, "BLOCK_D": _padded(width), "PRECISION": _precision(qkv)}
     return (h, w, packed // 3, first, heads, blocks, width**-0.5), constants, blocks
+
+
+def _tiles(tokens):
+    """Tokens of a block that a program owns, and that it walks over at a time."""
+    if tokens <= WHOLE_BLOCK:
+        return (_padded(tokens),) * 2
+    return (128 if triton.cdiv(tokens, 64) % 2 == 0 else 64), 32
 
 
 def _group(outer, inner, largest=16):

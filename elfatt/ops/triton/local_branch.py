@@ -127,7 +127,6 @@ def local_gradient_kernel(
     BW: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,  # the block's tokens, to the next power of two
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -151,22 +150,17 @@ def local_gradient_kernel(
         mask = (exists & (unit < units))[:, None] & lanes[None, :]
         k = load_tile(qkv + q_offset + channels, token, stride, lane, mask)
         v = load_tile(qkv + q_offset + 2 * channels, token, stride, lane, mask)
-        dk = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        for start in range(0, T, BLOCK_M):
-            _, _, other, there = block_tokens(start + tl.arange(0, BLOCK_M), block, height, width, BH, BW)
-            there = (there & (unit < units))[:, None] & lanes[None, :]
-            q = load_tile(qkv + q_offset, other, stride, lane, there)
-            do = load_tile(do_base, other, channels, lane, there)
-            s = scores(q, k, index, scale, T, PRECISION)
-            p = tl.exp2(s - tl.max(s, axis=1)[:, None])
-            p = p / tl.sum(p, axis=1)[:, None]
-            dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_T], tl.float32), PRECISION)
-            ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(half)
-            dv = dot(tl.trans(p.to(half)), do, dv, PRECISION)
-            dk = dot(tl.trans(ds), q, dk, PRECISION)
-            dq = dot(ds, k, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), PRECISION) * scale
-            store_tile(dqkv + q_offset, other, stride, lane, there, dq)
+        q = load_tile(qkv + q_offset, token, stride, lane, mask)
+        do = load_tile(do_base, token, channels, lane, mask)
+        s = scores(q, k, index, scale, T, PRECISION)
+        p = tl.exp2(s - tl.max(s, axis=1)[:, None])
+        p = p / tl.sum(p, axis=1)[:, None]
+        square, tall = tl.zeros([BLOCK_T, BLOCK_T], tl.float32), tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        dp = dot(do, tl.trans(v), square, PRECISION)
+        ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(half)
+        store_tile(dqkv + q_offset, token, stride, lane, mask, dot(ds, k, tall, PRECISION) * scale)
+        store_tile(dqkv + q_offset + channels, token, stride, lane, mask, dot(tl.trans(ds), q, tall, PRECISION) * scale)
+        dv = dot(tl.trans(p.to(half)), do, tall, PRECISION)
         if weight is not None:
             top, left, bottom, right = block_area(block, height, width, BH, BW)
             bottom = tl.where(unit < units, bottom, top)  # past the last block there is nothing to read
@@ -174,7 +168,6 @@ def local_gradient_kernel(
                 dv, sums, v.to(tl.float32), do_base, channels, y, x, top, left, bottom, right, width,
                 weight + head * D * 9, lane, lanes,
             )  # fmt: skip
-        store_tile(dqkv + q_offset + channels, token, stride, lane, mask, dk * scale)
         store_tile(dqkv + q_offset + 2 * channels, token, stride, lane, mask, dv)
     if weight is not None:
         store_lepe_sums(dweight + group.to(tl.int64) * 10 * heads * D + head * D, sums, heads * D, lane, lanes)
@@ -220,21 +213,28 @@ def local_query_gradient_kernel(
     q = load_tile(qkv + q_offset, token, stride, lane, mask)
     do = load_tile(do_base, token, channels, lane, mask)
     lse = tl.load(row_lse + rows + row, mask=row < T, other=0.0)
-    # the output holds LePE too, so the sums come from a walk over the keys of their own
+    # The rows' sums of P ⊙ dP cannot come from the output, which holds LePE too, and end with the walk over the keys.
+    # So dQ = (P ⊙ dP) K - sum · P K, and dP is taken against a rough mean of V lest the difference cancel.
+    index = tl.arange(0, BLOCK_N)
+    _, _, other, there = block_tokens(index, block, height, width, BH, BW)
+    v = load_tile(k_base + channels, other, stride, lane, there[:, None] & lanes[None, :])
+    mean_v = tl.sum(v.to(tl.float32), axis=0) / BLOCK_N
+    shift = tl.sum(do.to(tl.float32) * mean_v[None, :], axis=1)
     total = tl.zeros([BLOCK_M], tl.float32)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for walk in tl.static_range(2):
-        for start in range(0, T, BLOCK_N):
-            index = start + tl.arange(0, BLOCK_N)
-            _, _, other, there = block_tokens(index, block, height, width, BH, BW)
-            k = load_tile(k_base, other, stride, lane, there[:, None] & lanes[None, :])
-            v = load_tile(k_base + channels, other, stride, lane, there[:, None] & lanes[None, :])
-            p = tl.exp2(scores(q, k, index, scale, T, PRECISION) - lse[:, None])
-            dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-            if walk == 0:
-                total += tl.sum(p * dp, axis=1)
-            else:
-                dq = dot((p * (dp - total[:, None])).to(k.dtype), k, dq, PRECISION)
+    mean_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, T, BLOCK_N):
+        index = start + tl.arange(0, BLOCK_N)
+        _, _, other, there = block_tokens(index, block, height, width, BH, BW)
+        k = load_tile(k_base, other, stride, lane, there[:, None] & lanes[None, :])
+        v = load_tile(k_base + channels, other, stride, lane, there[:, None] & lanes[None, :])
+        p = tl.exp2(scores(q, k, index, scale, T, PRECISION) - lse[:, None])
+        dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) - shift[:, None]
+        total += tl.sum(p * dp, axis=1)
+        dq = dot((p * dp).to(k.dtype), k, dq, PRECISION)
+        mean_k = dot(p.to(k.dtype), k, mean_k, PRECISION)
+    dq -= total[:, None] * mean_k
+    total += shift
     tl.store(row_sum + rows + row, total, mask=row < T)
     store_tile(dqkv + q_offset, token, stride, lane, mask, dq * scale)
 
