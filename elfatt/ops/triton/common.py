@@ -35,11 +35,13 @@ def store_tile(base, token, stride, lane, mask, value):
 
 
 @triton.jit
-def add_lepe(out, v, stride, y, x, top, left, bottom, right, width, weight, bias, lane, lanes):
-    """``out + L(v)`` for the tokens (y, x), where V is zero outside the area [top, bottom) × [left, right).
+def lepe(v, stride, y, x, top, left, bottom, right, width, weight, bias, lane, lanes):
+    """``L(v)`` for the tokens (y, x), where V is zero outside the area [top, bottom) × [left, right).
 
-    The nine shifted reads of V come from the cache: neighbouring tokens share them.
+    The nine shifted reads of V come from the cache: neighbouring tokens share them. They are summed apart from the
+    attention, whose registers are laid out for the tensor cores: so one sum is laid out anew and not nine tiles.
     """
+    out = tl.zeros([y.shape[0], lane.shape[0]], tl.float32)
     for dy in range(3):
         for dx in tl.static_range(3):
             ys, xs, tap = y + (dy - 1), x + (dx - 1), dy * 3 + dx
@@ -53,11 +55,12 @@ def add_lepe(out, v, stride, y, x, top, left, bottom, right, width, weight, bias
 
 
 @triton.jit
-def add_lepe_gradients(dv, sums, v, dout, stride, y, x, top, left, bottom, right, width, weight, lane, lanes):
-    """Add the gradient of V to ``dv`` and those of the weights to ``sums``; one read of the shifted gradient feeds both.
+def lepe_gradients(sums, v, dout, stride, y, x, top, left, bottom, right, width, weight, lane, lanes):
+    """Gradient of V, and ``sums`` plus those of the weights; one read of the shifted gradient feeds both.
 
     ``sums[16, BLOCK_D]`` has the nine weights in rows 0 to 8 and the bias in row 9.
     """
+    dv = tl.zeros([y.shape[0], lane.shape[0]], tl.float32)
     row = tl.arange(0, 16)[:, None]
     for dy in range(3):
         for dx in tl.static_range(3):

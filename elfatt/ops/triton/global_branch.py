@@ -10,9 +10,9 @@ import triton.language as tl
 
 from elfatt.ops.triton.common import (
     LOG2_E,
-    add_lepe,
-    add_lepe_gradients,
     dot,
+    lepe,
+    lepe_gradients,
     load_tile,
     store_lepe_sums,
     store_tile,
@@ -139,9 +139,7 @@ def global_out_kernel(
         v_base = q_base + 2 * channels
         if bias is not None:
             bias += head * D
-        acc = add_lepe(
-            acc, v_base, stride, y, x, 0, 0, height, width, width, weight + head * D * 9, bias, lane, lanes
-        )
+        acc += lepe(v_base, stride, y, x, 0, 0, height, width, width, weight + head * D * 9, bias, lane, lanes)
     store_tile(out + image * height * width * channels + head * D, token, channels, lane, mask, acc)
 
 
@@ -222,6 +220,9 @@ def global_key_value_gradient_kernel(
     lse = tl.load(key_lse + which * D + lane, mask=lanes, other=0.0)
     k_offset = image * height * width * stride + channels + head * D
     do_base = dout + image * height * width * channels + head * D
+    # dA sums over every token and N is about one over their number: both leave the range of float16
+    half: tl.constexpr = qkv.dtype.element_ty
+    wide: tl.constexpr = tl.float32 if half == tl.float16 else half
     sums = tl.zeros([16, BLOCK_D], tl.float32)
     for step in range(GROUP):
         tile = group * GROUP + step  # past the last tile, y is past the last row
@@ -232,15 +233,14 @@ def global_key_value_gradient_kernel(
         k = load_tile(qkv + k_offset, token, stride, lane, mask).to(tl.float32)
         v = load_tile(qkv + k_offset + channels, token, stride, lane, mask).to(tl.float32)
         n = tl.where(mask, tl.exp2(k * LOG2_E - lse[None, :]), 0.0)
-        # dA sums over every token and N is about one over their number: neither is safe in float16, so these two
-        # products take float32 operands
         zero = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
-        dn = dot(v, tl.trans(da), zero, PRECISION)
-        dv = dot(n, da, zero, PRECISION)
+        dn = dot(v.to(wide), tl.trans(da).to(wide), zero, PRECISION)
+        dv = dot(n.to(wide), da.to(wide), zero, PRECISION)
         if weight is not None:
-            dv, sums = add_lepe_gradients(
-                dv, sums, v, do_base, channels, y, x, 0, 0, height, width, width, weight + head * D * 9, lane, lanes
+            dv_lepe, sums = lepe_gradients(
+                sums, v, do_base, channels, y, x, 0, 0, height, width, width, weight + head * D * 9, lane, lanes
             )
+            dv += dv_lepe
         store_tile(dqkv + k_offset, token, stride, lane, mask, n * (dn - column_sum[None, :]))
         store_tile(dqkv + k_offset + channels, token, stride, lane, mask, dv)
     if weight is not None:

@@ -14,7 +14,9 @@ import triton
 from elfatt.ops.triton import global_branch, local_branch
 
 PROGRAMS = 512  # enough to fill the largest GPUs of today a few times over; work is grouped only beyond it
-WHOLE_BLOCK = 64  # tokens up to which one program holds a whole block; beyond it the backward pass runs out of registers
+WHOLE_BLOCK = (
+    64  # tokens up to which one program holds a whole block; beyond it the backward pass runs out of registers
+)
 
 
 def forward(
@@ -87,7 +89,16 @@ def _context(qkv, context, key_lse, heads):
     parts = context if splits == 1 else qkv.new_empty(b, heads, splits, width, width, dtype=torch.float32)
     parts_lse = key_lse if splits == 1 else qkv.new_empty(b, heads, splits, width, dtype=torch.float32)
     launch(
-        global_branch.context_kernel, b * heads * splits, qkv, parts, parts_lse, h * w, packed // 3, heads, splits, **common
+        global_branch.context_kernel,
+        b * heads * splits,
+        qkv,
+        parts,
+        parts_lse,
+        h * w,
+        packed // 3,
+        heads,
+        splits,
+        **common,
     )
     if splits > 1:
         launch(

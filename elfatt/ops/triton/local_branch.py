@@ -10,9 +10,9 @@ import triton.language as tl
 
 from elfatt.ops.triton.common import (
     LOG2_E,
-    add_lepe,
-    add_lepe_gradients,
     dot,
+    lepe,
+    lepe_gradients,
     load_tile,
     store_lepe_sums,
     store_tile,
@@ -102,9 +102,7 @@ def local_out_kernel(
         top, left, bottom, right = block_area(block, height, width, BH, BW)
         if bias is not None:
             bias += head * D
-        acc = add_lepe(
-            acc, v_base, stride, y, x, top, left, bottom, right, width, weight + head * D * 9, bias, lane, lanes
-        )
+        acc += lepe(v_base, stride, y, x, top, left, bottom, right, width, weight + head * D * 9, bias, lane, lanes)
     store_tile(out + image * height * width * channels + first + head * D, token, channels, lane, mask, acc)
 
 
@@ -164,10 +162,11 @@ def local_gradient_kernel(
         if weight is not None:
             top, left, bottom, right = block_area(block, height, width, BH, BW)
             bottom = tl.where(unit < units, bottom, top)  # past the last block there is nothing to read
-            dv, sums = add_lepe_gradients(
-                dv, sums, v.to(tl.float32), do_base, channels, y, x, top, left, bottom, right, width,
+            dv_lepe, sums = lepe_gradients(
+                sums, v.to(tl.float32), do_base, channels, y, x, top, left, bottom, right, width,
                 weight + head * D * 9, lane, lanes,
             )  # fmt: skip
+            dv += dv_lepe
         store_tile(dqkv + q_offset + 2 * channels, token, stride, lane, mask, dv)
     if weight is not None:
         store_lepe_sums(dweight + group.to(tl.int64) * 10 * heads * D + head * D, sums, heads * D, lane, lanes)
@@ -296,10 +295,11 @@ def local_key_value_gradient_kernel(
     if weight is not None:
         top, left, bottom, right = block_area(block, height, width, BH, BW)
         sums = tl.zeros([16, BLOCK_D], tl.float32)
-        dv, sums = add_lepe_gradients(
-            dv, sums, v.to(tl.float32), do_base, channels, y, x, top, left, bottom, right, width,
+        dv_lepe, sums = lepe_gradients(
+            sums, v.to(tl.float32), do_base, channels, y, x, top, left, bottom, right, width,
             weight + head * D * 9, lane, lanes,
         )  # fmt: skip
+        dv += dv_lepe
         mine = ((image * blocks + block) * TILES + key_tile) * 10 * heads * D + head * D
         store_lepe_sums(dweight + mine, sums, heads * D, lane, lanes)
     store_tile(dqkv + k_offset, token, stride, lane, mask, dk * scale)
