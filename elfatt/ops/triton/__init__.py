@@ -1,4 +1,4 @@
-"""Triton kernels of the ELFATT operation. The only files that import triton; imported when the backend is first used."""
+"""Triton kernels of the ELFATT operation: the only files that import triton, imported when the kernels first run."""
 
 from elfatt.ops.triton.launch import backward, forward
 

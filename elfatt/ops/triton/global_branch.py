@@ -1,8 +1,8 @@
 """Kernels of the global branch: ``softmax_features(Q) · (softmax_tokens(K)ᵀ V) + L(V)``.
 
 Backward, with ``P = softmax(Q)``, ``N = softmax(K)``, ``A = NᵀV``, and dO the gradient of the output:
-``dA = Pᵀ dO``, ``dP = dO Aᵀ``, ``dV = N dA + Lᵀ(dO)``, ``dN = V dAᵀ``; the row sums of ``N ⊙ dN`` over the tokens, which
-the softmax of K needs, are those of ``A ⊙ dA``, so K needs no pass of its own.
+``dA = Pᵀ dO``, ``dP = dO Aᵀ``, ``dV = N dA + Lᵀ(dO)``, ``dN = V dAᵀ``; the sums of ``N ⊙ dN`` over
+the tokens, which the softmax of K needs, are the row sums of ``A ⊙ dA``, so K needs no pass of its own.
 """
 
 import triton

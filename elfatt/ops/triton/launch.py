@@ -6,17 +6,16 @@ input gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 import triton
 
+from elfatt.ops.fused import WHOLE_BLOCK
 from elfatt.ops.triton import global_branch, local_branch
 
 PROGRAMS = 512  # enough to fill the largest GPUs of today a few times over; work is grouped only beyond it
-WHOLE_BLOCK = (
-    64  # tokens up to which one program holds a whole block; beyond it the backward pass runs out of registers
-)
 
 
 def forward(
@@ -25,22 +24,21 @@ def forward(
     bias_global: torch.Tensor | None,
     weight_local: torch.Tensor | None,
     bias_local: torch.Tensor | None,
-    heads: tuple[int, int],
+    out: torch.Tensor,
+    context: torch.Tensor,
+    key_lse: torch.Tensor,
+    row_lse: torch.Tensor,
+    heads: Sequence[int],
     global_channels: int,
-    block: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output ``[B, H, W, C]``, and what the backward pass keeps (see ``kept_shapes``), for a contiguous qkv."""
-    b, h, w, packed = qkv.shape
-    out = qkv.new_empty(b, h, w, packed // 3)
-    shapes = kept_shapes(qkv.shape, heads, global_channels, block)
-    context, key_lse, row_lse = (qkv.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    block: Sequence[int],
+) -> None:
+    """Fill the last four tensors from the contiguous first five."""
     with _device(qkv):
         if global_channels:
             _context(qkv, context, key_lse, heads[0])
             _global_out(qkv, context, weight_global, bias_global, out, heads[0])
         if global_channels < out.shape[-1]:
             _local_out(qkv, weight_local, bias_local, out, row_lse, heads[1], global_channels, block)
-    return out, context, key_lse, row_lse
 
 
 def backward(
@@ -51,9 +49,9 @@ def backward(
     context: torch.Tensor,
     key_lse: torch.Tensor,
     row_lse: torch.Tensor,
-    heads: tuple[int, int],
+    heads: Sequence[int],
     global_channels: int,
-    block: tuple[int, int],
+    block: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of qkv and, ``[10, channels]`` in float32 for each branch with LePE, of its nine weights and bias."""
     dqkv = torch.empty_like(qkv)
@@ -66,18 +64,6 @@ def backward(
     return dqkv, sums_global, sums_local
 
 
-def kept_shapes(
-    shape: tuple[int, ...], heads: tuple[int, int], global_channels: int, block: tuple[int, int]
-) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the context ``softmax(K)ᵀV``, of K's log-sum-exp and, for large blocks alone, of the scores' one."""
-    b, h, w, packed = shape
-    local = packed // 3 - global_channels
-    width = global_channels // heads[0] if global_channels else 0
-    tokens = block[0] * block[1]
-    rows = triton.cdiv(h, block[0]) * triton.cdiv(w, block[1]) if local and tokens > WHOLE_BLOCK else 0
-    return (b, heads[0], width, width), (b, heads[0], width), (b, heads[1], rows, tokens)
-
-
 def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -> None:
     """Every launch goes through here."""
     kernel[(programs,)](*arguments, **constants)
@@ -85,7 +71,7 @@ def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -
 
 def _context(qkv, context, key_lse, heads):
     (b, h, w, packed), width = qkv.shape, context.shape[-1]
-    splits, steps, common = _splits(qkv, heads, width)
+    splits, common = _splits(qkv, heads, width)
     parts = context if splits == 1 else qkv.new_empty(b, heads, splits, width, width, dtype=torch.float32)
     parts_lse = key_lse if splits == 1 else qkv.new_empty(b, heads, splits, width, dtype=torch.float32)
     launch(
@@ -101,10 +87,10 @@ def _context(qkv, context, key_lse, heads):
         **common,
     )
     if splits > 1:
+        padded = triton.next_power_of_2(splits)
         launch(
             global_branch.combine_kernel, b * heads * width, parts, parts_lse, context, key_lse, splits, D=width,
-            BLOCK_D=_padded(width), SPLITS=triton.next_power_of_2(splits), TILE=min(128, triton.next_power_of_2(splits)),
-            num_warps=1,
+            BLOCK_D=_padded(width), SPLITS=padded, TILE=min(128, padded), num_warps=1,
         )  # fmt: skip
 
 
@@ -119,7 +105,7 @@ def _global_out(qkv, context, weight, bias, out, heads):
 
 def _global_gradients(qkv, dout, context, key_lse, weight, dqkv, heads):
     (b, h, w, packed), width = qkv.shape, context.shape[-1]
-    splits, steps, common = _splits(qkv, heads, width)
+    splits, common = _splits(qkv, heads, width)
     parts = qkv.new_empty(b, heads, splits, width, width, dtype=torch.float32)
     launch(
         global_branch.global_query_gradient_kernel, b * heads * splits, qkv, dout, context, dqkv, parts, h * w,
@@ -187,7 +173,7 @@ def _splits(qkv, heads, width):
     tiles = triton.cdiv(h * w, 64)
     steps = _group(b * heads, tiles)
     common = {"D": width, "BLOCK_D": _padded(width), "BLOCK_N": 64, "STEPS": steps, "PRECISION": _precision(qkv)}
-    return triton.cdiv(tiles, steps), steps, {**common, "num_warps": 4}
+    return triton.cdiv(tiles, steps), {**common, "num_warps": 4}
 
 
 def _local(qkv, heads, first, block):
@@ -218,7 +204,7 @@ def _padded(length):
 
 
 def _precision(qkv, float32_operands=False):
-    """TF32 for float32 tensors only where PyTorch's own products may use it; half-precision tensors lose nothing by it."""
+    """TF32 for float32 tensors only where PyTorch's products may use it; to half precision it costs nothing."""
     if qkv.dtype == torch.float32:
         return "tf32" if _allows_tf32() else "ieee"
     return "tf32" if float32_operands else "ieee"

@@ -1,8 +1,8 @@
 """Kernels of the local branch: ``softmax(Q Kᵀ / √d) V + L(V)`` inside blocks of ``BH × BW`` tokens.
 
 A block that leaves the map is zero there and its zero keys take part in the softmax; its zero queries have neither an
-output nor a gradient. Blocks of up to 256 tokens have one backward kernel, in which a program holds all keys of its
-block; larger ones have two, as in FlashAttention-2 (Dao, arXiv 2307.08691).
+output nor a gradient. Blocks of up to 64 tokens have one backward kernel, in which a program holds its whole block;
+larger ones have two, as in FlashAttention-2 (Dao, arXiv 2307.08691).
 """
 
 import triton
@@ -129,7 +129,7 @@ def local_gradient_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The whole gradient of GROUP blocks: softmax recomputed over whole rows, so nothing is kept from the forward pass."""
+    """All gradients of GROUP blocks, one after the other; softmax is recomputed, nothing kept from the forward pass."""
     T: tl.constexpr = BH * BW
     pid = tl.program_id(0)
     head, group = pid % heads, pid // heads

@@ -1,0 +1,135 @@
+"""The whole ELFATT operation as one PyTorch operator with its own backward, run by the Triton kernels.
+
+``torch.library`` makes it one node for ``torch.compile`` (no graph break), for activation checkpointing and for CUDA
+graphs; the kernels themselves are imported at the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from elfatt.ops.depthwise import Kernel
+
+WHOLE_BLOCK = 64  # tokens of a block up to which the backward pass needs nothing from the forward pass
+
+
+def fused_attention(
+    qkv: Tensor,
+    *,
+    num_heads: tuple[int, int],
+    global_channels: int,
+    block: tuple[int, int],
+    lepe_global: Kernel | None = None,
+    lepe_local: Kernel | None = None,
+) -> Tensor:
+    """``elfatt_attention`` for a block that fits the map, in the dtype of ``qkv``.
+
+    Args:
+        qkv: ``[B, H, W, 3C]``; copied when it is not contiguous.
+        num_heads: Heads of the global and of the local branch.
+        global_channels: Channels of the global branch.
+        block: Height and width of a block in tokens.
+        lepe_global: Kernels and bias, or None; of any floating dtype, used in float32.
+        lepe_local: Kernels and bias, or None.
+    """
+    kernels = (*(lepe_global or (None, None)), *(lepe_local or (None, None)))
+    return _forward(qkv, *kernels, list(num_heads), global_channels, list(block))[0]
+
+
+@torch.library.custom_op("elfatt::attention", mutates_args=())
+def _forward(
+    qkv: Tensor,
+    weight_global: Tensor | None,
+    bias_global: Tensor | None,
+    weight_local: Tensor | None,
+    bias_local: Tensor | None,
+    num_heads: Sequence[int],
+    global_channels: int,
+    block: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, and what the backward pass keeps: the context softmax(K)ᵀV, K's and the scores' log-sum-exp."""
+    from elfatt.ops.triton import forward
+
+    kernels = (_contiguous(x) for x in (weight_global, bias_global, weight_local, bias_local))
+    results = _empty(qkv, num_heads, global_channels, block)
+    forward(qkv.contiguous(), *kernels, *results, num_heads, global_channels, block)
+    return results
+
+
+@_forward.register_fake
+def _(qkv, weight_global, bias_global, weight_local, bias_local, num_heads, global_channels, block):
+    return _empty(qkv, num_heads, global_channels, block)
+
+
+@torch.library.custom_op("elfatt::attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    qkv: Tensor,
+    weight_global: Tensor | None,
+    bias_global: Tensor | None,
+    weight_local: Tensor | None,
+    bias_local: Tensor | None,
+    context: Tensor,
+    key_lse: Tensor,
+    row_lse: Tensor,
+    num_heads: Sequence[int],
+    global_channels: int,
+    block: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv and of each kernel and bias; an empty tensor for what is None."""
+    from elfatt.ops.triton import backward
+
+    dqkv, *sums = backward(
+        dout.contiguous(), qkv.contiguous(), _contiguous(weight_global), _contiguous(weight_local),
+        context, key_lse, row_lse, num_heads, global_channels, block,
+    )  # fmt: skip
+    gradients = []
+    for weight, bias, rows in zip((weight_global, weight_local), (bias_global, bias_local), sums, strict=True):
+        if weight is None:
+            gradients += [qkv.new_empty(0), qkv.new_empty(0)]
+            continue
+        gradients.append(rows[:9].t().reshape(weight.shape).to(weight.dtype).contiguous())
+        gradients.append(qkv.new_empty(0) if bias is None else rows[9].to(bias.dtype, copy=True))
+    return dqkv, *gradients
+
+
+@_backward.register_fake
+def _(dout, qkv, weight_global, bias_global, weight_local, bias_local, *_):
+    kernels = (weight_global, bias_global, weight_local, bias_local)
+    return qkv.new_empty(qkv.shape), *(qkv.new_empty(0) if x is None else x.new_empty(x.shape) for x in kernels)
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.num_heads, ctx.global_channels, ctx.block = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _differentiate(ctx, dout, *_):
+    gradients = _backward(dout, *ctx.saved_tensors, ctx.num_heads, ctx.global_channels, ctx.block)
+    needed = zip(ctx.saved_tensors, gradients, strict=False)
+    return *(None if x is None else gradient for x, gradient in needed), None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _empty(qkv, num_heads, global_channels, block):
+    """The forward pass's results; the scores' log-sum-exp, a value for each token and head, for large blocks alone."""
+    b, h, w, packed = qkv.shape
+    width = global_channels // num_heads[0] if global_channels else 0
+    tokens = block[0] * block[1]
+    large = global_channels < packed // 3 and tokens > WHOLE_BLOCK
+    blocks = -(-h // block[0]) * -(-w // block[1]) if large else 0
+    return (
+        qkv.new_empty(b, h, w, packed // 3),
+        qkv.new_empty(b, num_heads[0], width, width, dtype=torch.float32),
+        qkv.new_empty(b, num_heads[0], width, dtype=torch.float32),
+        qkv.new_empty(b, num_heads[1], blocks, tokens, dtype=torch.float32),
+    )
+
+
+def _contiguous(x):
+    return None if x is None else x.contiguous()
