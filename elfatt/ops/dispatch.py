@@ -153,8 +153,8 @@ def _why_not_triton(device: str, index: int | None, dtype: torch.dtype, widths: 
         return f"it needs CUDA tensors, not {device} (TRITON_INTERPRET=1 interprets its kernels on a CPU)"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it needs float16, bfloat16 or float32, not {str(dtype).removeprefix('torch.')}"
-    if max(widths) > 128:
-        return f"it takes heads of at most 128 channels, not {max(widths)}"
+    if max(widths) > 64:
+        return f"it takes heads of at most 64 channels, not {max(widths)}"
     if device == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(index) < (8, 0):
         return "it needs a GPU of compute capability 8.0 (Ampere) or newer"
     return None

@@ -71,6 +71,12 @@ def elfatt_attention(
 
 def global_branch(qkv: torch.Tensor, *, num_heads: int, lepe: Kernel | None) -> torch.Tensor:
     """Efficient attention over the whole map plus LePE; ``[B, H, W, 3, C]`` to ``[B, H, W, C]``."""
+    channels = qkv.shape[-1]
+    if use_triton(qkv, (channels // num_heads,)):
+        heads = (num_heads, num_heads)
+        return fused_attention(
+            qkv.flatten(3), num_heads=heads, global_channels=channels, block=(1, 1), lepe_global=lepe
+        )
     q, k, v = qkv.unbind(3)
     tokens = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)) for x in (q, k, v))
     return add_lepe(efficient_attention(*tokens).reshape(v.shape), v, lepe)

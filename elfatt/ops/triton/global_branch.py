@@ -115,18 +115,17 @@ def global_out_kernel(
     tiles,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
+    SIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
     tile, head, image = pid % tiles, pid // tiles % heads, (pid // tiles // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    columns = tl.cdiv(width, TILE_W)
-    place = tl.arange(0, TILE_H * TILE_W)  # a rectangle, whose LePE neighbourhoods overlap most
-    y = tile // columns * TILE_H + place // TILE_W
-    x = tile % columns * TILE_W + place % TILE_W
+    columns = tl.cdiv(width, SIDE)
+    place = tl.arange(0, SIDE * SIDE)
+    y = tile // columns * SIDE + place // SIDE
+    x = tile % columns * SIDE + place % SIDE
     token = y * width + x
     mask = ((y < height) & (x < width))[:, None] & lanes[None, :]
     stride = 3 * channels
@@ -134,7 +133,7 @@ def global_out_kernel(
     p = feature_softmax(load_tile(q_base, token, stride, lane, mask), lanes)
     a = load_tile(context + (image * heads + head) * D * D, lane, D, lane, lanes[:, None] & lanes[None, :])
     half = qkv.dtype.element_ty
-    acc = dot(p.to(half), a.to(half), tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32), PRECISION)
+    acc = dot(p.to(half), a.to(half), tl.zeros([SIDE * SIDE, BLOCK_D], tl.float32), PRECISION)
     if weight is not None:
         v_base = q_base + 2 * channels
         if bias is not None:
@@ -200,8 +199,7 @@ def global_key_value_gradient_kernel(
     groups,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
+    SIDE: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -209,8 +207,8 @@ def global_key_value_gradient_kernel(
     group, head, image = pid % groups, pid // groups % heads, (pid // groups // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    columns = tl.cdiv(width, TILE_W)
-    place = tl.arange(0, TILE_H * TILE_W)
+    columns = tl.cdiv(width, SIDE)
+    place = tl.arange(0, SIDE * SIDE)
     stride = 3 * channels
     square = lanes[:, None] & lanes[None, :]
     which = image * heads + head
@@ -226,14 +224,14 @@ def global_key_value_gradient_kernel(
     sums = tl.zeros([16, BLOCK_D], tl.float32)
     for step in range(GROUP):
         tile = group * GROUP + step  # past the last tile, y is past the last row
-        y = tile // columns * TILE_H + place // TILE_W
-        x = tile % columns * TILE_W + place % TILE_W
+        y = tile // columns * SIDE + place // SIDE
+        x = tile % columns * SIDE + place % SIDE
         token = y * width + x
         mask = ((y < height) & (x < width))[:, None] & lanes[None, :]
         k = load_tile(qkv + k_offset, token, stride, lane, mask).to(tl.float32)
         v = load_tile(qkv + k_offset + channels, token, stride, lane, mask).to(tl.float32)
         n = tl.where(mask, tl.exp2(k * LOG2_E - lse[None, :]), 0.0)
-        zero = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
+        zero = tl.zeros([SIDE * SIDE, BLOCK_D], tl.float32)
         dn = dot(v.to(wide), tl.trans(da).to(wide), zero, PRECISION)
         dv = dot(n.to(wide), da.to(wide), zero, PRECISION)
         if weight is not None:

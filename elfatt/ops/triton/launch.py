@@ -15,6 +15,8 @@ import triton
 from elfatt.ops.fused import WHOLE_BLOCK
 from elfatt.ops.triton import global_branch, local_branch
 
+TILE = 64  # tokens summed at a time
+SIDE = 8  # of the square tiles with LePE over the map: the neighbourhoods of a square's tokens overlap most
 PROGRAMS = 512  # enough to fill the largest GPUs of today a few times over; work is grouped only beyond it
 
 
@@ -71,21 +73,13 @@ def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -
 
 def _context(qkv, context, key_lse, heads):
     (b, h, w, packed), width = qkv.shape, context.shape[-1]
-    splits, common = _splits(qkv, heads, width)
+    splits, steps = _splits(qkv, heads)
     parts = context if splits == 1 else qkv.new_empty(b, heads, splits, width, width, dtype=torch.float32)
     parts_lse = key_lse if splits == 1 else qkv.new_empty(b, heads, splits, width, dtype=torch.float32)
     launch(
-        global_branch.context_kernel,
-        b * heads * splits,
-        qkv,
-        parts,
-        parts_lse,
-        h * w,
-        packed // 3,
-        heads,
-        splits,
-        **common,
-    )
+        global_branch.context_kernel, b * heads * splits, qkv, parts, parts_lse, h * w, packed // 3, heads, splits,
+        BLOCK_N=TILE, STEPS=steps, **_head(qkv, width),
+    )  # fmt: skip
     if splits > 1:
         padded = triton.next_power_of_2(splits)
         launch(
@@ -96,48 +90,45 @@ def _context(qkv, context, key_lse, heads):
 
 def _global_out(qkv, context, weight, bias, out, heads):
     (b, h, w, packed), width = qkv.shape, context.shape[-1]
-    tiles = triton.cdiv(h, 8) * triton.cdiv(w, 8)
+    tiles = triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE)
     launch(
         global_branch.global_out_kernel, b * heads * tiles, qkv, context, weight, bias, out, h, w, packed // 3, heads,
-        tiles, D=width, BLOCK_D=_padded(width), TILE_H=8, TILE_W=8, PRECISION=_precision(qkv), num_warps=4,
+        tiles, SIDE=SIDE, **_head(qkv, width),
     )  # fmt: skip
 
 
 def _global_gradients(qkv, dout, context, key_lse, weight, dqkv, heads):
     (b, h, w, packed), width = qkv.shape, context.shape[-1]
-    splits, common = _splits(qkv, heads, width)
+    splits, steps = _splits(qkv, heads)
     parts = qkv.new_empty(b, heads, splits, width, width, dtype=torch.float32)
     launch(
         global_branch.global_query_gradient_kernel, b * heads * splits, qkv, dout, context, dqkv, parts, h * w,
-        packed // 3, heads, splits, **common,
+        packed // 3, heads, splits, BLOCK_N=TILE, STEPS=steps, **_head(qkv, width),
     )  # fmt: skip
     dcontext = parts.sum(2) if splits > 1 else parts
-    tiles = triton.cdiv(h, 8) * triton.cdiv(w, 8)
+    tiles = triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE)
     group = _group(b * heads, tiles) if weight is not None else 1
     groups = triton.cdiv(tiles, group)
     sums = None if weight is None else qkv.new_empty(b * groups, 10, heads * width, dtype=torch.float32)
     launch(
         global_branch.global_key_value_gradient_kernel, b * heads * groups, qkv, dout, context, dcontext, key_lse,
-        weight, dqkv, sums, h, w, packed // 3, heads, groups, D=width, BLOCK_D=_padded(width), TILE_H=8, TILE_W=8,
-        GROUP=group, PRECISION=_precision(qkv, float32_operands=True), num_warps=4,
+        weight, dqkv, sums, h, w, packed // 3, heads, groups, SIDE=SIDE, GROUP=group, **_head(qkv, width),
     )  # fmt: skip
     return None if sums is None else sums.sum(0)
 
 
 def _local_out(qkv, weight, bias, out, row_lse, heads, first, block):
-    sizes, constants, blocks = _local(qkv, heads, first, block)
-    tokens = block[0] * block[1]
-    rows, keys = _tiles(tokens)
-    programs = qkv.shape[0] * heads * blocks * triton.cdiv(tokens, rows)
+    tokens, blocks, sizes, constants = _local(qkv, heads, first, block)
+    own, walked = _block_tiles(tokens, constants["num_warps"])
     launch(
-        local_branch.local_out_kernel, programs, qkv, weight, bias, out, row_lse if row_lse.numel() else None, *sizes,
-        BLOCK_M=rows, BLOCK_N=keys, num_warps=4, **constants,
+        local_branch.local_out_kernel, qkv.shape[0] * heads * blocks * triton.cdiv(tokens, own), qkv, weight, bias, out,
+        row_lse if row_lse.numel() else None, *sizes, BLOCK_M=own, BLOCK_N=walked, **constants,
     )  # fmt: skip
 
 
 def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
-    sizes, constants, blocks = _local(qkv, heads, first, block)
-    tokens, units = block[0] * block[1], qkv.shape[0] * blocks
+    tokens, blocks, sizes, constants = _local(qkv, heads, first, block)
+    units = qkv.shape[0] * blocks
 
     def partial_sums(programs):
         width = dout.shape[-1] - first
@@ -149,52 +140,59 @@ def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
         sums = partial_sums(groups)
         launch(
             local_branch.local_gradient_kernel, groups * heads, qkv, dout, weight, dqkv, sums, units, *sizes,
-            BLOCK_T=_padded(tokens), GROUP=group, num_warps=4, **constants,
+            BLOCK_T=_padded(tokens), GROUP=group, **constants,
         )  # fmt: skip
     else:
-        own, walked = _tiles(tokens)
+        own, walked = _block_tiles(tokens, constants["num_warps"])
         tiles = triton.cdiv(tokens, own)
         row_sum = torch.empty_like(row_lse)
         sums = partial_sums(units * tiles)
         launch(
             local_branch.local_query_gradient_kernel, units * heads * tiles, qkv, dout, row_lse, row_sum, dqkv, *sizes,
-            BLOCK_M=own, BLOCK_N=walked, num_warps=4, **constants,
+            BLOCK_M=own, BLOCK_N=walked, **constants,
         )  # fmt: skip
         launch(
             local_branch.local_key_value_gradient_kernel, units * heads * tiles, qkv, dout, row_lse, row_sum, weight,
-            dqkv, sums, *sizes, BLOCK_M=walked, BLOCK_N=own, num_warps=4, **constants,
+            dqkv, sums, *sizes, BLOCK_M=walked, BLOCK_N=own, **constants,
         )  # fmt: skip
     return None if sums is None else sums.sum(0)
 
 
-def _splits(qkv, heads, width):
-    """How the tokens are split among programs that each sum over a power of two of tiles of 64."""
-    b, h, w, _ = qkv.shape
-    tiles = triton.cdiv(h * w, 64)
-    steps = _group(b * heads, tiles)
-    common = {"D": width, "BLOCK_D": _padded(width), "BLOCK_N": 64, "STEPS": steps, "PRECISION": _precision(qkv)}
-    return triton.cdiv(tiles, steps), {**common, "num_warps": 4}
-
-
 def _local(qkv, heads, first, block):
-    b, h, w, packed = qkv.shape
+    _, h, w, packed = qkv.shape
     width = (packed // 3 - first) // heads
     blocks = triton.cdiv(h, block[0]) * triton.cdiv(w, block[1])
-    constants = {"BH": block[0], "BW": block[1], "D": width, "BLOCK_D": _padded(width), "PRECISION": _precision(qkv)}
-    return (h, w, packed // 3, first, heads, blocks, width**-0.5), constants, blocks
+    sizes = (h, w, packed // 3, first, heads, blocks, width**-0.5)
+    return block[0] * block[1], blocks, sizes, {"BH": block[0], "BW": block[1], **_head(qkv, width)}
 
 
-def _tiles(tokens):
+def _head(qkv, width):
+    """What every kernel is told of a head. Warps share the registers of wide rows: 8 spill less, found by compiling."""
+    lanes = _padded(width)
+    warps = 4 if lanes * qkv.element_size() <= 64 else 8
+    return {"D": width, "BLOCK_D": lanes, "PRECISION": _precision(qkv), "num_warps": warps}
+
+
+def _block_tiles(tokens, warps):
     """Tokens of a block that a program owns, and that it walks over at a time."""
     if tokens <= WHOLE_BLOCK:
-        return (_padded(tokens),) * 2
-    return (128 if triton.cdiv(tokens, 64) % 2 == 0 else 64), 32
+        return _padded(tokens), _padded(tokens)
+    # 128 read the block half as often, where they waste no more of their last tile and registers allow
+    return 128 if triton.cdiv(tokens, 64) % 2 == 0 and warps == 4 else 64, 32
 
 
-def _group(outer, inner, largest=16):
+def _splits(qkv, heads):
+    """Among how many programs the tokens are split, and how many tiles each sums over."""
+    b, h, w, _ = qkv.shape
+    tiles = triton.cdiv(h * w, TILE)
+    steps = _group(b * heads, tiles)
+    return triton.cdiv(tiles, steps), steps
+
+
+def _group(outer, inner):
     """Power of two of inner items that one program takes in turn, as long as ``PROGRAMS`` programs remain."""
     group = 1
-    while group < min(largest, inner) and outer * triton.cdiv(inner, 2 * group) >= PROGRAMS:
+    while group < min(16, inner) and outer * triton.cdiv(inner, 2 * group) >= PROGRAMS:
         group *= 2
     return group
 
@@ -203,11 +201,13 @@ def _padded(length):
     return max(16, triton.next_power_of_2(length))  # the least side of a matrix product
 
 
-def _precision(qkv, float32_operands=False):
-    """TF32 for float32 tensors only where PyTorch's products may use it; to half precision it costs nothing."""
-    if qkv.dtype == torch.float32:
-        return "tf32" if _allows_tf32() else "ieee"
-    return "tf32" if float32_operands else "ieee"
+def _precision(qkv):
+    """How float32 operands reach the tensor cores; tensors in float16 have such operands in one kernel.
+
+    Plain TF32 for float32 tensors only where PyTorch's products may use it, else three TF32 products for each, as exact
+    as float32's own; those run without tensor cores and out of registers.
+    """
+    return "tf32" if qkv.dtype != torch.float32 or _allows_tf32() else "tf32x3"
 
 
 def _allows_tf32():
