@@ -108,9 +108,9 @@ def _keep(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout, *_):
-    gradients = _backward(dout, *ctx.saved_tensors, ctx.num_heads, ctx.global_channels, ctx.block)
-    needed = zip(ctx.saved_tensors, gradients, strict=False)
-    return *(None if x is None else gradient for x, gradient in needed), None, None, None
+    saved = ctx.saved_tensors  # under activation checkpointing they can be taken once
+    gradients = _backward(dout, *saved, ctx.num_heads, ctx.global_channels, ctx.block)
+    return *(None if x is None else dx for x, dx in zip(saved, gradients, strict=False)), None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

@@ -84,7 +84,8 @@ def _context(qkv, context, key_lse, heads):
         padded = triton.next_power_of_2(splits)
         launch(
             global_branch.combine_kernel, b * heads * width, parts, parts_lse, context, key_lse, splits, D=width,
-            BLOCK_D=_padded(width), SPLITS=padded, TILE=min(128, padded), num_warps=1,
+            BLOCK_D=_padded(width), SPLITS=padded, TILE=min(128, padded),
+            num_warps=1 if padded <= 16 else 4,
         )  # fmt: skip
 
 
