@@ -98,7 +98,7 @@ def test_output_and_gradients(shape, split, heads, block, dtype):
 
 @pytest.mark.slow
 def test_blocks_of_24():
-    check(tensors((1, 24, 24, 32), 16, BRAIN), 16, (1, 1), 24)
+    check(tensors((1, 24, 24, 16), 0, BRAIN), 0, (1, 1), 24)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=str)
@@ -131,8 +131,8 @@ def test_large_activations():
 
 
 def test_the_same_input_gives_the_same_bits():
-    given, dout = tensors((1, 9, 13, 64), 32, BRAIN), torch.randn(1, 9, 13, 64).to(DEVICE)
-    one, two = (results("triton", given, dout, 32, (1, 1), 7) for _ in range(2))
+    given, dout = tensors((1, 5, 9, 64), 32, BRAIN), torch.randn(1, 5, 9, 64).to(DEVICE)
+    one, two = (results("triton", given, dout, 32, (1, 1), 4) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -148,8 +148,8 @@ def test_any_strides():
 
 
 def operator_arguments(split, lepe=True):
-    given = {name: x.requires_grad_() for name, x in tensors((1, 5, 6, 32), split, FLOAT, lepe).items()}
-    return [given.get(name) for name in NAMES], ([1, 1], split, [4, 4])
+    given = {name: x.requires_grad_() for name, x in tensors((1, 3, 4, 32), split, FLOAT, lepe).items()}
+    return [given.get(name) for name in NAMES], ([1, 1], split, [2, 4])
 
 
 @pytest.mark.parametrize("split", [16, 0, 32])
@@ -158,7 +158,7 @@ def test_operator_registration(split):
     torch.library.opcheck(fused._forward, (*leaves, *options))
     leaves = [x if x is None else x.detach() for x in leaves]
     kept = fused._forward(*leaves, *options)[1:]
-    dout = torch.randn(1, 5, 6, 32, device=DEVICE)
+    dout = torch.randn(1, 3, 4, 32, device=DEVICE)
     torch.library.opcheck(fused._backward, (dout, *leaves, *kept, *options))
 
 

@@ -8,15 +8,8 @@ the tokens, which the softmax of K needs, are the row sums of ``A ⊙ dA``, so K
 import triton
 import triton.language as tl
 
-from elfatt.ops.triton.common import (
-    LOG2_E,
-    dot,
-    lepe,
-    lepe_gradients,
-    load_tile,
-    store_lepe_sums,
-    store_tile,
-)
+from elfatt.ops.triton.common import LOG2_E, dot, load_tile, store_tile
+from elfatt.ops.triton.lepe import lepe
 
 
 @triton.jit
@@ -191,20 +184,18 @@ def global_key_value_gradient_kernel(
     key_lse,  # [B, heads, D]
     weight,  # [heads * D, 9] or None
     dqkv,  # [B, N, 3C]: the parts of K and V are written
-    dweight,  # [B * groups, 10, heads * D] float32 or None: sums over the tokens of each group of tiles
     height,
     width,
     channels,
     heads,
-    groups,
+    tiles,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SIDE: tl.constexpr,
-    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    group, head, image = pid % groups, pid // groups % heads, (pid // groups // heads).to(tl.int64)
+    tile, head, image = pid % tiles, pid // tiles % heads, (pid // tiles // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
     columns = tl.cdiv(width, SIDE)
@@ -221,26 +212,17 @@ def global_key_value_gradient_kernel(
     # dA sums over every token and N is about one over their number: both leave the range of float16
     half: tl.constexpr = qkv.dtype.element_ty
     wide: tl.constexpr = tl.float32 if half == tl.float16 else half
-    sums = tl.zeros([16, BLOCK_D], tl.float32)
-    for step in range(GROUP):
-        tile = group * GROUP + step  # past the last tile, y is past the last row
-        y = tile // columns * SIDE + place // SIDE
-        x = tile % columns * SIDE + place % SIDE
-        token = y * width + x
-        mask = ((y < height) & (x < width))[:, None] & lanes[None, :]
-        k = load_tile(qkv + k_offset, token, stride, lane, mask).to(tl.float32)
-        v = load_tile(qkv + k_offset + channels, token, stride, lane, mask).to(tl.float32)
-        n = tl.where(mask, tl.exp2(k * LOG2_E - lse[None, :]), 0.0)
-        zero = tl.zeros([SIDE * SIDE, BLOCK_D], tl.float32)
-        dn = dot(v.to(wide), tl.trans(da).to(wide), zero, PRECISION)
-        dv = dot(n.to(wide), da.to(wide), zero, PRECISION)
-        if weight is not None:
-            dv_lepe, sums = lepe_gradients(
-                sums, v, do_base, channels, y, x, 0, 0, height, width, width, weight + head * D * 9, lane, lanes
-            )
-            dv += dv_lepe
-        store_tile(dqkv + k_offset, token, stride, lane, mask, n * (dn - column_sum[None, :]))
-        store_tile(dqkv + k_offset + channels, token, stride, lane, mask, dv)
+    y = tile // columns * SIDE + place // SIDE
+    x = tile % columns * SIDE + place % SIDE
+    token = y * width + x
+    mask = ((y < height) & (x < width))[:, None] & lanes[None, :]
+    k = load_tile(qkv + k_offset, token, stride, lane, mask).to(tl.float32)
+    v = load_tile(qkv + k_offset + channels, token, stride, lane, mask).to(tl.float32)
+    n = tl.where(mask, tl.exp2(k * LOG2_E - lse[None, :]), 0.0)
+    zero = tl.zeros([SIDE * SIDE, BLOCK_D], tl.float32)
+    dn = dot(v.to(wide), tl.trans(da).to(wide), zero, PRECISION)
+    dv = dot(n.to(wide), da.to(wide), zero, PRECISION)
     if weight is not None:
-        mine = (image * groups + group) * 10 * heads * D + head * D
-        store_lepe_sums(dweight + mine, sums, heads * D, lane, lanes)
+        dv += lepe(do_base, channels, y, x, 0, 0, height, width, width, weight + head * D * 9, None, lane, lanes, True)
+    store_tile(dqkv + k_offset, token, stride, lane, mask, n * (dn - column_sum[None, :]))
+    store_tile(dqkv + k_offset + channels, token, stride, lane, mask, dv)

@@ -14,6 +14,7 @@ import triton
 
 from elfatt.ops.fused import WHOLE_BLOCK
 from elfatt.ops.triton import global_branch, local_branch
+from elfatt.ops.triton.lepe import lepe_weight_gradient_kernel
 
 TILE = 64  # tokens summed at a time
 SIDE = 8  # of the square tiles with LePE over the map: the neighbourhoods of a square's tokens overlap most
@@ -57,13 +58,18 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of qkv and, ``[10, channels]`` in float32 for each branch with LePE, of its nine weights and bias."""
     dqkv = torch.empty_like(qkv)
-    sums_global = sums_local = None
+    sums = [None, None]
+    local_channels = dout.shape[-1] - global_channels
     with _device(qkv):
         if global_channels:
-            sums_global = _global_gradients(qkv, dout, context, key_lse, weight_global, dqkv, heads[0])
-        if global_channels < dout.shape[-1]:
-            sums_local = _local_gradients(qkv, dout, weight_local, row_lse, dqkv, heads[1], global_channels, block)
-    return dqkv, sums_global, sums_local
+            _global_gradients(qkv, dout, context, key_lse, weight_global, dqkv, heads[0])
+            if weight_global is not None:
+                sums[0] = _lepe_weight_gradient(qkv, dout, 0, global_channels, qkv.shape[1:3])
+        if local_channels:
+            _local_gradients(qkv, dout, weight_local, row_lse, dqkv, heads[1], global_channels, block)
+            if weight_local is not None:
+                sums[1] = _lepe_weight_gradient(qkv, dout, global_channels, local_channels, block)
+    return dqkv, *sums
 
 
 def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -> None:
@@ -108,14 +114,10 @@ def _global_gradients(qkv, dout, context, key_lse, weight, dqkv, heads):
     )  # fmt: skip
     dcontext = parts.sum(2) if splits > 1 else parts
     tiles = triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE)
-    group = _group(b * heads, tiles) if weight is not None else 1
-    groups = triton.cdiv(tiles, group)
-    sums = None if weight is None else qkv.new_empty(b * groups, 10, heads * width, dtype=torch.float32)
     launch(
-        global_branch.global_key_value_gradient_kernel, b * heads * groups, qkv, dout, context, dcontext, key_lse,
-        weight, dqkv, sums, h, w, packed // 3, heads, groups, SIDE=SIDE, GROUP=group, **_head(qkv, width),
+        global_branch.global_key_value_gradient_kernel, b * heads * tiles, qkv, dout, context, dcontext, key_lse,
+        weight, dqkv, h, w, packed // 3, heads, tiles, SIDE=SIDE, **_head(qkv, width),
     )  # fmt: skip
-    return None if sums is None else sums.sum(0)
 
 
 def _local_out(qkv, weight, bias, out, row_lse, heads, first, block):
@@ -129,34 +131,37 @@ def _local_out(qkv, weight, bias, out, row_lse, heads, first, block):
 
 def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
     tokens, blocks, sizes, constants = _local(qkv, heads, first, block)
-    units = qkv.shape[0] * blocks
-
-    def partial_sums(programs):
-        width = dout.shape[-1] - first
-        return None if weight is None else qkv.new_empty(programs, 10, width, dtype=torch.float32)
-
+    programs = qkv.shape[0] * blocks * heads
     if tokens <= WHOLE_BLOCK:
-        group = _group(heads, units) if weight is not None else 1
-        groups = triton.cdiv(units, group)
-        sums = partial_sums(groups)
         launch(
-            local_branch.local_gradient_kernel, groups * heads, qkv, dout, weight, dqkv, sums, units, *sizes,
-            BLOCK_T=_padded(tokens), GROUP=group, **constants,
+            local_branch.local_gradient_kernel, programs, qkv, dout, weight, dqkv, *sizes, BLOCK_T=_padded(tokens),
+            **constants,
         )  # fmt: skip
-    else:
-        own, walked = _block_tiles(tokens, constants["num_warps"])
-        tiles = triton.cdiv(tokens, own)
-        row_sum = torch.empty_like(row_lse)
-        sums = partial_sums(units * tiles)
-        launch(
-            local_branch.local_query_gradient_kernel, units * heads * tiles, qkv, dout, row_lse, row_sum, dqkv, *sizes,
-            BLOCK_M=own, BLOCK_N=walked, **constants,
-        )  # fmt: skip
-        launch(
-            local_branch.local_key_value_gradient_kernel, units * heads * tiles, qkv, dout, row_lse, row_sum, weight,
-            dqkv, sums, *sizes, BLOCK_M=walked, BLOCK_N=own, **constants,
-        )  # fmt: skip
-    return None if sums is None else sums.sum(0)
+        return
+    own, walked = _block_tiles(tokens, constants["num_warps"])
+    programs *= triton.cdiv(tokens, own)
+    row_sum = torch.empty_like(row_lse)
+    launch(
+        local_branch.local_query_gradient_kernel, programs, qkv, dout, row_lse, row_sum, dqkv, *sizes, BLOCK_M=own,
+        BLOCK_N=walked, **constants,
+    )  # fmt: skip
+    launch(
+        local_branch.local_key_value_gradient_kernel, programs, qkv, dout, row_lse, row_sum, weight, dqkv, *sizes,
+        BLOCK_M=walked, BLOCK_N=own, **constants,
+    )  # fmt: skip
+
+
+def _lepe_weight_gradient(qkv, dout, first, channels, block):
+    b, h, w, packed = qkv.shape
+    tiles, parts = triton.cdiv(h, 4) * triton.cdiv(w, 8), triton.cdiv(channels, 32)
+    group = _group(b * parts, tiles)
+    groups = triton.cdiv(tiles, group)
+    sums = qkv.new_empty(b * groups, 10, channels, dtype=torch.float32)
+    launch(
+        lepe_weight_gradient_kernel, b * groups * parts, qkv, dout, sums, h, w, packed // 3, first, channels, groups,
+        *block, SIDE_H=4, SIDE_W=8, LANES=32, GROUP=group, num_warps=4,
+    )  # fmt: skip
+    return sums.sum(0)
 
 
 def _local(qkv, heads, first, block):

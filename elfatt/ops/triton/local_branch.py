@@ -8,15 +8,8 @@ larger ones have two, as in FlashAttention-2 (Dao, arXiv 2307.08691).
 import triton
 import triton.language as tl
 
-from elfatt.ops.triton.common import (
-    LOG2_E,
-    dot,
-    lepe,
-    lepe_gradients,
-    load_tile,
-    store_lepe_sums,
-    store_tile,
-)
+from elfatt.ops.triton.common import LOG2_E, dot, load_tile, store_tile
+from elfatt.ops.triton.lepe import lepe
 
 
 @triton.jit
@@ -112,8 +105,6 @@ def local_gradient_kernel(
     dout,  # [B, N, C]
     weight,  # [heads * D, 9] or None
     dqkv,  # [B, N, 3C]
-    dweight,  # [groups, 10, heads * D] float32 or None
-    units,  # blocks of all images
     height,
     width,
     channels,
@@ -126,50 +117,40 @@ def local_gradient_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,  # the block's tokens, to the next power of two
-    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All gradients of GROUP blocks, one after the other; softmax is recomputed, nothing kept from the forward pass."""
+    """The whole gradient of one block and head; softmax is recomputed, nothing kept from the forward pass."""
     T: tl.constexpr = BH * BW
     pid = tl.program_id(0)
-    head, group = pid % heads, pid // heads
+    head, block, image = pid % heads, pid // heads % blocks, (pid // heads // blocks).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
     stride = 3 * channels
     half = qkv.dtype.element_ty
+    q_offset = image * height * width * stride + first + head * D
+    do_base = dout + image * height * width * channels + first + head * D
     index = tl.arange(0, BLOCK_T)
-    sums = tl.zeros([16, BLOCK_D], tl.float32)
-    for step in range(GROUP):
-        unit = group * GROUP + step
-        block, image = unit % blocks, (unit // blocks).to(tl.int64)
-        q_offset = image * height * width * stride + first + head * D
-        do_base = dout + image * height * width * channels + first + head * D
-        y, x, token, exists = block_tokens(index, block, height, width, BH, BW)
-        mask = (exists & (unit < units))[:, None] & lanes[None, :]
-        k = load_tile(qkv + q_offset + channels, token, stride, lane, mask)
-        v = load_tile(qkv + q_offset + 2 * channels, token, stride, lane, mask)
-        q = load_tile(qkv + q_offset, token, stride, lane, mask)
-        do = load_tile(do_base, token, channels, lane, mask)
-        s = scores(q, k, index, scale, T, PRECISION)
-        p = tl.exp2(s - tl.max(s, axis=1)[:, None])
-        p = p / tl.sum(p, axis=1)[:, None]
-        square, tall = tl.zeros([BLOCK_T, BLOCK_T], tl.float32), tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        dp = dot(do, tl.trans(v), square, PRECISION)
-        ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(half)
-        store_tile(dqkv + q_offset, token, stride, lane, mask, dot(ds, k, tall, PRECISION) * scale)
-        store_tile(dqkv + q_offset + channels, token, stride, lane, mask, dot(tl.trans(ds), q, tall, PRECISION) * scale)
-        dv = dot(tl.trans(p.to(half)), do, tall, PRECISION)
-        if weight is not None:
-            top, left, bottom, right = block_area(block, height, width, BH, BW)
-            bottom = tl.where(unit < units, bottom, top)  # past the last block there is nothing to read
-            dv_lepe, sums = lepe_gradients(
-                sums, v.to(tl.float32), do_base, channels, y, x, top, left, bottom, right, width,
-                weight + head * D * 9, lane, lanes,
-            )  # fmt: skip
-            dv += dv_lepe
-        store_tile(dqkv + q_offset + 2 * channels, token, stride, lane, mask, dv)
+    y, x, token, exists = block_tokens(index, block, height, width, BH, BW)
+    mask = exists[:, None] & lanes[None, :]
+    q = load_tile(qkv + q_offset, token, stride, lane, mask)
+    k = load_tile(qkv + q_offset + channels, token, stride, lane, mask)
+    v = load_tile(qkv + q_offset + 2 * channels, token, stride, lane, mask)
+    do = load_tile(do_base, token, channels, lane, mask)
+    s = scores(q, k, index, scale, T, PRECISION)
+    p = tl.exp2(s - tl.max(s, axis=1)[:, None])
+    p = p / tl.sum(p, axis=1)[:, None]
+    zero = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    dp = dot(do, tl.trans(v), tl.zeros([BLOCK_T, BLOCK_T], tl.float32), PRECISION)
+    ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(half)
+    store_tile(dqkv + q_offset, token, stride, lane, mask, dot(ds, k, zero, PRECISION) * scale)
+    store_tile(dqkv + q_offset + channels, token, stride, lane, mask, dot(tl.trans(ds), q, zero, PRECISION) * scale)
+    dv = dot(tl.trans(p.to(half)), do, zero, PRECISION)
     if weight is not None:
-        store_lepe_sums(dweight + group.to(tl.int64) * 10 * heads * D + head * D, sums, heads * D, lane, lanes)
+        top, left, bottom, right = block_area(block, height, width, BH, BW)
+        dv += lepe(
+            do_base, channels, y, x, top, left, bottom, right, width, weight + head * D * 9, None, lane, lanes, True
+        )
+    store_tile(dqkv + q_offset + 2 * channels, token, stride, lane, mask, dv)
 
 
 @triton.jit
@@ -246,7 +227,6 @@ def local_key_value_gradient_kernel(
     row_sum,  # [B, heads, blocks, T]
     weight,  # [heads * D, 9] or None
     dqkv,  # [B, N, 3C]: the parts of K and V are written
-    dweight,  # [B * blocks * TILES, 10, heads * D] float32 or None
     height,
     width,
     channels,
@@ -294,13 +274,8 @@ def local_key_value_gradient_kernel(
         dk = dot(tl.trans((p * (dp - total[:, None])).to(k.dtype)), q, dk, PRECISION)
     if weight is not None:
         top, left, bottom, right = block_area(block, height, width, BH, BW)
-        sums = tl.zeros([16, BLOCK_D], tl.float32)
-        dv_lepe, sums = lepe_gradients(
-            sums, v.to(tl.float32), do_base, channels, y, x, top, left, bottom, right, width,
-            weight + head * D * 9, lane, lanes,
-        )  # fmt: skip
-        dv += dv_lepe
-        mine = ((image * blocks + block) * TILES + key_tile) * 10 * heads * D + head * D
-        store_lepe_sums(dweight + mine, sums, heads * D, lane, lanes)
+        dv += lepe(
+            do_base, channels, y, x, top, left, bottom, right, width, weight + head * D * 9, None, lane, lanes, True
+        )
     store_tile(dqkv + k_offset, token, stride, lane, mask, dk * scale)
     store_tile(dqkv + k_offset + channels, token, stride, lane, mask, dv)
