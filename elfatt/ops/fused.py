@@ -13,6 +13,9 @@ from torch import Tensor
 
 from elfatt.ops.depthwise import Kernel
 
+# written out, for older versions of torch cannot read them from these functions' types
+_KERNELS = "Tensor? weight_global, Tensor? bias_global, Tensor? weight_local, Tensor? bias_local"
+_OPTIONS = "SymInt[] num_heads, SymInt global_channels, SymInt[] block"
 WHOLE_BLOCK = 64  # tokens of a block up to which the backward pass needs nothing from the forward pass
 
 
@@ -39,7 +42,11 @@ def fused_attention(
     return _forward(qkv, *kernels, list(num_heads), global_channels, list(block))[0]
 
 
-@torch.library.custom_op("elfatt::attention", mutates_args=())
+@torch.library.custom_op(
+    "elfatt::attention",
+    mutates_args=(),
+    schema=f"(Tensor qkv, {_KERNELS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _forward(
     qkv: Tensor,
     weight_global: Tensor | None,
@@ -64,7 +71,12 @@ def _(qkv, weight_global, bias_global, weight_local, bias_local, num_heads, glob
     return _empty(qkv, num_heads, global_channels, block)
 
 
-@torch.library.custom_op("elfatt::attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "elfatt::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor qkv, {_KERNELS}, Tensor context, Tensor key_lse, Tensor row_lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _backward(
     dout: Tensor,
     qkv: Tensor,
