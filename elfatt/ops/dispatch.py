@@ -4,7 +4,7 @@
 ``math``        softmax attention as two explicit matrix products (the paper's "nFA")
 ``sdpa``        softmax attention through ``torch.nn.functional.scaled_dot_product_attention`` (the paper's "FA")
 ``flash_attn``  softmax attention through the flash-attn package; refuses tensors that it cannot take
-``triton``      the ELFATT operation as fused CUDA kernels, forward and backward; the rest as ``sdpa``
+``triton``      the ELFATT operation and LePE as fused CUDA kernels, forward and backward; the rest as ``sdpa``
 ``auto``        the default: ``triton`` for CUDA tensors that its kernels can take, else ``sdpa``, whose own dispatcher
                 holds the FlashAttention kernels
 
@@ -109,38 +109,38 @@ def has_triton() -> bool:
     return _has_triton
 
 
-def can_run_triton(qkv: torch.Tensor, widths: tuple[int, ...], *, raise_error: bool = False) -> bool:
-    """Whether the Triton kernels can take this tensor.
+def can_run_triton(x: torch.Tensor, widths: tuple[int, ...] = (), *, raise_error: bool = False) -> bool:
+    """Whether the Triton kernels can take this map.
 
     Args:
-        qkv: Packed queries, keys and values ``[B, H, W, 3C]``.
-        widths: Channels of a head in each branch.
+        x: Map ``[B, H, W, C]``, of the packed queries, keys and values or of what LePE convolves.
+        widths: Channels of a head in each branch of attention.
         raise_error: Raise with the reason in place of returning False.
 
     Raises:
         ValueError: With ``raise_error``, naming what does not fit and the remedy.
     """
-    reason = _why_not_triton(qkv.device.type, qkv.device.index, qkv.dtype, widths)
-    if reason is None and qkv.numel() // max(1, qkv.shape[0]) >= 2**31:
-        reason = "they number the elements of one image in 32 bits"
+    reason = _why_not_triton(x.device.type, x.device.index, x.dtype, widths)
+    if reason is None and x.numel() // max(1, x.shape[0]) >= 2**31:
+        reason = "it numbers the elements of one image in 32 bits"
     if reason and raise_error:
-        raise ValueError(f"triton cannot run qkv of shape {tuple(qkv.shape)}: {reason}; use 'sdpa'")
+        raise ValueError(f"triton cannot run a map of shape {tuple(x.shape)}: {reason}; use 'sdpa'")
     return not reason
 
 
-def use_triton(qkv: torch.Tensor, widths: tuple[int, ...]) -> bool:
+def use_triton(x: torch.Tensor, widths: tuple[int, ...] = ()) -> bool:
     """Whether the Triton kernels run this operation; under ``auto`` each reason why not is logged once.
 
     Raises:
         ValueError: ``triton`` was chosen and cannot run.
     """
     if _active == "triton":
-        return can_run_triton(qkv, widths, raise_error=True)
-    if _active != "auto" or not qkv.is_cuda:
+        return can_run_triton(x, widths, raise_error=True)
+    if _active != "auto" or not x.is_cuda:
         return False
-    if can_run_triton(qkv, widths):
+    if can_run_triton(x, widths):
         return True
-    _explain_once(_why_not_triton(qkv.device.type, qkv.device.index, qkv.dtype, widths) or "the map is too large")
+    _explain_once(_why_not_triton(x.device.type, x.device.index, x.dtype, widths) or "the map is too large")
     return False
 
 
@@ -153,7 +153,7 @@ def _why_not_triton(device: str, index: int | None, dtype: torch.dtype, widths: 
         return f"it needs CUDA tensors, not {device} (TRITON_INTERPRET=1 interprets its kernels on a CPU)"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it needs float16, bfloat16 or float32, not {str(dtype).removeprefix('torch.')}"
-    if max(widths) > 64:
+    if max(widths, default=0) > 64:
         return f"it takes heads of at most 64 channels, not {max(widths)}"
     if device == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(index) < (8, 0):
         return "it needs a GPU of compute capability 8.0 (Ampere) or newer"
@@ -164,7 +164,7 @@ def _why_not_triton(device: str, index: int | None, dtype: torch.dtype, widths: 
 def _explain_once(reason: str) -> None:
     if reason not in _explained:
         _explained.add(reason)
-        _logger.warning("backend 'auto' runs ELFATT without its Triton kernels: %s", reason)
+        _logger.warning("backend 'auto' runs without the Triton kernels: %s", reason)
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:

@@ -1,6 +1,6 @@
-"""The whole ELFATT operation as one PyTorch operator with its own backward, run by the Triton kernels.
+"""The whole ELFATT operation, and LePE alone, as PyTorch operators with their own backward, run by the Triton kernels.
 
-``torch.library`` makes it one node for ``torch.compile`` (no graph break), for activation checkpointing and for CUDA
+``torch.library`` makes each one node for ``torch.compile`` (no graph break), for activation checkpointing and for CUDA
 graphs; the kernels themselves are imported at the first call.
 """
 
@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from elfatt.ops.depthwise import Kernel
 
 # written out, for older versions of torch cannot read them from these functions' types
 _KERNELS = "Tensor? weight_global, Tensor? bias_global, Tensor? weight_local, Tensor? bias_local"
@@ -25,8 +23,8 @@ def fused_attention(
     num_heads: tuple[int, int],
     global_channels: int,
     block: tuple[int, int],
-    lepe_global: Kernel | None = None,
-    lepe_local: Kernel | None = None,
+    lepe_global: tuple[Tensor, Tensor | None] | None = None,
+    lepe_local: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """``elfatt_attention`` for a block that fits the map, in the dtype of ``qkv``.
 
@@ -100,18 +98,15 @@ def _backward(
     )  # fmt: skip
     gradients = []
     for weight, bias, rows in zip((weight_global, weight_local), (bias_global, bias_local), sums, strict=True):
-        if weight is None:
-            gradients += [qkv.new_empty(0), qkv.new_empty(0)]
-            continue
-        gradients.append(rows[:9].t().reshape(weight.shape).to(weight.dtype).contiguous())
-        gradients.append(qkv.new_empty(0) if bias is None else rows[9].to(bias.dtype, copy=True))
+        gradients += (qkv.new_empty(0), qkv.new_empty(0)) if weight is None else _unpack(rows, weight, bias)
     return dqkv, *gradients
 
 
 @_backward.register_fake
 def _(dout, qkv, weight_global, bias_global, weight_local, bias_local, *_):
-    kernels = (weight_global, bias_global, weight_local, bias_local)
-    return qkv.new_empty(qkv.shape), *(qkv.new_empty(0) if x is None else x.new_empty(x.shape) for x in kernels)
+    pairs = ((weight_global, bias_global), (weight_local, bias_local))
+    kernels = ((_like(w, qkv), _like(b, qkv if w is None else w)) for w, b in pairs)
+    return qkv.new_empty(qkv.shape), *(x for pair in kernels for x in pair)
 
 
 def _keep(ctx, inputs, output):
@@ -126,6 +121,73 @@ def _differentiate(ctx, dout, *_):
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def fused_lepe(v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """``residual + L(v)`` with 3×3 kernels, in the dtype of ``v``.
+
+    Args:
+        v: Map ``[B, H, W, C]``; a slice of a contiguous map's channels is not copied.
+        weight: Kernels ``[C, 1, 3, 3]`` of any floating dtype, used in float32.
+        bias: ``[C]`` or None.
+        residual: ``[B, H, W, C]`` or None.
+    """
+    return _lepe(v, weight, bias, None if residual is None else residual.to(v.dtype))
+
+
+@torch.library.custom_op(
+    "elfatt::lepe", mutates_args=(), schema="(Tensor v, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor"
+)
+def _lepe(v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    from elfatt.ops.triton import lepe
+
+    out = v.new_empty(v.shape)
+    lepe(_evenly_strided(v), weight.contiguous(), _contiguous(bias), _contiguous(residual), out)
+    return out
+
+
+@_lepe.register_fake
+def _(v, weight, bias, residual):
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op(
+    "elfatt::lepe_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor v, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
+)
+def _lepe_backward(dout: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    from elfatt.ops.triton import lepe, lepe_sums
+
+    dout, dv = dout.contiguous(), v.new_empty(v.shape)
+    lepe(dout, weight.contiguous(), None, None, dv, transposed=True)
+    return dv, *_unpack(lepe_sums(_evenly_strided(v), dout), weight, bias)
+
+
+@_lepe_backward.register_fake
+def _(dout, v, weight, bias):
+    return v.new_empty(v.shape), weight.new_empty(weight.shape), _like(bias, weight)
+
+
+def _keep_lepe(ctx, inputs, output):
+    *tensors, residual = inputs
+    ctx.residual = residual is not None
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_lepe(ctx, dout):
+    v, weight, bias = ctx.saved_tensors
+    dv, dweight, dbias = _lepe_backward(dout, v, weight, bias)
+    return dv, dweight, None if bias is None else dbias, dout if ctx.residual else None
+
+
+_lepe.register_autograd(_differentiate_lepe, setup_context=_keep_lepe)
+
+
+def _unpack(sums, weight, bias):
+    """Gradients of a weight and a bias, an empty tensor for None, from the kernels' ``[10, channels]``."""
+    dweight = sums[:9].t().reshape(weight.shape).to(weight.dtype).contiguous()
+    return dweight, sums.new_empty(0, dtype=weight.dtype) if bias is None else sums[9].to(bias.dtype, copy=True)
 
 
 def _empty(qkv, num_heads, global_channels, block):
@@ -143,5 +205,16 @@ def _empty(qkv, num_heads, global_channels, block):
     )
 
 
+def _like(x, other):
+    return other.new_empty(0) if x is None else x.new_empty(x.shape)
+
+
 def _contiguous(x):
     return None if x is None else x.contiguous()
+
+
+def _evenly_strided(x):
+    """A map whose tokens all lie at one distance, as in a slice of a contiguous map's channels; else a copy."""
+    _, h, w, _ = x.shape
+    even = x.stride(3) == 1 and x.stride(1) == w * x.stride(2) and x.stride(0) == h * x.stride(1)
+    return x if even else x.contiguous()

@@ -100,7 +100,7 @@ def test_triton_wants_ampere(monkeypatch, capability, runs):
 @pytest.mark.skipif(not ops.has_triton(), reason="triton is not installed")
 def test_the_chosen_triton_backend_refuses_what_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with ops.use_backend("triton"), pytest.raises(ValueError, match="triton cannot run qkv of shape"):
+    with ops.use_backend("triton"), pytest.raises(ValueError, match="triton cannot run a map of shape"):
         ops.elfatt_attention(packed(), num_heads=(1, 1), global_channels=32, block_size=2)
 
 
@@ -110,7 +110,7 @@ def test_auto_says_once_why_it_does_not_run_triton(monkeypatch, caplog):
         assert not dispatch.use_triton(packed(dtype=torch.float64).as_subclass(Cuda), (32, 32))
         assert not dispatch.use_triton(packed(), (32, 32))  # a CPU needs no explanation
     assert len(caplog.records) == 1
-    assert re.search("without its Triton kernels: .*(float64|not installed)", caplog.text)
+    assert re.search("without the Triton kernels: .*(float64|not installed)", caplog.text)
 
 
 def test_triton_is_refused_when_it_is_missing(monkeypatch):

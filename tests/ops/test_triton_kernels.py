@@ -12,6 +12,7 @@ import torch
 from elfatt import ops
 from elfatt.attention import create_attention
 from elfatt.ops import fused
+from elfatt.ops.depthwise import add_lepe
 
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
@@ -162,7 +163,44 @@ def test_operator_registration(split):
     torch.library.opcheck(fused._backward, (dout, *leaves, *kept, *options))
 
 
-@pytest.mark.parametrize("name", ["elfatt", "effatt"])
+def lepe_leaves(dtype, bias=True):
+    """V as the slice of a packed map that attention hands over, kernels, and attention's result."""
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(2, 5, 9, 120, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weight, offset = (torch.randn(*s, generator=generator).to(DEVICE).requires_grad_() for s in ((40, 1, 3, 3), (40,)))
+    residual = torch.randn(2, 5, 9, 40, generator=generator).to(DEVICE, dtype).requires_grad_()
+    return packed, weight, offset if bias else None, residual
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, BRAIN], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_lepe_beside_other_attention(dtype, bias):
+    leaves = lepe_leaves(dtype, bias=bias)
+    dout = torch.randn(2, 5, 9, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    outcomes = []
+    for backend in ("triton", "reference"):
+        packed, weight, offset, residual = (
+            x if x is None or backend == "triton" else x.detach().double().requires_grad_() for x in leaves
+        )
+        with ops.use_backend(backend):
+            out = add_lepe(residual, packed[..., 40:80], (weight, offset))
+        inputs = [x for x in (packed, weight, offset, residual) if x is not None]
+        outcomes.append([out, *torch.autograd.grad(out, inputs, dout.to(out.dtype))])
+    for found, truth in zip(*outcomes, strict=True):
+        # twice, for the interpreter truncates to bfloat16 where a GPU rounds
+        assert (found - truth).norm() <= 2 * SLACK[dtype] * truth.norm()
+
+
+def test_lepe_registration():
+    packed, weight, offset, residual = lepe_leaves(FLOAT)
+    v = packed.detach()[..., 40:80].requires_grad_()
+    torch.library.opcheck(fused._lepe, (v, weight, offset, residual))
+    torch.library.opcheck(fused._lepe, (v, weight, None, None))
+    leaves = [x.detach() for x in (v, weight, offset)]
+    torch.library.opcheck(fused._lepe_backward, (residual.detach(), *leaves))
+
+
+@pytest.mark.parametrize("name", ["elfatt", "effatt", "vanilla"])
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_without_a_break(name, compiler):
     torch.manual_seed(0)
@@ -202,13 +240,16 @@ def test_automatic_mixed_precision(dtype):
         assert (one - other).norm() <= 0.03 * other.norm()
 
 
-@pytest.mark.parametrize("name", ["elfatt", "effatt"])
-def test_mechanisms_run_the_kernels(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [("elfatt", "_forward"), ("effatt", "_forward"), ("vanilla", "_lepe"), ("agent", "_lepe"), ("flatten", "_lepe")],
+)
+def test_mechanisms_run_the_kernels(name, operator, monkeypatch):
     calls = []
-    real = fused._forward
-    monkeypatch.setattr(fused, "_forward", lambda *args: calls.append(args) or real(*args))
+    real = getattr(fused, operator)
+    monkeypatch.setattr(fused, operator, lambda *args: calls.append(args) or real(*args))
     with ops.use_backend("triton"), torch.no_grad():
-        create_attention(name, dim=32, num_heads=2).to(DEVICE)(torch.randn(1, 3, 3, 32, device=DEVICE))
+        create_attention(name, dim=32, num_heads=2, lepe=True).to(DEVICE)(torch.randn(1, 3, 3, 32, device=DEVICE))
     assert len(calls) == 1
 
 

@@ -14,10 +14,11 @@ import triton
 
 from elfatt.ops.fused import WHOLE_BLOCK
 from elfatt.ops.triton import global_branch, local_branch
-from elfatt.ops.triton.lepe import lepe_weight_gradient_kernel
+from elfatt.ops.triton.lepe import lepe_kernel, lepe_weight_gradient_kernel
 
 TILE = 64  # tokens summed at a time
 SIDE = 8  # of the square tiles with LePE over the map: the neighbourhoods of a square's tokens overlap most
+LANES = 32  # channels of a program that knows no heads
 PROGRAMS = 512  # enough to fill the largest GPUs of today a few times over; work is grouped only beyond it
 
 
@@ -59,17 +60,43 @@ def backward(
     """Gradients of qkv and, ``[10, channels]`` in float32 for each branch with LePE, of its nine weights and bias."""
     dqkv = torch.empty_like(qkv)
     sums = [None, None]
-    local_channels = dout.shape[-1] - global_channels
+    channels = dout.shape[-1]
+    local_channels = channels - global_channels
     with _device(qkv):
         if global_channels:
             _global_gradients(qkv, dout, context, key_lse, weight_global, dqkv, heads[0])
             if weight_global is not None:
-                sums[0] = _lepe_weight_gradient(qkv, dout, 0, global_channels, qkv.shape[1:3])
+                sums[0] = _lepe_sums(qkv, 2 * channels, dout, 0, global_channels, qkv.shape[1:3])
         if local_channels:
             _local_gradients(qkv, dout, weight_local, row_lse, dqkv, heads[1], global_channels, block)
             if weight_local is not None:
-                sums[1] = _lepe_weight_gradient(qkv, dout, global_channels, local_channels, block)
+                sums[1] = _lepe_sums(qkv, 2 * channels + global_channels, dout, global_channels, local_channels, block)
     return dqkv, *sums
+
+
+def lepe(
+    v: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    transposed: bool = False,
+) -> None:
+    """Fill ``out`` with ``residual + L(v)``, or with ``Lᵀ(v)``. All maps are contiguous but ``v``, a slice of one."""
+    b, h, w, channels = v.shape
+    tiles = triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE)
+    with _device(v):
+        launch(
+            lepe_kernel, b * triton.cdiv(channels, LANES) * tiles, v, residual, weight, bias, out, h, w, channels,
+            v.stride(2), tiles, SIDE=SIDE, LANES=LANES, TRANSPOSED=transposed, num_warps=4,
+        )  # fmt: skip
+
+
+def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    """Gradients ``[10, channels]`` in float32 of LePE's nine weights and bias."""
+    with _device(v):
+        return _lepe_sums(v, 0, dout, 0, v.shape[-1], v.shape[1:3])
 
 
 def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -> None:
@@ -151,15 +178,15 @@ def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
     )  # fmt: skip
 
 
-def _lepe_weight_gradient(qkv, dout, first, channels, block):
-    b, h, w, packed = qkv.shape
-    tiles, parts = triton.cdiv(h, 4) * triton.cdiv(w, 8), triton.cdiv(channels, 32)
+def _lepe_sums(v, v_first, dout, dout_first, channels, block):
+    b, h, w, _ = v.shape
+    tiles, parts = triton.cdiv(h, 4) * triton.cdiv(w, 8), triton.cdiv(channels, LANES)
     group = _group(b * parts, tiles)
     groups = triton.cdiv(tiles, group)
-    sums = qkv.new_empty(b * groups, 10, channels, dtype=torch.float32)
+    sums = v.new_empty(b * groups, 10, channels, dtype=torch.float32)
     launch(
-        lepe_weight_gradient_kernel, b * groups * parts, qkv, dout, sums, h, w, packed // 3, first, channels, groups,
-        *block, SIDE_H=4, SIDE_W=8, LANES=32, GROUP=group, num_warps=4,
+        lepe_weight_gradient_kernel, b * groups * parts, v, dout, sums, h, w, channels, v_first, v.stride(2),
+        dout_first, dout.stride(2), groups, *block, SIDE_H=4, SIDE_W=8, LANES=LANES, GROUP=group, num_warps=4,
     )  # fmt: skip
     return sums.sum(0)
 

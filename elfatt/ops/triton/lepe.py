@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from elfatt.ops.triton.common import load_tile
+from elfatt.ops.triton.common import load_tile, store_tile
 
 
 @triton.jit
@@ -28,15 +28,53 @@ def lepe(v, stride, y, x, top, left, bottom, right, width, weight, bias, lane, l
 
 
 @triton.jit
-def lepe_weight_gradient_kernel(
-    qkv,  # [B, N, 3C]
-    dout,  # [B, N, C]
-    sums,  # [B * groups, 10, channels of the branch] float32, written: the nine weights and the bias
+def lepe_kernel(
+    v,  # [B, N, channels], tokens ``v_stride`` apart
+    residual,  # [B, N, channels] or None
+    weight,  # [channels, 9]
+    bias,  # [channels] or None
+    out,  # [B, N, channels]: residual + L(v), or Lᵀ(v)
     height,
     width,
     channels,
-    first,  # the branch's first channel
-    branch_channels,
+    v_stride,
+    tiles,
+    SIDE: tl.constexpr,
+    LANES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """LePE over the map, for attention that runs elsewhere."""
+    pid = tl.program_id(0)
+    parts = tl.cdiv(channels, LANES)
+    tile, part, image = pid % tiles, pid // tiles % parts, (pid // tiles // parts).to(tl.int64)
+    lane = part * LANES + tl.arange(0, LANES)
+    lanes = lane < channels
+    columns = tl.cdiv(width, SIDE)
+    place = tl.arange(0, SIDE * SIDE)
+    y = tile // columns * SIDE + place // SIDE
+    x = tile % columns * SIDE + place % SIDE
+    token = y * width + x
+    mask = ((y < height) & (x < width))[:, None] & lanes[None, :]
+    v_base = v + image * height * width * v_stride
+    acc = lepe(v_base, v_stride, y, x, 0, 0, height, width, width, weight, bias, lane, lanes, TRANSPOSED)
+    start = image * height * width * channels
+    if residual is not None:
+        acc += load_tile(residual + start, token, channels, lane, mask).to(tl.float32)
+    store_tile(out + start, token, channels, lane, mask, acc)
+
+
+@triton.jit
+def lepe_weight_gradient_kernel(
+    v,  # [B, N, v_stride], of which the channels from ``v_first`` on are V
+    dout,  # [B, N, dout_stride], of which the channels from ``dout_first`` on are the gradient
+    sums,  # [B * groups, 10, channels] float32, written: the nine weights and the bias
+    height,
+    width,
+    channels,
+    v_first,
+    v_stride,
+    dout_first,
+    dout_stride,
     groups,
     block_height,
     block_width,
@@ -45,20 +83,20 @@ def lepe_weight_gradient_kernel(
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Sums over GROUP tiles of tokens; heads do not matter here, and the global branch is one block.
+    """Sums over GROUP tiles of tokens; heads do not matter here, and LePE over the map is LePE in one block.
 
     A kernel of its own, although it reads V and the gradient once more: ten running sums would take the registers of
     the attention's gradients, and adding them up across threads, here done once at the end, costs as much as a tile.
     """
     pid = tl.program_id(0)
-    parts = tl.cdiv(branch_channels, LANES)
+    parts = tl.cdiv(channels, LANES)
     part, group, image = pid % parts, pid // parts % groups, (pid // parts // groups).to(tl.int64)
     lane = part * LANES + tl.arange(0, LANES)
-    lanes = lane < branch_channels
+    lanes = lane < channels
     columns = tl.cdiv(width, SIDE_W)
     place = tl.arange(0, SIDE_H * SIDE_W)
-    v_base = qkv + image * height * width * 3 * channels + 2 * channels + first
-    do_base = dout + image * height * width * channels + first
+    v_base = v + image * height * width * v_stride + v_first
+    do_base = dout + image * height * width * dout_stride + dout_first
     zero = tl.zeros([SIDE_H * SIDE_W, LANES], tl.float32)
     found = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     for step in range(GROUP):
@@ -68,14 +106,14 @@ def lepe_weight_gradient_kernel(
         top, left = y // block_height * block_height, x // block_width * block_width
         bottom, right = tl.minimum(top + block_height, height), tl.minimum(left + block_width, width)
         exists = (y < height) & (x < width)
-        do = load_tile(do_base, y * width + x, channels, lane, exists[:, None] & lanes[None, :]).to(tl.float32)
+        do = load_tile(do_base, y * width + x, dout_stride, lane, exists[:, None] & lanes[None, :]).to(tl.float32)
         grown = ()
         for tap in tl.static_range(9):
             ys, xs = y + (tap // 3 - 1), x + (tap % 3 - 1)
             inside = exists & (ys >= top) & (ys < bottom) & (xs >= left) & (xs < right)
-            v = load_tile(v_base, ys * width + xs, 3 * channels, lane, inside[:, None] & lanes[None, :])
-            grown = grown + (found[tap] + do * v.to(tl.float32),)
+            shifted = load_tile(v_base, ys * width + xs, v_stride, lane, inside[:, None] & lanes[None, :])
+            grown = grown + (found[tap] + do * shifted.to(tl.float32),)
         found = grown + (found[9] + do,)
-    sums += (image * groups + group) * 10 * branch_channels
+    sums += (image * groups + group) * 10 * channels
     for row in tl.static_range(10):
-        tl.store(sums + row * branch_channels + lane, tl.sum(found[row], axis=0), mask=lanes)
+        tl.store(sums + row * channels + lane, tl.sum(found[row], axis=0), mask=lanes)
