@@ -52,6 +52,7 @@ def recorded_launches(monkeypatch, shape, split, heads, block, dtype):
     kept = fused._empty(qkv, heads, split, block)
     options = (heads, split, block)
     launch.forward(qkv, weight_global, bias_global, weight_local, bias_local, *kept, *options)
+    launch.lepe(qkv[..., 2 * c :], tensor(c, 1, 3, 3), tensor(c), kept[0], kept[0])
     launch.backward(tensor(*shape, dtype=dtype), qkv, weight_global, weight_local, *kept[1:], *options)
     return calls
 

@@ -7,6 +7,7 @@ Runs on a CUDA device, or without one in Triton's interpreter, which has to be c
 import os
 
 import pytest
+import timm
 import torch
 
 from elfatt import ops
@@ -281,6 +282,24 @@ class TestOnTheDevice:
         attend(tensors((1, 9, 9, 64), 32, BRAIN), 32, (1, 1), 4)
         attend(tensors((1, 9, 9, 64), 32, torch.float64), 32, (1, 1), 4)
         assert len(calls) == 1
+
+    @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+    def test_gradients_of_a_whole_model(self, dtype):
+        """In mixed precision they are as near to float64 as PyTorch's own."""
+        torch.manual_seed(0)
+        model = timm.create_model("cswin_tiny_elfatt", drop_path_rate=0).to(DEVICE)
+        images = torch.randn(2, 3, 224, 224, device=DEVICE)
+
+        def gradients(backend, mixed):
+            with ops.use_backend(backend), torch.autocast(DEVICE, dtype, enabled=mixed):
+                loss = (model if mixed else model.double())(images if mixed else images.double()).square().mean()
+                found = torch.autograd.grad(loss * 1024, list(model.parameters()))
+            model.float()
+            return torch.cat([x.double().flatten() for x in found])
+
+        truth = gradients("reference", mixed=False)
+        found, theirs = (gradients(backend, mixed=True) for backend in ("triton", "sdpa"))
+        assert (found - truth).norm() <= 2 * (theirs - truth).norm()
 
     def test_cuda_graph(self):
         module = create_attention("elfatt", dim=64, num_heads=2, block_size=7).to(DEVICE, HALF)
