@@ -121,7 +121,7 @@ def can_run_triton(x: torch.Tensor, widths: tuple[int, ...] = (), *, raise_error
         ValueError: With ``raise_error``, naming what does not fit and the remedy.
     """
     reason = _why_not_triton(x.device.type, x.device.index, x.dtype, widths)
-    if reason is None and x.numel() // max(1, x.shape[0]) >= 2**31:
+    if reason is None and x.stride(0) >= 2**31:
         reason = "it numbers the elements of one image in 32 bits"
     if reason and raise_error:
         raise ValueError(f"triton cannot run a map of shape {tuple(x.shape)}: {reason}; use 'sdpa'")
@@ -149,6 +149,8 @@ def use_triton(x: torch.Tensor, widths: tuple[int, ...] = ()) -> bool:
 def _why_not_triton(device: str, index: int | None, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
     if not has_triton():
         return "the package is not installed"
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
+        return f"it needs torch 2.7 or newer, for its version of Triton, not {torch.__version__}"
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it needs CUDA tensors, not {device} (TRITON_INTERPRET=1 interprets its kernels on a CPU)"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):

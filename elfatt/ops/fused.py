@@ -35,7 +35,14 @@ def fused_attention(
         block: Height and width of a block in tokens.
         lepe_global: Kernels and bias, or None; of any floating dtype, used in float32.
         lepe_local: Kernels and bias, or None.
+
+    Raises:
+        ValueError: A branch's kernels are not ``[channels, 1, 3, 3]`` and ``[channels]``.
     """
+    local_channels = qkv.shape[-1] // 3 - global_channels
+    for lepe, channels in ((lepe_global, global_channels), (lepe_local, local_channels)):
+        if lepe is not None:
+            _check_lepe(*lepe, channels)
     kernels = (*(lepe_global or (None, None)), *(lepe_local or (None, None)))
     return _forward(qkv, *kernels, list(num_heads), global_channels, list(block))[0]
 
@@ -131,7 +138,11 @@ def fused_lepe(v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
         weight: Kernels ``[C, 1, 3, 3]`` of any floating dtype, used in float32.
         bias: ``[C]`` or None.
         residual: ``[B, H, W, C]`` or None.
+
+    Raises:
+        ValueError: The kernels are not of this shape.
     """
+    _check_lepe(weight, bias, v.shape[-1])
     return _lepe(v, weight, bias, None if residual is None else residual.to(v.dtype))
 
 
@@ -182,6 +193,15 @@ def _differentiate_lepe(ctx, dout):
 
 
 _lepe.register_autograd(_differentiate_lepe, setup_context=_keep_lepe)
+
+
+def _check_lepe(weight, bias, channels):
+    """The kernels read memory by these shapes."""
+    if tuple(weight.shape) != (channels, 1, 3, 3) or bias is not None and tuple(bias.shape) != (channels,):
+        shapes = " and ".join(str(tuple(x.shape)) for x in (weight, bias) if x is not None)
+        raise ValueError(
+            f"LePE of {channels} channels needs kernels [{channels}, 1, 3, 3] and [{channels}], got {shapes}"
+        )
 
 
 def _unpack(sums, weight, bias):

@@ -149,6 +149,13 @@ def test_any_strides():
     strided.sum().backward()  # an expanded gradient
 
 
+@pytest.mark.parametrize("name", ["weight_global", "bias_local"])
+def test_kernels_of_another_shape_are_named(name):
+    given = tensors((1, 3, 4, 32), 16, FLOAT)
+    with ops.use_backend("triton"), pytest.raises(ValueError, match="LePE of 16 channels needs kernels"):
+        attend({**given, name: given[name][:8]}, 16, (1, 1), 2)
+
+
 def operator_arguments(split, lepe=True):
     given = {name: x.requires_grad_() for name, x in tensors((1, 3, 4, 32), split, FLOAT, lepe).items()}
     return [given.get(name) for name in NAMES], ([1, 1], split, [2, 4])
