@@ -124,8 +124,8 @@ def test_work_in_groups(monkeypatch):
 
 def test_large_activations():
     """Softmax weights that are one or nothing, and a gradient scaled as far as float16 holds that of the scores."""
-    given = tensors((1, 9, 9, 64), 32, HALF, spread=100.0)
-    dout = torch.randn(1, 9, 9, 64).to(DEVICE) * 8
+    given = tensors((1, 5, 6, 64), 32, HALF, spread=100.0)
+    dout = torch.randn(1, 5, 6, 64).to(DEVICE) * 8
     truth = results("reference", {name: x.double() for name, x in given.items()}, dout, 32, (1, 1), 4)
     found = results("triton", given, dout, 32, (1, 1), 4)
     assert all(x.isfinite().all() for x in found.values())
@@ -156,14 +156,14 @@ def test_kernels_of_another_shape_are_named(name):
         attend({**given, name: given[name][:8]}, 16, (1, 1), 2)
 
 
-def operator_arguments(split, lepe=True):
+def operator_arguments(split, lepe):
     given = {name: x.requires_grad_() for name, x in tensors((1, 3, 4, 32), split, FLOAT, lepe).items()}
     return [given.get(name) for name in NAMES], ([1, 1], split, [2, 4])
 
 
-@pytest.mark.parametrize("split", [16, 0, 32])
-def test_operator_registration(split):
-    leaves, options = operator_arguments(split)
+@pytest.mark.parametrize("lepe", [True, False])
+def test_operator_registration(lepe):
+    leaves, options = operator_arguments(16, lepe)
     torch.library.opcheck(fused._forward, (*leaves, *options))
     leaves = [x if x is None else x.detach() for x in leaves]
     kept = fused._forward(*leaves, *options)[1:]
@@ -201,22 +201,19 @@ def test_lepe_beside_other_attention(dtype, bias):
 
 def test_lepe_registration():
     packed, weight, offset, residual = lepe_leaves(FLOAT)
-    v = packed.detach()[..., 40:80].requires_grad_()
+    v, residual = (x.detach()[:1, :3].requires_grad_() for x in (packed[..., 40:80], residual))
     torch.library.opcheck(fused._lepe, (v, weight, offset, residual))
-    torch.library.opcheck(fused._lepe, (v, weight, None, None))
-    leaves = [x.detach() for x in (v, weight, offset)]
-    torch.library.opcheck(fused._lepe_backward, (residual.detach(), *leaves))
+    torch.library.opcheck(fused._lepe_backward, tuple(x.detach() for x in (residual, v, weight, offset)))
 
 
 @pytest.mark.parametrize("name", ["elfatt", "effatt", "vanilla"])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiles_without_a_break(name, compiler):
+def test_compiles_without_a_break(name):
     torch.manual_seed(0)
     module = create_attention(name, dim=64, num_heads=2, **({"block_size": 4} if name == "elfatt" else {})).to(DEVICE)
     x = torch.randn(1, 6, 5, 64, device=DEVICE)
     gradients = []
     with ops.use_backend("triton"):
-        for run in (module, torch.compile(module, fullgraph=True, backend=compiler)):
+        for run in (module, torch.compile(module, fullgraph=True)):
             out = run(x)
             gradients.append([out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))])
     torch.testing.assert_close(*gradients)
@@ -261,6 +258,27 @@ def test_mechanisms_run_the_kernels(name, operator, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [HALF, BRAIN] if CUDA else [BRAIN], ids=str)
+def test_gradients_of_a_whole_model(dtype):
+    """In mixed precision they are as near to float64 as PyTorch's own; without a device the model is a narrow one."""
+    narrow = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4), "block_size": (4, 4, 2)}
+    size = (224, 224) if CUDA else (36, 44)
+    torch.manual_seed(0)
+    model = timm.create_model("cswin_tiny_elfatt", drop_path_rate=0.0, **({} if CUDA else narrow)).to(DEVICE)
+    images = torch.randn(1, 3, *size, device=DEVICE)
+
+    def gradients(backend, mixed):
+        with ops.use_backend(backend), torch.autocast(DEVICE, dtype, enabled=mixed):
+            loss = (model.float()(images) if mixed else model.double()(images.double())).square().mean()
+            found = torch.autograd.grad(loss * 64, list(model.parameters()))
+        return torch.cat([x.double().flatten() for x in found])
+
+    truth = gradients("reference", mixed=False)
+    found, theirs = (gradients(backend, mixed=True) for backend in ("triton", "sdpa"))
+    assert (found - truth).norm() <= 2 * (theirs - truth).norm()
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 class TestOnTheDevice:
     """What the interpreter cannot show: sizes of real models, graphs, the choice of `auto`."""
@@ -289,24 +307,6 @@ class TestOnTheDevice:
         attend(tensors((1, 9, 9, 64), 32, BRAIN), 32, (1, 1), 4)
         attend(tensors((1, 9, 9, 64), 32, torch.float64), 32, (1, 1), 4)
         assert len(calls) == 1
-
-    @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
-    def test_gradients_of_a_whole_model(self, dtype):
-        """In mixed precision they are as near to float64 as PyTorch's own."""
-        torch.manual_seed(0)
-        model = timm.create_model("cswin_tiny_elfatt", drop_path_rate=0).to(DEVICE)
-        images = torch.randn(2, 3, 224, 224, device=DEVICE)
-
-        def gradients(backend, mixed):
-            with ops.use_backend(backend), torch.autocast(DEVICE, dtype, enabled=mixed):
-                loss = (model if mixed else model.double())(images if mixed else images.double()).square().mean()
-                found = torch.autograd.grad(loss * 1024, list(model.parameters()))
-            model.float()
-            return torch.cat([x.double().flatten() for x in found])
-
-        truth = gradients("reference", mixed=False)
-        found, theirs = (gradients(backend, mixed=True) for backend in ("triton", "sdpa"))
-        assert (found - truth).norm() <= 2 * (theirs - truth).norm()
 
     def test_cuda_graph(self):
         module = create_attention("elfatt", dim=64, num_heads=2, block_size=7).to(DEVICE, HALF)
