@@ -1,7 +1,8 @@
 """Every option of `train.py` and `validate.py`: one table, filled by a YAML file, overridden on the command line.
 
 A YAML key is an option's name without its dashes (`batch-size: 256`). `base: file.yaml` (relative to the file
-that names it) is read first, and the file's own keys replace what the base says.
+that names it) is read first, and the file's own keys replace what the base says. `variants:` names sets of further
+keys, of which `--variant` chooses one.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     switch = argparse.BooleanOptionalAction
 
     parser.add_argument("--config", help="YAML file of option values; the command line overrides it")
+    parser.add_argument("--variant", help="one of the variants that the YAML file holds, such as a row of an ablation")
 
     group = parser.add_argument_group("data")
     add = group.add_argument
@@ -183,7 +185,7 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     add("--allow-mismatch", action="append", help="key prefix the file may lack, e.g. head. (repeatable)")
     add("--resume", help="checkpoint to continue, or auto: the newest one of the output folder, if any")
     add("--output", default="runs/classification", help="folder of all runs")
-    add("--experiment", help="folder of this run in --output (default: the config's name, or the model's)")
+    add("--experiment", help="folder of this run in --output (default: the name of variant, config or model)")
     add(
         "--validation-batch-size",
         type=int,
@@ -221,8 +223,20 @@ def _load_yaml(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
     return {**inherited, **values}
 
 
+def _choose(values: dict[str, Any], name: str | None, path: str) -> dict[str, Any]:
+    """The values of a file with those of one of its variants over them."""
+    variants = values.pop("variants", {})
+    if not variants and name:
+        raise UserError(f"{path} has no variants: leave --variant {name} out")
+    if variants and name not in variants:
+        close = nearest(name, variants) if name else f", one of {', '.join(variants)}"
+        raise UserError(f"{path} has no variant '{name}'{close}" if name else f"{path} needs --variant{close}")
+    chosen = {key.replace("-", "_"): value for key, value in variants.get(name, {}).items()}
+    return {**values, **chosen}
+
+
 def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    return {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    return {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "variant")}
 
 
 def _convert(action: argparse.Action, value: Any, path: str) -> Any:
@@ -274,7 +288,7 @@ def parse_args(argv: Sequence[str] | None, train: bool) -> argparse.Namespace:
     if first.config:
         mine = _actions(parser)
         valid = {**_actions(build_parser(not train)), **mine}
-        values = load_yaml(first.config)
+        values = _choose(load_yaml(first.config), first.variant, first.config)
         for key in values:
             if key not in valid:
                 close = nearest(key.replace("_", "-"), [name.replace("_", "-") for name in valid])
@@ -282,6 +296,8 @@ def parse_args(argv: Sequence[str] | None, train: bool) -> argparse.Namespace:
         values = {key: _convert(valid[key], value, first.config) for key, value in values.items()}
         parser.set_defaults(**{key: value for key, value in values.items() if key in mine})
         args = parser.parse_args(argv)
+    elif first.variant:
+        raise UserError(f"--variant {first.variant} needs a --config that holds it")
     _check(args, train)
     return args
 
@@ -324,5 +340,5 @@ def _check(args: argparse.Namespace, train: bool) -> None:
 
 def save_yaml(args: argparse.Namespace, path: str | Path) -> None:
     """Writes all options to a file that `--config` reads back."""
-    values = {key.replace("_", "-"): value for key, value in vars(args).items() if key != "config"}
+    values = {key.replace("_", "-"): value for key, value in vars(args).items() if key not in ("config", "variant")}
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False))

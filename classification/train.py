@@ -55,7 +55,8 @@ class Trainer:
         self.args = args
         self.world = world = init_world(args.device)
         self.autocast = autocast(args, world.device)
-        self.folder = Path(args.output, args.experiment or (Path(args.config).stem if args.config else args.model))
+        name = args.experiment or args.variant or (Path(args.config).stem if args.config else args.model)
+        self.folder = Path(args.output, name)
 
         random_seed(args.seed, 0)
         self.model = model = build_model(args, drop_path_rate=args.drop_path)

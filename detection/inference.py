@@ -7,8 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine.runner import load_checkpoint  # noqa: E402
-
 from elfatt.integrations import mm_runner  # noqa: E402
 
 
@@ -19,10 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     from mmdet.apis import inference_detector, init_detector
     from mmdet.visualization import DetLocalVisualizer
 
-    model = init_detector(args.config, args.checkpoint, device=args.device)
-    load_checkpoint(
-        model, args.checkpoint, map_location="cpu", strict=True
-    )  # init_detector passes over what does not fit
+    model = mm_runner.load_model(args, init_detector)
     result = inference_detector(model, args.image)
     visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = model.dataset_meta

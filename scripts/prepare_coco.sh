@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks an COCO folder before training starts.
+# Checks a COCO folder before training starts.
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then

@@ -41,6 +41,6 @@ scenes=$runs/data/scenes
 "$python" scripts/quickstart/scenes.py $scenes
 for task in segmentation detection; do
     OMP_NUM_THREADS=$cores "$python" $task/train.py configs/$task/scenes_nano.py --data-dir $scenes \
-        --work-dir $runs/$task --pretrained $runs/digits/last.pth.tar --resume
+        --work-dir $runs/$task --pretrained $runs/digits/last.pth.tar --resume auto
 done
 OMP_NUM_THREADS=$cores "$python" scripts/quickstart/report.py $runs --digits $data --scenes $scenes

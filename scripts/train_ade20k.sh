@@ -8,7 +8,7 @@ usage: bash scripts/train_ade20k.sh CONFIG DATA_DIR [OPTIONS...]
 
   CONFIG    e.g. configs/segmentation/upernet_swin_tiny_elfatt.py; it is for 8 GPUs
   DATA_DIR  ADEChallengeData2016, see docs/segmentation_detection.md
-  OPTIONS   any of segmentation/train.py, e.g. --pretrained CHECKPOINT, --resume
+  OPTIONS   any of segmentation/train.py, e.g. --pretrained CHECKPOINT, --resume auto
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE

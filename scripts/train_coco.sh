@@ -8,7 +8,7 @@ usage: bash scripts/train_coco.sh CONFIG DATA_DIR [OPTIONS...]
 
   CONFIG    e.g. configs/detection/mask_rcnn_swin_tiny_elfatt_1x.py; it is for 8 GPUs
   DATA_DIR  COCO 2017, see docs/segmentation_detection.md
-  OPTIONS   any of detection/train.py, e.g. --pretrained CHECKPOINT, --resume
+  OPTIONS   any of detection/train.py, e.g. --pretrained CHECKPOINT, --resume auto
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE

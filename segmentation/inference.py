@@ -7,8 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine.runner import load_checkpoint  # noqa: E402
-
 from elfatt.integrations import mm_runner  # noqa: E402
 
 
@@ -17,8 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     args = mm_runner.parse_inference(argv, "segmentation")
     from mmseg.apis import inference_model, init_model, show_result_pyplot
 
-    model = init_model(args.config, args.checkpoint, device=args.device)
-    load_checkpoint(model, args.checkpoint, map_location="cpu", strict=True)  # init_model passes over what does not fit
+    model = mm_runner.load_model(args, init_model)
     result = inference_model(model, args.image)
     show_result_pyplot(model, args.image, result, draw_gt=False, show=False, out_file=args.output)
 

@@ -239,3 +239,42 @@ def elfatt_maps(w, image, *, levels, num_heads, block_size):
             x = x + linear(own, "mlp.fc2", gelu(linear(own, "mlp.fc1", normalize(own, "norm2", x))))
         maps.append(x)
     return maps
+
+
+def ss2d(w, name, x):
+    """VMamba's scan of a map [H, W, C]: four walks over its cells, one recurrence each, with one state a channel."""
+    height, width, _ = x.shape
+    x = x @ w[f"{name}.in_proj.weight"].T
+    kernel = {"dw.weight": w[f"{name}.conv2d.weight"], "dw.bias": x.new_zeros(x.shape[-1])}
+    x = convolve(kernel, "dw", x)
+    x = x * x.sigmoid()
+    by_row = [(r, c) for r in range(height) for c in range(width)]
+    by_column = [(r, c) for c in range(width) for r in range(height)]
+    rank, inner = w[f"{name}.dt_projs_weight"].shape[-1], x.shape[-1]
+    out = torch.zeros_like(x)
+    for k, walk in enumerate((by_row, by_column, by_row[::-1], by_column[::-1])):
+        part = slice(k * inner, (k + 1) * inner)
+        rate, skip = -w[f"{name}.A_logs"][part, 0].exp(), w[f"{name}.Ds"][part]
+        state = x.new_zeros(inner)
+        for cell in walk:
+            low = w[f"{name}.x_proj_weight"][k] @ x[cell]
+            step = w[f"{name}.dt_projs_weight"][k] @ low[:rank] + w[f"{name}.dt_projs_bias"][k]
+            step = (1 + step.exp()).log()
+            state = (step * rate).exp() * state + step * low[rank] * x[cell]
+            out[cell] += low[rank + 1] * state + skip * x[cell]
+    return normalize(w, f"{name}.out_norm", out) @ w[f"{name}.out_proj.weight"].T
+
+
+def vmamba_logits(w, image, depths):
+    """VMamba from its weights, under the package's names, and an image [3, H, W]."""
+    x = gelu(normalize(w, "stem.norm1", shrink(w, "stem.conv1", image.permute(1, 2, 0), 2, 1)))
+    x = normalize(w, "stem.norm2", shrink(w, "stem.conv2", x, 2, 1))
+    for i, depth in enumerate(depths):
+        if i:
+            x = normalize(w, f"stages.{i}.downsample.norm", shrink(w, f"stages.{i}.downsample.conv", x, 2, 1))
+        for j in range(depth):
+            name = f"stages.{i}.blocks.{j}"
+            x = x + ss2d(w, f"{name}.attn", normalize(w, f"{name}.norm1", x))
+            hidden = gelu(linear(w, f"{name}.mlp.fc1", normalize(w, f"{name}.norm2", x)))
+            x = x + linear(w, f"{name}.mlp.fc2", hidden)
+    return linear(w, "head.fc", normalize(w, "norm", x).mean((0, 1)))

@@ -11,6 +11,10 @@ optim_wrapper = dict(
             "absolute_pos_embed": _no_decay,
             "relative_position_bias_table": _no_decay,
             "norm": _no_decay,
+            # VMamba's scans
+            "A_logs": _no_decay,
+            "Ds": _no_decay,
+            "dt_projs_bias": _no_decay,
             # norms of timm's ConvNeXt that are not called so
             "features.model.stem.1.": _no_decay,
             "downsample.0.": _no_decay,

@@ -23,6 +23,7 @@ model = dict(
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="CheckInstances"),
     dict(type="PhotoMetricDistortion"),  # and no mirroring: a mirrored digit is another sign
     dict(type="PackDetInputs"),
 ]

@@ -22,6 +22,7 @@ train_pipeline = [
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [*train_pipeline[:3], dict(type="PackSegInputs")]
+tta_pipeline = None  # a mirrored digit is another sign
 _dataset = dict(type="BaseSegDataset", data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(**_dataset, pipeline=train_pipeline))
 val_dataloader = dict(num_workers=1, dataset=dict(**_dataset, pipeline=test_pipeline))
@@ -30,7 +31,7 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(optimizer=dict(lr=2e-3, weight_decay=0.05), clip_grad=dict(max_norm=1.0))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-2, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=False, begin=100, end=1800),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=False, begin=100, end=1500),
 ]
-train_cfg = dict(max_iters=1800, val_interval=900)
-default_hooks = dict(checkpoint=dict(interval=600, max_keep_ckpts=1, save_best=None))
+train_cfg = dict(max_iters=1500, val_interval=750)
+default_hooks = dict(checkpoint=dict(interval=500, max_keep_ckpts=1, save_best=None))

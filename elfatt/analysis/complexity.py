@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from elfatt.ops import use_backend
+from elfatt.ops import selective_scan, use_backend
 
 aten = torch.ops.aten
 
@@ -37,7 +37,8 @@ class Complexity:
         params: Trainable and frozen parameters.
         macs_nfa: Multiply-adds with softmax attention as explicit products ("nFA").
         macs_fa: Multiply-adds with softmax attention fused and, as in the paper, not counted ("FA").
-        macs_true: Multiply-adds with the fused operator counted.
+        macs_true: Multiply-adds with the fused operator counted, and VMamba's selective scan, which neither of the
+            others has.
     """
 
     params: int
@@ -64,10 +65,10 @@ def measure_complexity(model: nn.Module, img_size: tuple[int, int], in_chans: in
     training = model.training
     model.eval()
     nfa = _count(model, image, "math")
-    with _FusedAttention() as fused:
+    with FusedAttention() as fused, _SelectiveScans() as scans:
         fa = _count(model, image, "sdpa")
     model.train(training)
-    return Complexity(count_parameters(model), nfa, fa, fa + fused.macs)
+    return Complexity(count_parameters(model), nfa, fa, fa + fused.macs + scans.macs)
 
 
 def _count(model, image, backend):
@@ -77,7 +78,7 @@ def _count(model, image, backend):
     return counter.get_total_flops() // 2 + nearest.outputs
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Keeps the fused operator out of torch's count, which would see into it, and counts it apart."""
 
     def __init__(self):
@@ -90,6 +91,21 @@ class _FusedAttention(TorchFunctionMode):
         q, k, v = args[:3]
         self.macs += q.numel() * k.shape[-2] + q.shape[:-1].numel() * v.shape[-2] * v.shape[-1]
         return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+class _SelectiveScans(TorchFunctionMode):
+    """Counts selective scans as VMamba's authors do, 9 a state and 1 for the skip, and leaves out what they compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.macs = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not selective_scan:
+            return func(*args, **(kwargs or {}))
+        x, _, rates, *_ = args
+        self.macs += x.numel() * (9 * rates.shape[-1] + 1)
+        return torch.empty_like(x)
 
 
 class _NearestResizing(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from elfatt.backbones.cswin import CSWinTransformer
 from elfatt.backbones.swin import SwinTransformer
-from elfatt.backbones.zoo import list_models
+from elfatt.backbones.vmamba import VMamba
+from elfatt.backbones.zoo import check_model, list_models
 
-__all__ = ["CSWinTransformer", "SwinTransformer", "list_models"]
+__all__ = ["CSWinTransformer", "SwinTransformer", "VMamba", "check_model", "list_models"]

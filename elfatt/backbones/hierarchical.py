@@ -1,8 +1,8 @@
-"""The four-stage transformer that Swin and CSWin share; a shell adds its stem, its merge and its local attention."""
+"""The backbone of four stages with timm's interface, and the transformer that Swin and CSWin share on top of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, to_2tuple
@@ -12,37 +12,6 @@ from torch import nn
 
 from elfatt.attention import create_attention
 from elfatt.layers import ConvMerge, PatchMerge, Stem
-
-MERGES = {"patch": PatchMerge, "conv": ConvMerge}
-LETTERS = "an efficient block (E), a vanilla one (V) or a local one (L); H stands for V E V E …"
-
-
-def expand_level(pattern: str, depth: int) -> str:
-    """One letter per block of a stage.
-
-    Args:
-        pattern: One letter for all blocks, ``H`` for vanilla and efficient in turn, or a letter for each block.
-        depth: Blocks of the stage.
-
-    Raises:
-        ValueError: Another letter, or neither one letter nor ``depth`` of them.
-    """
-    blocks = ("VE" * depth)[:depth] if pattern == "H" else pattern * (depth if len(pattern) == 1 else 1)
-    if len(blocks) != depth or set(blocks) - set("EVL"):
-        raise ValueError(f"level {pattern!r} does not describe {depth} blocks: each is {LETTERS}")
-    return blocks
-
-
-def per_stage(name: str, value, stages: int) -> list:
-    """One value per stage from a single value or from a sequence; a shorter sequence repeats its last value.
-
-    Raises:
-        ValueError: An empty sequence or one longer than ``stages``.
-    """
-    values = list(value) if isinstance(value, Sequence) else [value]
-    if not 1 <= len(values) <= stages:
-        raise ValueError(f"{name}={value} must hold one value, or up to {stages}, one per stage")
-    return values + values[-1:] * (stages - len(values))
 
 
 class Block(nn.Module):
@@ -87,94 +56,50 @@ class Stage(nn.Module):
         return self.blocks(x)
 
 
-class HierarchicalTransformer(nn.Module):
-    """Swin- or CSWin-shaped backbone with any mechanism in any block, for any image size.
+class HierarchicalBackbone(nn.Module):
+    """Stem, stages, norm and classifier, for any image size; a subclass gives the parts to ``assemble``."""
 
-    A subclass sets ``local``, the mechanism behind the letter L, and ``local_options``.
+    undecayed: tuple[str, ...] = ()  # ends of the names of parameters that weight decay spares, as it does biases
 
-    Args:
-        img_size: Training image in pixels, a side or (height, width): it sizes the learned position tables of agent
-            and flatten attention, which are resized on other images.
-        in_chans: Channels of the image.
-        num_classes: Classes; 0 leaves the classifier out.
-        global_pool: Pooling before the classifier, as in timm.
-        embed_dim: Channels of the first stage; each stage doubles them.
-        depths: Blocks per stage.
-        num_heads: Heads per stage.
-        attention: Mechanism behind the letter E.
-        levels: One pattern per stage, see ``expand_level``.
-        stem: ``patch`` (Swin's stem and merges) or ``conv`` (CSWin's).
-        block_size: Side of ELFATT's blocks in tokens, one or one per stage.
-        channel_split: Share c1/c of ELFATT's channels in the global branch.
-        lepe: Add LePE wherever the mechanism has it.
-        agents: Side of the agent grid, one or one per stage.
-        agent_tables: Side of the agent grid that the learned biases are kept for, by default ``agents``.
-        window_size: Side of Swin's windows or width of CSWin's stripes in tokens, one or one per stage.
-        mlp_ratio: Hidden channels of the MLPs per channel.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
-
-    Raises:
-        ValueError: A value that does not fit, named.
-    """
-
-    local: str
-
-    def __init__(
+    def assemble(
         self,
+        stem: nn.Module,
+        merge: Callable[[int, int], nn.Module],
+        mixer: Callable[[int, int], nn.Module],
         *,
-        img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dim: int,
+        dims: Sequence[int],
         depths: Sequence[int],
-        num_heads: Sequence[int],
-        attention: str,
-        levels: Sequence[str],
-        stem: str,
-        block_size: int | Sequence[int] = 14,
-        channel_split: float = 0.5,
-        lepe: bool = True,
-        agents: int | Sequence[int] = 7,
-        agent_tables: int | Sequence[int] | None = None,
-        window_size: int | Sequence[int] = 7,
-        mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ):
-        super().__init__()
-        stages = len(depths)
-        if len(levels) != stages:
-            raise ValueError(f"levels={levels!r} must name {stages} stages: each block is {LETTERS}")
-        if len(num_heads) != stages:
-            raise ValueError(f"num_heads={num_heads} must hold {stages} values, one per stage, as depths={depths}")
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        mlp_ratio: float,
+        drop_rate: float,
+        drop_path_rate: float,
+    ) -> None:
+        """Build the model.
+
+        Args:
+            stem: From an image to a map with ``dims[0]`` channels and stride 4.
+            merge: Makes the module between two stages from its channels in and out.
+            mixer: Makes the mechanism of a block from its stage and its number in the stage.
+            dims: Channels per stage.
+            depths: Blocks per stage.
+            in_chans: Channels of the image.
+            num_classes: Classes; 0 leaves the classifier out.
+            global_pool: Pooling before the classifier, as in timm.
+            mlp_ratio: Hidden channels of the MLPs per channel.
+            drop_rate: Dropout before the classifier.
+            drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        """
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.output_fmt = "NHWC"
-        self.attention = attention
-        self.channel_split, self.lepe = channel_split, lepe
-        self.block_size = per_stage("block_size", block_size, stages)
-        self.agents = per_stage("agents", agents, stages)
-        self.agent_tables = per_stage("agent_tables", agent_tables, stages)
-        self.window_size = per_stage("window_size", window_size, stages)
-
-        dims = [embed_dim * 2**i for i in range(stages)]
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.stem = Stem(stem, in_chans, embed_dim)
+        self.stem = stem
         layers = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            feat_size = tuple(max(1, -(-side // 2 ** (i + 2))) for side in to_2tuple(img_size))
-            blocks = [
-                Block(
-                    dim,
-                    self._build_attention(letter, dim, num_heads[i], i, j, feat_size),
-                    mlp_ratio=mlp_ratio,
-                    drop_path=rates[i][j],
-                )
-                for j, letter in enumerate(expand_level(levels[i], depth))
-            ]
-            layers.append(Stage(MERGES[stem](dims[i - 1], dim) if i else nn.Identity(), blocks))
+            blocks = [Block(dim, mixer(i, j), mlp_ratio=mlp_ratio, drop_path=rates[i][j]) for j in range(depth)]
+            layers.append(Stage(merge(dims[i - 1], dim) if i else nn.Identity(), blocks))
         self.stages = nn.Sequential(*layers)
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
@@ -186,35 +111,10 @@ class HierarchicalTransformer(nn.Module):
         )
         self.apply(_init_weights)
 
-    def _build_attention(self, letter, dim, num_heads, stage, block, feat_size):
-        name = {"E": self.attention, "V": "vanilla", "L": self.local}[letter]
-        options = {
-            "elfatt": {
-                "block_size": self.block_size[stage],
-                "channel_split": self.channel_split,
-                "lepe": self.lepe,
-            },
-            "effatt": {"lepe": self.lepe},
-            "vanilla": {"lepe": self.lepe},
-            "agent": {
-                "agents": self.agents[stage],
-                "tables": self.agent_tables[stage],
-                "feat_size": feat_size,
-                "lepe": self.lepe,
-            },
-            "flatten": {"feat_size": feat_size, "lepe": self.lepe and self.local == "cswin"},
-            self.local: self.local_options(stage, block),
-        }
-        return create_attention(name, dim=dim, num_heads=num_heads, **options.get(name, {}))
-
-    def local_options(self, stage: int, block: int) -> dict:
-        """Keywords of the local mechanism in one block."""
-        raise NotImplementedError
-
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay spares, beyond biases and norms."""
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return {name for name, _ in self.named_parameters() if name.endswith(self.undecayed)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -309,6 +209,151 @@ class HierarchicalTransformer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Image ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
         return self.forward_head(self.forward_features(x))
+
+
+MERGES = {"patch": PatchMerge, "conv": ConvMerge}
+LETTERS = "an efficient block (E), a vanilla one (V) or a local one (L); H stands for V E V E …"
+
+
+def expand_level(pattern: str, depth: int) -> str:
+    """One letter per block of a stage.
+
+    Args:
+        pattern: One letter for all blocks, ``H`` for vanilla and efficient in turn, or a letter for each block.
+        depth: Blocks of the stage.
+
+    Raises:
+        ValueError: Another letter, or neither one letter nor ``depth`` of them.
+    """
+    blocks = ("VE" * depth)[:depth] if pattern == "H" else pattern * (depth if len(pattern) == 1 else 1)
+    if len(blocks) != depth or set(blocks) - set("EVL"):
+        raise ValueError(f"level {pattern!r} does not describe {depth} blocks: each is {LETTERS}")
+    return blocks
+
+
+def per_stage(name: str, value, stages: int) -> list:
+    """One value per stage from a single value or from a sequence; a shorter sequence repeats its last value.
+
+    Raises:
+        ValueError: An empty sequence or one longer than ``stages``.
+    """
+    values = list(value) if isinstance(value, Sequence) else [value]
+    if not 1 <= len(values) <= stages:
+        raise ValueError(f"{name}={value} must hold one value, or up to {stages}, one per stage")
+    return values + values[-1:] * (stages - len(values))
+
+
+class HierarchicalTransformer(HierarchicalBackbone):
+    """Swin- or CSWin-shaped backbone with any mechanism in any block.
+
+    A subclass sets ``local``, the mechanism behind the letter L, and ``local_options``.
+
+    Args:
+        img_size: Training image in pixels, a side or (height, width): it sizes the learned position tables of agent
+            and flatten attention, which are resized on other images.
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 leaves the classifier out.
+        global_pool: Pooling before the classifier, as in timm.
+        embed_dim: Channels of the first stage; each stage doubles them.
+        depths: Blocks per stage.
+        num_heads: Heads per stage.
+        attention: Mechanism behind the letter E.
+        levels: One pattern per stage, see ``expand_level``.
+        stem: ``patch`` (Swin's stem and merges) or ``conv`` (CSWin's).
+        block_size: Side of ELFATT's blocks in tokens, one or one per stage.
+        channel_split: Share c1/c of ELFATT's channels in the global branch.
+        lepe: Add LePE wherever the mechanism has it.
+        agents: Side of the agent grid, one or one per stage.
+        agent_tables: Side of the agent grid that the learned biases are kept for, by default ``agents``.
+        window_size: Side of Swin's windows or width of CSWin's stripes in tokens, one or one per stage.
+        mlp_ratio: Hidden channels of the MLPs per channel.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+
+    Raises:
+        ValueError: A value that does not fit, named.
+    """
+
+    local: str
+    undecayed = ("relative_position_bias_table",)
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        attention: str,
+        levels: Sequence[str],
+        stem: str,
+        block_size: int | Sequence[int] = 14,
+        channel_split: float = 0.5,
+        lepe: bool = True,
+        agents: int | Sequence[int] = 7,
+        agent_tables: int | Sequence[int] | None = None,
+        window_size: int | Sequence[int] = 7,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        stages = len(depths)
+        if len(levels) != stages:
+            raise ValueError(f"levels={levels!r} must name {stages} stages: each block is {LETTERS}")
+        if len(num_heads) != stages:
+            raise ValueError(f"num_heads={num_heads} must hold {stages} values, one per stage, as depths={depths}")
+        self.attention = attention
+        self.channel_split, self.lepe = channel_split, lepe
+        self.block_size = per_stage("block_size", block_size, stages)
+        self.agents = per_stage("agents", agents, stages)
+        self.agent_tables = per_stage("agent_tables", agent_tables, stages)
+        self.window_size = per_stage("window_size", window_size, stages)
+
+        dims = [embed_dim * 2**i for i in range(stages)]
+        letters = [expand_level(level, depth) for level, depth in zip(levels, depths, strict=True)]
+        sizes = [tuple(max(1, -(-side // 2 ** (i + 2))) for side in to_2tuple(img_size)) for i in range(stages)]
+        self.assemble(
+            Stem(stem, in_chans, embed_dim),
+            MERGES[stem],
+            lambda i, j: self._build_attention(letters[i][j], dims[i], num_heads[i], i, j, sizes[i]),
+            dims=dims,
+            depths=depths,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            mlp_ratio=mlp_ratio,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
+
+    def _build_attention(self, letter, dim, num_heads, stage, block, feat_size):
+        name = {"E": self.attention, "V": "vanilla", "L": self.local}[letter]
+        options = {
+            "elfatt": {
+                "block_size": self.block_size[stage],
+                "channel_split": self.channel_split,
+                "lepe": self.lepe,
+            },
+            "effatt": {"lepe": self.lepe},
+            "vanilla": {"lepe": self.lepe},
+            "agent": {
+                "agents": self.agents[stage],
+                "tables": self.agent_tables[stage],
+                "feat_size": feat_size,
+                "lepe": self.lepe,
+            },
+            "flatten": {"feat_size": feat_size, "lepe": self.lepe and self.local == "cswin"},
+            self.local: self.local_options(stage, block),
+        }
+        return create_attention(name, dim=dim, num_heads=num_heads, **options.get(name, {}))
+
+    def local_options(self, stage: int, block: int) -> dict:
+        """Keywords of the local mechanism in one block."""
+        raise NotImplementedError
 
 
 def _init_weights(module: nn.Module) -> None:

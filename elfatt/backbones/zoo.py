@@ -1,15 +1,19 @@
-"""The table of models: sizes × mechanisms → timm entry points such as ``cswin_tiny_elfatt``."""
+"""The table of models: sizes × mechanisms → timm entry points such as ``cswin_tiny_elfatt``; and VMamba-T."""
 
 from __future__ import annotations
 
+import difflib
+
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from timm.models import list_models as timm_models
 
 from elfatt.backbones.cswin import CSWinTransformer
 from elfatt.backbones.swin import SwinTransformer
+from elfatt.backbones.vmamba import VMamba
 
-SHELLS = {"swin": SwinTransformer, "cswin": CSWinTransformer}
+SHELLS = {"swin": SwinTransformer, "cswin": CSWinTransformer, "vmamba": VMamba}
 
 SIZES = {
     "swin_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
@@ -20,6 +24,9 @@ SIZES = {
     "swin_nano": {"embed_dim": 48, "depths": (1, 1, 2, 1), "num_heads": (2, 4, 8, 16)},
     "cswin_nano": {"embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (2, 4, 8, 16)},
 }
+
+# VMamba has one mechanism only; its authors call this size vmamba_tiny_s1l8
+VMAMBA = {"vmamba_tiny": {"embed_dim": 96, "depths": (2, 2, 8, 2), "ssm_ratio": 1.0}}
 
 # the mechanism behind the letter E, and the letters of the stages on each shell (E efficient, V vanilla, L local,
 # H vanilla and efficient in turn); CSWin's local models end in one vanilla stage
@@ -54,6 +61,8 @@ def model_options(name: str, img_size: int | tuple[int, int] = 224) -> dict:
         name: A model of ``list_models()``.
         img_size: Side or (height, width) in pixels; the tables know 224 and 384, any other size is built as 224.
     """
+    if name in VMAMBA:
+        return dict(VMAMBA[name])
     shell, size, mechanism = name.split("_")
     height, width = to_2tuple(img_size)
     resolution = height if height == width and height in RESOLUTIONS else 224
@@ -70,6 +79,18 @@ def model_options(name: str, img_size: int | tuple[int, int] = 224) -> dict:
     return {**options, **EXCEPTIONS.get((name, resolution), {})}
 
 
+def check_model(name: str) -> None:
+    """Raise for a name that timm does not know.
+
+    Raises:
+        ValueError: With the nearest name, where one is near.
+    """
+    base = name.split(".")[0]
+    if not is_model(base):
+        near = difflib.get_close_matches(base, timm_models(), n=1)
+        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
 def list_models() -> list[str]:
     """Names of all models, sorted; each is a timm entry point."""
     return sorted(_names())
@@ -77,13 +98,11 @@ def list_models() -> list[str]:
 
 def _names():
     sizes = [size for size in SIZES if not size.endswith("nano")]
-    return [f"{size}_{mechanism}" for size in sizes for mechanism in ATTENTIONS] + [
-        "cswin_nano_elfatt",
-        "swin_nano_elfatt",
-    ]
+    named = [f"{size}_{mechanism}" for size in sizes for mechanism in ATTENTIONS]
+    return [*named, "cswin_nano_elfatt", "swin_nano_elfatt", *VMAMBA]
 
 
-def _cfg() -> dict:
+def _cfg(name: str) -> dict:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -92,13 +111,13 @@ def _cfg() -> dict:
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
+        "first_conv": "stem.conv1" if name in VMAMBA else "stem.conv",
         "classifier": "head.fc",
         "license": "mit",
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in _names()})
+default_cfgs = generate_default_cfgs({name: _cfg(name) for name in _names()})
 
 
 def _register(name: str) -> None:

@@ -13,9 +13,10 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, TRANSFORMS
+from PIL import Image
 from torch import nn
 
-import elfatt  # noqa: F401  registers the models with timm
+from elfatt.backbones import check_model
 from elfatt.checkpoints import load_checkpoint
 from elfatt.integrations import mmcv_ops
 
@@ -29,8 +30,8 @@ class TimmBackbone(BaseModule):
     """Four feature maps of a timm model, each behind a LayerNorm of its own, as the paper's dense models have them.
 
     Args:
-        name: Model of ``timm.create_model``, such as ``cswin_tiny_elfatt`` or ``convnext_tiny``.
-        out_indices: Levels to return, from 0; level i has stride ``4 * 2**i``.
+        name: Model of ``timm.create_model`` with ``forward_intermediates``: ours, ConvNeXt, or another of four stages.
+        out_indices: Levels to return, from 0; level i has stride ``4 * 2**i``. Stages behind the last are not built.
         frozen_stages: Parts that do not train: 0 freezes the stem, n the first n stages as well, -1 nothing.
         with_cp: Recompute activations in the backward pass instead of keeping them.
         pretrained: Checkpoint file of a classification model, ours or an official one; short for ``init_cfg``.
@@ -38,7 +39,8 @@ class TimmBackbone(BaseModule):
         **options: Keywords of the model, such as ``block_size``, ``img_size`` or ``drop_path_rate``.
 
     Raises:
-        ValueError: Both ``pretrained`` and ``init_cfg``, another ``init_cfg``, or ``frozen_stages`` out of range.
+        ValueError: An unknown model, both ``pretrained`` and ``init_cfg``, another ``init_cfg``, or ``frozen_stages``
+            out of range or for a model without ``stem`` and ``stages``.
     """
 
     def __init__(
@@ -61,12 +63,15 @@ class TimmBackbone(BaseModule):
         super().__init__(init_cfg)
         if not -1 <= frozen_stages <= 4:
             raise ValueError(f"frozen_stages={frozen_stages} must be -1 (none), 0 (the stem), or 1 to 4 (stages)")
+        check_model(name)
         self.name = name
         self.frozen_stages = frozen_stages
         # the getter keeps the classification model's parameter names, so that its checkpoints fit
         self.features = timm.create_model(
             name, features_only=True, feature_cls="getter", out_indices=tuple(out_indices), **options
         )
+        if frozen_stages >= 0 and not {"stem", "stages"} <= dict(self.features.model.named_children()).keys():
+            raise ValueError(f"frozen_stages={frozen_stages}: {name} has no 'stem' and 'stages', leave it at -1")
         # "norm" in the name keeps weight decay away, see decay_mult in the configurations
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.features.feature_info.channels())
         if with_cp:
@@ -74,7 +79,7 @@ class TimmBackbone(BaseModule):
         self._freeze()
 
     def init_weights(self) -> None:
-        """Load the checkpoint that ``init_cfg`` names, averaged (EMA) weights first; all of its tensors, or none.
+        """Load the checkpoint that ``init_cfg`` names, averaged (EMA) weights first; all that the levels need, or none.
 
         Raises:
             FileNotFoundError: No such checkpoint.
@@ -84,7 +89,8 @@ class TimmBackbone(BaseModule):
             print_log(f"{self.name}: random weights; pretrained weights are given by --pretrained FILE", "current")
             return
         path = self.init_cfg["checkpoint"]
-        report = load_checkpoint(self.features.model, path, allow=LEFT_OVER)
+        unused = [f"stages.{i}." for i in range(max(self.features.out_indices) + 1, 4)]
+        report = load_checkpoint(self.features.model, path, allow=(*LEFT_OVER, *unused))
         left_over = f"left over: {', '.join(report.skipped) or 'nothing'}"
         print_log(
             f"{self.name}: {report.matched} of {len(self.features.model.state_dict())} tensors matched from {path} "
@@ -133,13 +139,14 @@ class CheckMask:
         """Pass ``results`` on as they are; an image without a mask passes as well.
 
         Raises:
-            ValueError: The mask has channels, another size than its image, or an unknown label.
+            ValueError: The mask has channels or 16 bits, another size than its image, or an unknown label.
         """
         if "gt_seg_map" not in results:
             return results
         mask, path = results["gt_seg_map"], results["seg_map_path"]
-        if mask.ndim != 2:
-            raise ValueError(f"mask {path} has {mask.shape[2]} channels: save one, with the index of the class")
+        with Image.open(path) as file:  # the head alone; mmseg has cut the labels to 8 bits
+            if file.mode not in ("L", "P", "1"):
+                raise ValueError(f"mask {path} is a picture of mode {file.mode}: save class indices as 8-bit grey (L)")
         if mask.shape != tuple(results["ori_shape"]):
             raise ValueError(
                 f"mask {path} has {mask.shape[1]}x{mask.shape[0]} pixels (width x height), but its image "
@@ -151,4 +158,37 @@ class CheckMask:
                 f"mask {path} holds label {unknown.max()} (as trained), but there are {self.num_classes} classes, "
                 f"0 to {self.num_classes - 1}, and {self.ignore_index} to ignore: check the mask or num_classes"
             )
+        return results
+
+
+@TRANSFORMS.register_module()
+class CheckInstances:
+    """Stops at an image that is not of the size that its annotation file says, or at instances whose masks are not.
+
+    Unchecked, run lengths of another size are an error of numpy without a file name, and a wrong width and height
+    cut boxes off. Stands right before mmdet's ``LoadAnnotations``.
+    """
+
+    def __call__(self, results: dict) -> dict:
+        """Pass ``results`` on as they are; an image without annotations passes as well.
+
+        Raises:
+            ValueError: Another size, or an instance without a mask.
+        """
+        path, shape = results["img_path"], tuple(results["ori_shape"])
+        stated = results.get("height", shape[0]), results.get("width", shape[1])
+        if stated != shape:
+            raise ValueError(
+                f"{path} has {shape[1]}x{shape[0]} pixels (width x height), but its annotation file says "
+                f"{stated[1]}x{stated[0]}: correct width and height there, or restore the image"
+            )
+        for instance in results.get("instances", ()):
+            mask = instance.get("mask")
+            if mask is None:
+                raise ValueError(f"{path} has an instance without segmentation: add polygons or run lengths")
+            if isinstance(mask, dict) and tuple(mask.get("size", ())) != shape:
+                raise ValueError(
+                    f"{path} has run lengths of size {mask.get('size')}, but [height, width] is {list(shape)}: "
+                    "write them at the size of the image"
+                )
         return results

@@ -3,10 +3,11 @@
 from elfatt.layers.lepe import LePE
 from elfatt.layers.merges import ConvMerge, PatchMerge
 from elfatt.layers.positions import relative_position_index, resize_positions, shift_mask
-from elfatt.layers.stems import Stem
+from elfatt.layers.stems import DoubleStem, Stem
 
 __all__ = [
     "ConvMerge",
+    "DoubleStem",
     "LePE",
     "PatchMerge",
     "Stem",

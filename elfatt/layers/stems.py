@@ -42,3 +42,24 @@ class Stem(nn.Module):
         elif min(height, width) < 3:
             raise ValueError(f"an image of {height}x{width} pixels gives no token: use at least 3x3")
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
+
+
+class DoubleStem(nn.Module):
+    """VMamba's stem (official ``patchembed_version="v2"``): two 3×3 stride-2 convolutions, each with a LayerNorm.
+
+    Args:
+        in_chans: Channels of the image.
+        dim: Channels of the tokens; half of them after the first convolution.
+    """
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1)
+        self.norm1 = nn.LayerNorm(dim // 2)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Embed an image ``[B, in_chans, H, W]`` as ``[B, ceil(H / 4), ceil(W / 4), dim]``."""
+        x = F.gelu(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

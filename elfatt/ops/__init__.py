@@ -15,6 +15,7 @@ from elfatt.ops.dispatch import (
 from elfatt.ops.efficient import efficient_attention
 from elfatt.ops.elfatt import elfatt_attention, global_branch
 from elfatt.ops.focused import focused_attention
+from elfatt.ops.scan import selective_scan
 from elfatt.ops.softmax import softmax_attention
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "global_branch",
     "has_flash_attn",
     "has_triton",
+    "selective_scan",
     "softmax_attention",
     "use_backend",
 ]

@@ -1,7 +1,7 @@
 """Composes scikit-learn's handwritten digits into scenes, written for segmentation and for detection.
 
-One scene is 128×128 pixels: four to eight coloured digits of several sizes, later ones over earlier ones, on a piece of
-a photograph. The folder reads as both data sets:
+One scene is 128×128 pixels: three to seven coloured digits of several sizes, later ones over earlier ones, on a piece
+of a photograph. The folder reads as both data sets:
 
     images/{training,validation}/*.jpg                  ADE20K
     annotations/{training,validation}/*.png             0 background, 1…10 the digits 0…9
@@ -24,10 +24,10 @@ from material import NAMES, Material, background, enlarge, light_colour, load_ma
 from PIL import Image
 
 SIDE = 128
-DIGITS = (4, 8)  # digits in a scene
-DIGIT_SIDES = (28, 48)  # pixels
+DIGITS = (3, 7)  # digits in a scene
+DIGIT_SIDES = (32, 52)  # pixels
 PIECE_SIDES = (96, 160)  # pixels of the photograph
-VISIBLE = 0.8  # share of its ink that every digit keeps
+VISIBLE = 0.85  # share of its ink that every digit keeps
 ADE20K_NAMES = {"train": "training", "val": "validation"}
 
 

@@ -37,7 +37,7 @@ def test_all_models_of_the_paper_are_registered():
         ),
     )
     expected = {f"{size}_{mechanism}" for size in sizes for mechanism in mechanisms}
-    assert set(elfatt.list_models()) == expected | {"cswin_nano_elfatt", "swin_nano_elfatt"}
+    assert set(elfatt.list_models()) == expected | {"cswin_nano_elfatt", "swin_nano_elfatt", "vmamba_tiny"}
     assert set(elfatt.list_models()) <= set(timm.list_models())
 
 

@@ -112,3 +112,22 @@ def test_every_option_is_read_somewhere():
     for training in (True, False):
         for action in build_parser(training)._actions:
             assert action.dest in ("help", "config") or f"args.{action.dest}" in code or f'"{action.dest}"' in code
+
+
+def test_variants_are_chosen_by_name(tmp_path):
+    config = write(tmp_path / "own.yaml", model="resnet18", lr=1, data_dir="x", variants={"a": {}, "b-c": {"lr": 2}})
+    assert parse_args(["--config", config, "--variant", "a"], train=True).lr == 1
+    args = parse_args(["--config", config, "--variant", "b-c"], train=True)
+    assert args.lr == 2
+    assert parse_args(["--config", config, "--variant", "b-c", "--lr", "3"], train=True).lr == 3
+    save_yaml(args, tmp_path / "args.yaml")
+    assert parse_args(["--config", str(tmp_path / "args.yaml")], train=True).lr == 2
+    with pytest.raises(UserError, match="has no variant 'b-d'; did you mean 'b-c'?"):
+        parse_args(["--config", config, "--variant", "b-d"], train=True)
+    with pytest.raises(UserError, match="needs --variant, one of a, b-c"):
+        parse_args(["--config", config], train=True)
+    plain = write(tmp_path / "plain.yaml", model="resnet18", data_dir="x")
+    with pytest.raises(UserError, match="has no variants: leave --variant a out"):
+        parse_args(["--config", plain, "--variant", "a"], train=True)
+    with pytest.raises(UserError, match="--variant a needs a --config"):
+        parse_args(["--model", "resnet18", "--data-dir", "x", "--variant", "a"], train=True)

@@ -60,6 +60,25 @@ def test_several_nodes(checkout):
     assert result.returncode != 0 and "NNODES=2 needs NODE_RANK" in result.stderr
 
 
-def test_slurm_template_is_valid_bash():
-    for script in (ROOT / "scripts").rglob("*imagenet*"):
-        subprocess.run(["bash", "-n", script], check=True)
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("train_imagenet.sh", "classification/train.py --config a b --data-dir D --lr 1 --resume auto"),
+        ("train_ade20k.sh", "segmentation/train.py a b --data-dir D --lr 1 --resume auto"),
+        ("train_coco.sh", "detection/train.py a b --data-dir D --lr 1 --resume auto"),
+    ],
+)
+def test_slurm_template(checkout, name, command):
+    """With a scontrol that knows two nodes, and an srun that is the second of them."""
+    for tool, action in (("scontrol", "printf 'first\\nsecond\\n'"), ("srun", 'SLURM_NODEID=1 exec "$@"')):
+        file = checkout / "bin" / tool
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/bash\n{action}\n")
+        file.chmod(0o755)
+    env = {"PATH": f"{checkout / 'bin'}:/usr/bin:/bin", "SLURM_NNODES": "2", "SLURM_JOB_ID": "20007"}
+    env |= {"SLURM_JOB_NODELIST": "nodes", "SLURM_CPUS_PER_TASK": "8"}
+    script = ["bash", "scripts/slurm/train.sbatch", name, "a b", "D", "--lr", "1"]
+    result = subprocess.run(script, cwd=checkout, env=env, capture_output=True, text=True, check=True)
+    place = "--nnodes 2 --node-rank 1 --master-addr first --master-port 20007 --nproc-per-node 4"
+    assert " ".join(result.stdout.splitlines()) == f"-m torch.distributed.run {place} {checkout}/{command}"
+    assert "a b" in result.stdout.splitlines()  # one argument

@@ -1,5 +1,6 @@
 """Training from end to end: exact resume, one step of every option, and loud stops."""
 
+import json
 import math
 import os
 import signal
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from classification import train as program
+from classification import validate
 from classification.checkpoint import load
 from classification.config import parse_args
 from classification.train import Trainer, main
@@ -299,3 +301,24 @@ class TestIterable:
         (tmp_path / "two" / "checkpoint-0.pth.tar").replace(tmp_path / "two" / "last.pth.tar")
         assert main(options(*extra, "--resume", "auto", experiment="two")) == 0
         assert_same_end(tmp_path / "whole", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "kwargs"),
+    [
+        ("vmamba_tiny", ["embed_dim=16", "depths=(1,1,1,1)"]),
+        ("convnext_tiny", ["dims=(16,32,64,128)", "depths=(1,1,1,1)"]),
+        ("efficientvit_b2", ["widths=(8,16,16,32,32)", "depths=(1,1,1,1,1)", "head_widths=(32,32)"]),
+    ],
+)
+def test_the_other_systems_of_the_tables_train_and_are_evaluated(options, tmp_path, model, kwargs):
+    extra = ["--model", model, "--model-kwargs", *kwargs, "--epochs", 1, "--model-ema", "--drop-path", 0.1]
+    if model == "efficientvit_b2":  # timm's has no stochastic depth
+        extra = extra[:-2]
+    assert main(options(*extra, "--grad-checkpointing")) == 0
+    data, results = options()[1], tmp_path / "results.json"
+    arguments = ["--data-dir", data, *extra[: 3 + len(kwargs)], "--num-classes", 3, "--img-size", 32, "--no-amp"]
+    arguments += ["--device", "cpu", "--workers", 0, "--results-file", results]
+    assert validate.main([*map(str, arguments), "--checkpoint", str(tmp_path / "run" / "last.pth.tar")]) == 0
+    assert json.loads(results.read_text())["weights"] == "ema"

@@ -7,14 +7,19 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 
 import elfatt  # noqa: F401
 from classification.config import parse_args
 from classification.runtime import build_model
+from elfatt.analysis import rows
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "classification"
-FILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "digits_nano")  # the quickstart's
+# not of Table I: the quickstart's, and Tables II to V
+OTHERS = ("digits_nano", "ablations")
+FILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in OTHERS)
+ABLATIONS = rows.select_rows([2, 3, 4, 5])
 
 # batch per GPU, lr, weight decay, epochs, warm-up, min lr, drop path, EMA decay, mixup, cutmix, crop, image side
 COLUMNS = ("batch_size", "lr", "weight_decay", "epochs", "warmup_epochs", "min_lr", "drop_path", "model_ema_decay")
@@ -58,9 +63,8 @@ def published() -> dict[str, str]:
     table = {}
     with (ROOT / "elfatt" / "analysis" / "paper" / "table1_imagenet.csv").open() as file:
         for row in csv.DictReader(file):
-            if row["model"] != "VMamba-T":
-                name = f"{row['backbone']}_{row['attention']}" if row["attention"] else "convnext_tiny"
-                table[f"{name}_{row['resolution']}"] = row["top1_percent"]
+            name = f"{row['backbone']}_{row['attention']}" if row["attention"] else rows.OTHERS[row["model"]]
+            table[f"{name}_{row['resolution']}"] = row["top1_percent"]
     return table
 
 
@@ -76,7 +80,7 @@ def check_recipe(values: dict, recipe: str) -> None:
 
 def test_table_1_has_a_config_for_each_row():
     assert set(FILES) == set(published())
-    assert len(FILES) == 37
+    assert len(FILES) == 38
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -102,6 +106,20 @@ def test_model_builds(name):
         model = build_model(args, drop_path_rate=args.drop_path)
     assert model.num_classes == 1000
     assert timm.is_model(args.model)
+
+
+@pytest.mark.parametrize("row", ABLATIONS, ids=lambda row: row.variant)
+def test_ablation_is_the_row_of_the_table(row):
+    args = parse_args([*row.config_arguments(), "--data-dir", "x"], train=True)
+    check_recipe(vars(args), "tiny_224")
+    assert (args.model, args.model_kwargs) == row.timm_model()
+    accuracy = next(line for line in (FOLDER / "ablations.yaml").read_text().splitlines() if f" {row.variant}:" in line)
+    assert accuracy.split("# ")[1].split(",")[0] == row.published["top1_percent"]
+
+
+def test_ablations_are_the_rows_of_the_tables():
+    variants = yaml.safe_load((FOLDER / "ablations.yaml").read_text())["variants"]
+    assert list(variants) == [row.variant for row in ABLATIONS]
 
 
 def test_low_memory_is_a_base_and_an_override():

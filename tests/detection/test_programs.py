@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -9,8 +10,8 @@ from mmengine.structures import InstanceData
 from PIL import Image
 
 from detection import inference, test, train
-from tests.integrations.dense import build
-from tests.integrations.miniature import detection_config, options, run_script, write_coco
+from elfatt.integrations.mm_models import build_model
+from tests.integrations.miniature import VMAMBA, detection_config, in_two_processes, options, run_script, write_coco
 
 
 @pytest.fixture
@@ -19,22 +20,17 @@ def data(tmp_path):
 
 
 @pytest.mark.slow
-def test_trains_resumes_evaluates_and_draws(data, tmp_path):
+def test_trains_and_resumes(data, tmp_path):
     run, config = tmp_path / "run", detection_config(tmp_path)
     assert (
         len(train.main(options(config, data, run)).train_dataloader.dataset) == 3
     )  # an image without instances is left out
     config = detection_config(tmp_path, epochs=2)
-    train.main(options(config, data, run, "--resume"))
+    train.main(options(config, data, run, "--resume", "auto"))
     first, second = (torch.load(run / f"epoch_{i}.pth", weights_only=False) for i in (1, 2))
     assert [(c["meta"]["epoch"], c["meta"]["iter"]) for c in (first, second)] == [(1, 2), (2, 4)]
     assert [{int(s["step"]) for s in c["optimizer"]["state"].values()} for c in (first, second)] == [{2}, {4}]
     assert [c["param_schedulers"][0]["last_step"] for c in (first, second)] == [2, 4]
-
-    test.main([str(config), str(run / "epoch_2.pth"), *options(config, data, run)[1:]])
-    picture, image = tmp_path / "out.png", data / "val2017" / "0.jpg"
-    inference.main([str(config), str(run / "epoch_2.pth"), str(image), str(picture), "--device", "cpu"])
-    assert Image.open(picture).size == Image.open(image).size
 
 
 @pytest.mark.slow
@@ -47,17 +43,20 @@ def test_the_scripts_train_and_evaluate(data, tmp_path, processes):
     run_script("evaluate_coco.sh", processes, config, data, run / "epoch_1.pth", "--work-dir", run)
 
 
-def evaluate(data, folder):
-    """With random weights."""
+def random_weights(folder):
     checkpoint, config = folder / "random.pth", detection_config(folder)
-    torch.save({"state_dict": build(Config.fromfile(config), "cpu").state_dict()}, checkpoint)
-    return test.main([str(config), str(checkpoint), *options("", data, folder / "run")[1:]])
+    torch.save({"state_dict": build_model(Config.fromfile(config), "cpu").state_dict()}, checkpoint)
+    return [str(config), str(checkpoint)]
+
+
+def evaluate(data, folder, *extra):
+    return test.main([*random_weights(folder), *options("", data, folder / "run", *extra)[1:]])
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(data, tmp_path):
     config, checkpoint = detection_config(tmp_path), tmp_path / "other.pth"
-    state = build(Config.fromfile(config), "cpu").state_dict()
+    state = build_model(Config.fromfile(config), "cpu").state_dict()
     del state["roi_head.bbox_head.fc_cls.bias"]
     torch.save({"state_dict": state, "meta": {}}, checkpoint)
     arguments = [str(config), str(checkpoint), *options("", data, tmp_path / "run")[1:]]
@@ -109,6 +108,73 @@ def test_the_truth_has_an_average_precision_of_one(data, tmp_path, monkeypatch, 
     assert scores["coco/bbox_mAP"] == scores["coco/segm_mAP"] == precision
 
 
+def drawn(picture, image):
+    """Whether each pixel is another one than in the image."""
+    return abs(picture.astype(int) - np.array(Image.open(image)).astype(int)).max(2) > 30
+
+
+def inside():
+    """The pixels of the miniature's two instances."""
+    mask = np.zeros((64, 96), bool)
+    mask[4:40, 4:40] = mask[12:56, 50:90] = True
+    return mask
+
+
+@pytest.mark.slow
+def test_what_is_evaluated_is_drawn(data, tmp_path, monkeypatch):
+    from mmdet.models import MaskRCNN
+
+    monkeypatch.setattr(MaskRCNN, "predict", truth(data))
+    evaluate(data, tmp_path, "--show-dir", tmp_path / "pictures")
+    pictures = sorted((tmp_path / "pictures").rglob("*"))
+    assert [path.name for path in pictures] == ["0.jpg", "1.jpg"]
+    for path in pictures:
+        picture = np.array(Image.open(path))
+        assert picture.shape == (64, 2 * 96, 3)
+        for half in (picture[:, :96], picture[:, 96:]):
+            found = drawn(half, data / "val2017" / path.name)
+            assert found[inside()].mean() > 0.8 and found[~inside()].mean() < 0.5  # labels
+
+
+@pytest.mark.slow
+def test_the_instances_of_a_photograph_are_drawn(data, tmp_path, monkeypatch):
+    from mmdet.models import MaskRCNN
+
+    predict = truth(data)
+
+    def predict_first(model, images, samples, rescale=True):
+        samples[0].set_metainfo({"img_id": 1})  # a file of one's own has none
+        return predict(model, images, samples)
+
+    monkeypatch.setattr(MaskRCNN, "predict", predict_first)
+    image, out, weights = data / "val2017" / "0.jpg", tmp_path / "out.png", random_weights(tmp_path)
+    inference.main([*weights, str(image), str(out), "--device", "cpu"])
+    found = drawn(np.array(Image.open(out)), image)
+    assert found[inside()].mean() > 0.8 and found[~inside()].mean() < 0.5  # labels
+
+    inference.main([*weights, str(image), str(out), "--device", "cpu", "--score", "1.1"])
+    assert not drawn(np.array(Image.open(out)), image).any()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_scores_of_one(tmp_path, monkeypatch):
+    from mmdet.models import MaskRCNN
+
+    data = write_coco(tmp_path / "data", val=3)  # one process has two images, the other one
+    predict = truth(data)
+
+    def predict_some(model, images, samples, rescale=True):
+        samples = predict(model, images, samples)
+        for sample in samples:
+            sample.pred_instances = sample.pred_instances[sample.img_id % 2 :]  # one of two in images 1 and 3
+        return samples
+
+    monkeypatch.setattr(MaskRCNN, "predict", predict_some)
+    one = evaluate(data, tmp_path)
+    two = in_two_processes(lambda: evaluate(data, tmp_path, "--launcher", "pytorch"))
+    assert two == [one, one] and 0 < one["coco/bbox_mAP"] < 1
+
+
 @pytest.mark.slow
 def test_a_missing_image_stops_with_its_name(data, tmp_path):
     file = data / "annotations" / "instances_train2017.json"
@@ -148,3 +214,13 @@ def test_evaluation_without_instances_gives_the_sign_of_no_precision(data, tmp_p
     change(data, "val2017", images=[])
     with pytest.raises(ValueError, match=r"val2017\.json holds no image"):
         evaluate(data, tmp_path)
+
+
+@pytest.mark.slow
+def test_vmamba_trains_and_is_evaluated(data, tmp_path):
+    run, config = tmp_path / "run", detection_config(tmp_path, more=VMAMBA)
+    train.main(options(config, data, run))
+    state = torch.load(run / "epoch_1.pth", weights_only=False)["state_dict"]
+    assert "backbone.features.model.stages.0.blocks.0.attn.A_logs" in state
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    test.main([str(config), str(run / "epoch_1.pth"), *options(config, data, run)[1:]])

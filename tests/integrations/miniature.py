@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from tests.integrations.dense import CONFIGS, ROOT
@@ -24,6 +28,29 @@ def run_script(name: str, processes: int, *arguments) -> None:
     command = ["bash", str(ROOT / "scripts" / name), *map(str, arguments)]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def in_two_processes(function: Callable[[], dict]) -> list[dict]:
+    """What ``function`` returns in two forked processes with the environment that torchrun gives."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # what a test has patched stays so
+    results = context.Queue()
+
+    def run(rank: int) -> None:
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in env.items()})
+        torch.set_num_threads(1)
+        results.put(function())
+
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [results.get() for _ in processes]
 
 
 def write_ade20k(root: Path, train: int = 4, val: int = 2, size: tuple[int, int] = (64, 96)) -> Path:
@@ -71,9 +98,17 @@ def write_coco(root: Path, train: int = 4, val: int = 2) -> Path:
 
 
 LOADERS = """
-train_dataloader = dict(num_workers=0, persistent_workers=False, batch_size=2)
-val_dataloader = dict(num_workers=0, persistent_workers=False)
-test_dataloader = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(num_workers=0, batch_size=2)
+val_dataloader = dict(num_workers=0)
+test_dataloader = dict(num_workers=0)
+"""
+
+
+# to append: VMamba in place of the nano backbone, with the same channels
+VMAMBA = """
+model["backbone"] = dict(
+    _delete_=True, type="TimmBackbone", name="vmamba_tiny", embed_dim=32, depths=(1, 1, 1, 1), drop_path_rate=0.2
+)
 """
 
 
@@ -106,8 +141,8 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval={steps}))
     return path
 
 
-def detection_config(folder: Path, epochs: int = 1) -> Path:
-    """The CSWin-T recipe with a nano backbone and images of 96 × 64 pixels."""
+def detection_config(folder: Path, epochs: int = 1, more: str = "") -> Path:
+    """The CSWin-T recipe with a nano backbone and images of 96 × 64 pixels; ``more`` is appended."""
     path = folder / "detection_nano.py"
     path.write_text(f"""
 _base_ = {str(CONFIGS / "detection" / "mask_rcnn_cswin_tiny_elfatt_1x.py")!r}
@@ -123,7 +158,7 @@ model = dict(
     ),
 )
 train_pipeline = _base_.train_pipeline
-train_pipeline[2].update(scale=(96, 64))
+train_pipeline[3].update(scale=(96, 64))
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].update(scale=(96, 64))
 {LOADERS}
@@ -132,5 +167,6 @@ val_dataloader.update(dataset=dict(pipeline=test_pipeline))
 test_dataloader.update(dataset=dict(pipeline=test_pipeline))
 train_cfg = dict(max_epochs={epochs})
 default_hooks = dict(logger=dict(interval=1))
+{more}
 """)
     return path

@@ -77,6 +77,22 @@ def test_pretrained_weights_load_loudly(tmp_path, monkeypatch):
         TimmBackbone("cswin_nano_elfatt", pretrained="a", init_cfg={"type": "Pretrained", "checkpoint": "b"})
 
 
+def test_fewer_levels_take_what_they_need_of_the_weights(tmp_path):
+    path, source = tmp_path / "classifier.pth", timm.create_model("cswin_nano_elfatt")
+    torch.save(source.state_dict(), path)
+    model = TimmBackbone("cswin_nano_elfatt", out_indices=(0, 2), pretrained=str(path))
+    model.init_weights()
+    own = model.features.model.state_dict()
+    assert any("stages.2." in key for key in own) and not any("stages.3." in key for key in own)
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in own.items())
+    assert [m.shape[1:] for m in model(torch.rand(1, 3, 64, 64))] == [(32, 16, 16), (128, 4, 4)]
+
+
+def test_a_model_without_stages_cannot_be_frozen():
+    with pytest.raises(ValueError, match=r"frozen_stages=0: resnet18 has no 'stem' and 'stages'"):
+        TimmBackbone("resnet18", frozen_stages=0)
+
+
 def test_position_tables_are_resized(tmp_path):
     path = tmp_path / "small.pth"
     torch.save(timm.create_model("swin_tiny_flatten", img_size=64).state_dict(), path)
@@ -96,3 +112,8 @@ def test_agents_of_another_grid_use_resized_tables():
     large.load_state_dict(state)
     x = torch.rand(1, 9, 7, 8)
     torch.testing.assert_close(small(x), large(x))
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(ValueError, match="unknown model 'vmamba_tinny'; did you mean 'vmamba_tiny'?"):
+        TimmBackbone("vmamba_tinny")

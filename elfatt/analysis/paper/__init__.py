@@ -1,4 +1,4 @@
-"""The tables of the paper (arXiv 2501.06098), as published, and the model behind each row.
+"""The tables of the paper (arXiv 2501.06098) as published.
 
 An empty cell is a dash in the paper. Multiply-adds are in units of 10⁹, parameters in units of 10⁶.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 from importlib.resources import files
-from math import isqrt
 
 FILES = {
     1: "table1_imagenet.csv",
@@ -35,32 +34,3 @@ def load_table(number: int) -> list[dict[str, str]]:
         raise ValueError(f"there is no table {number}: choose 1 to {len(FILES)}")
     with (files(__name__) / FILES[number]).open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def classification_model(number: int, row: dict[str, str]) -> tuple[str, dict]:
-    """The ``timm.create_model`` name and keywords of a row of Tables I to V.
-
-    Tables II to V vary CSWin-T-ELFATT, with blocks of 14×14 but where the row says otherwise.
-
-    Raises:
-        ValueError: No model stands behind the row yet, or it belongs to another table.
-    """
-    if row.get("backbone") == "ConvNeXt-T":
-        return "convnext_tiny", {}
-    if number == 1 and row["attention"]:
-        return f"{row['backbone']}_{row['attention']}", {"img_size": int(row["resolution"])}
-    if number == 2:
-        return "cswin_tiny_elfatt", {
-            "block_size": [isqrt(int(row[f"tokens_per_block_level{i}"])) for i in (1, 2, 3, 4)]
-        }
-    base = {"block_size": 14}
-    if number == 3:
-        name = "cswin_tiny_global" if "GLOBAL" in row["model"] else "cswin_tiny_elfatt"
-        return name, {**base, "lepe": row["lepe"] == "yes"}
-    if number == 4:
-        return "cswin_tiny_elfatt", {**base, "levels": row["levels_1_to_4"].split()}
-    if number == 5 and row["c1_over_c"] == "1":
-        return "cswin_tiny_effatt", {}
-    if number == 5:
-        return "cswin_tiny_elfatt", {**base, "channel_split": float(row["c1_over_c"])}
-    raise ValueError(f"no model stands behind this row of table {number}: {row}")

@@ -1,0 +1,8 @@
+# VMamba-T: channels of its levels, stochastic depth.
+_base_ = "upernet.py"
+
+model = dict(
+    backbone=dict(name="vmamba_tiny", drop_path_rate=0.2),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)

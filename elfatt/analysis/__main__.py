@@ -1,0 +1,38 @@
+"""``python -m elfatt.analysis``: what the models cost, how fast they are, and how they compare with the paper."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from elfatt.analysis import edge, error, op, plots, report, scaling, tables
+
+COMMANDS = {
+    "tables": tables,
+    "scaling": scaling,
+    "edge": edge,
+    "op": op,
+    "error": error,
+    "plot": plots,
+    "report": report,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m elfatt.analysis", description=__doc__.split(": ")[1])
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.splitlines()[0]
+        module.add_arguments(subparsers.add_parser(name, help=summary, description=summary))
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

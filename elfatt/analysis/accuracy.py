@@ -1,0 +1,57 @@
+"""Accuracy of checkpoints, by the task folders' own programs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from elfatt.analysis.rows import CONFIGS, Row
+
+SUFFIXES = (".pth", ".pth.tar", ".pt", ".safetensors")
+METRICS = {  # metric of the program: column of the published tables
+    "classification": {"top1": "top1_percent"},
+    "segmentation": {"mIoU": "miou_percent", "mAcc": "macc_percent"},
+    "detection": {
+        f"coco/{kind}_mAP{suffix}": f"ap{suffix.strip('_')}_{name}"
+        for kind, name in (("bbox", "box"), ("segm", "mask"))
+        for suffix in ("", "_50", "_75")
+    },
+}
+
+
+def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: str) -> dict[str, float]:
+    """Metrics of a row in percent, named as the columns of its table; nothing where checkpoint or data are missing.
+
+    Args:
+        row: It says which configuration and which file name.
+        checkpoints: Folder of the files.
+        data: Folder of the data set of each task.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        RuntimeError: The program failed; its last line is in the message.
+    """
+    task = {6: "detection", 7: "segmentation"}.get(row.table, "classification")
+    files = [checkpoints / (row.config + suffix) for suffix in SUFFIXES]
+    checkpoint = next((file for file in files if file.is_file()), None)
+    if checkpoint is None or data[task] is None or row.is_edge:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        if task == "classification":
+            command = ["classification/validate.py", *row.config_arguments(), "--checkpoint", checkpoint]
+            command += ["--device", device, "--results-file", Path(folder) / "metrics.json"]
+        else:
+            command = [f"{task}/test.py", CONFIGS / task / f"{row.config}.py", checkpoint, "--work-dir", folder]
+        command = [sys.executable, *command, "--data-dir", data[task]]
+        print(f"accuracy: {row.name}: {checkpoint}", file=sys.stderr)
+        done = subprocess.run([str(part) for part in command], cwd=CONFIGS.parent, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RuntimeError(f"{command[1]} failed on {checkpoint}: {last}")
+        (file,) = Path(folder).rglob("*.json") if task == "classification" else Path(folder).glob("*/*.json")
+        found = json.loads(file.read_text())
+    scale = 100 if task == "detection" else 1
+    return {column: scale * found[metric] for metric, column in METRICS[task].items()}

@@ -1,0 +1,274 @@
+"""How well a mechanism approximates softmax attention on given queries, keys and values.
+
+A mechanism is linear in V, so each head has a matrix of N × N weights, N = H · W tokens. It is compared with the matrix
+of softmax attention over the whole map in the same heads, ``softmax(q kᵀ / √d)`` with d the channels of that head; a
+channel split can change d, and with it what is compared. Outputs are compared without LePE, the other convolutions of
+V and the output projection. Errors are relative, ``‖A − S‖ / ‖S‖``; those of maps are means over channels (a wide head
+counts more than a narrow one) and images, those of outputs ``[N, C]``, all heads side by side, means over images.
+Everything runs in float64.
+
+arXiv 2501.06098 bounds such an error; what is computed here are the errors themselves, not that bound.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from elfatt.attention import create_attention
+from elfatt.attention.base import QKVAttention
+from elfatt.attention.elfatt import ELFATT
+from elfatt.layers.lepe import LePE
+from elfatt.ops import use_backend
+from elfatt.ops.geometry import pad_to_multiple
+
+NORMS = {"frobenius": "fro", "spectral": 2}
+COLUMNS = {
+    "map_frobenius": "map error, Frobenius",
+    "map_spectral": "map error, spectral",
+    "output_frobenius": "output error, Frobenius",
+    "output_spectral": "output error, spectral",
+    "entropy": "entropy of the map / log N",
+    "concentration": "mass on the top 10 % of keys",
+}
+MECHANISMS = {  # with what is compared beside ELFATT
+    "vanilla": {},
+    "effatt": {},
+    "swin": {"window_size": 7},
+    "cswin": {"stripe": 7},
+    "flatten": {},
+    "agent": {"agents": 7},
+}
+
+
+def bare_attention(name: str, dim: int, num_heads: int, **options: Any) -> QKVAttention:
+    """A mechanism that has learned nothing: projections, convolutions and position terms are zero.
+
+    Args:
+        name: A mechanism of ``elfatt.attention``.
+        dim: Channels C.
+        num_heads: Attention heads.
+        **options: The mechanism's own keywords.
+
+    Raises:
+        ValueError: Unknown name, or a value that does not fit.
+    """
+    attention = create_attention(name, dim=dim, num_heads=num_heads, **options)
+    for parameter in attention.parameters():
+        nn.init.zeros_(parameter)
+    return attention
+
+
+def attention_map(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The matrix by which each head of a mechanism multiplies V: its own code, applied to the columns of the identity.
+
+    Rows sum to one, or to less where zero padding takes part in a softmax (blocks, stripes or windows that do not fit
+    the map) and where FLatten's 1e-6 outweighs the keys that answer a query.
+
+    Args:
+        attention: A mechanism, its position terms included; its convolutions of V are left out.
+        q: Queries ``[B, H, W, C]``.
+        k: Keys ``[B, H, W, C]``.
+
+    Returns:
+        ``[B, heads, N, N]`` in float64; row n holds the weights of query n.
+
+    Raises:
+        ValueError: A shape does not fit.
+    """
+    _check_shapes(attention, q, k)
+    attention = copy.deepcopy(attention).to(q.device, torch.float64)
+    for lepe in (module for module in attention.modules() if isinstance(module, LePE)):
+        for parameter in lepe.parameters():
+            nn.init.zeros_(parameter)
+    q, k = q.double(), k.double()
+    tokens = q.shape[1] * q.shape[2]
+    widths = _head_widths(attention)
+    width = torch.cat([torch.full((d,), d) for d in widths])
+    channel = torch.cat([torch.arange(d) for d in widths])
+    parts = []
+    for i in range(-(-tokens // min(widths))):
+        # a head of d channels takes d columns at a time; beyond the last column V is zero
+        v = torch.arange(tokens)[:, None] == i * width + channel
+        out = _attend(attention, q, k, v.to(q).view(1, *q.shape[1:]).expand_as(q))
+        parts.append(out.flatten(1, 2).split(widths, dim=-1))
+    return torch.stack([torch.cat(head, dim=-1)[..., :tokens] for head in zip(*parts, strict=True)], dim=1)
+
+
+def softmax_map(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Softmax attention over the whole map in the heads of ``attention``: ``[B, heads, N, N]`` in float64."""
+    _check_shapes(attention, q, k)
+    branches = _branches(attention)
+    channels = [width for width, _ in branches]
+    return torch.cat(
+        [
+            attention_map(bare_attention("vanilla", width, heads), *qk)
+            for (width, heads), *qk in zip(branches, q.split(channels, -1), k.split(channels, -1), strict=True)
+        ],
+        dim=1,
+    )
+
+
+def relative_errors(found: torch.Tensor, exact: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``‖found − exact‖ / ‖exact‖`` of matrices ``[..., N, M]`` in each of ``NORMS``: ``[...]``."""
+    norm = torch.linalg.matrix_norm
+    return {name: norm(found - exact, kind) / norm(exact, kind) for name, kind in NORMS.items()}
+
+
+def entropy(weights: torch.Tensor) -> torch.Tensor:
+    """Mean entropy of the rows of ``[..., N, M]``, each scaled to sum to one: 0 for one key, 1 for all keys alike."""
+    rows = weights / weights.sum(-1, keepdim=True)
+    return torch.special.entr(rows).sum(-1).mean(-1) / torch.tensor(weights.shape[-1]).to(rows).log()
+
+
+def concentration(weights: torch.Tensor, share: float = 0.1) -> torch.Tensor:
+    """Mean part of the mass of a row of ``[..., N, M]`` that lies on its largest ``share`` of keys, rounded."""
+    top = weights.topk(max(1, round(share * weights.shape[-1])), dim=-1).values
+    return (top.sum(-1) / weights.sum(-1)).mean(-1)
+
+
+def compare(
+    attention: QKVAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exact: torch.Tensor | None = None
+) -> dict[str, float]:
+    """What the mechanism's map and output are to softmax attention's.
+
+    Args:
+        attention: A mechanism, such as one of ``bare_attention``.
+        q: Queries ``[B, H, W, C]``; ``k`` and ``v`` alike.
+        k: Keys.
+        v: Values.
+        exact: ``softmax_map(attention, q, k)``, where it is known already.
+
+    Returns:
+        A figure for each of ``COLUMNS``.
+
+    Raises:
+        ValueError: A shape does not fit.
+    """
+    _check_shapes(attention, q, k, v)
+    found = attention_map(attention, q, k)
+    exact = softmax_map(attention, q, k) if exact is None else exact
+    widths = _head_widths(attention)
+    values = v.double().flatten(1, 2).split(widths, dim=-1)
+    outputs = [torch.cat([a @ x for a, x in zip(maps.unbind(1), values, strict=True)], -1) for maps in (found, exact)]
+    figures = {f"map_{name}": error for name, error in relative_errors(found, exact).items()}
+    figures |= {"entropy": entropy(found), "concentration": concentration(found)}
+    share = torch.tensor(widths).to(found) / attention.dim
+    figures = {name: (per_head * share).sum(1) for name, per_head in figures.items()}
+    figures |= {f"output_{name}": error for name, error in relative_errors(*outputs).items()}
+    return {name: figures[name].mean().item() for name in COLUMNS}
+
+
+def sweep(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    num_heads: int,
+    blocks: Iterable[int] = (2, 4, 7, 14, 28),
+    splits: Iterable[float] = (0, 0.25, 0.5, 0.75, 1),
+) -> list[dict[str, Any]]:
+    """``compare`` for every mechanism, and for ELFATT over block side and channel split.
+
+    Args:
+        q: Queries ``[B, H, W, C]``; ``k`` and ``v`` alike.
+        k: Keys.
+        v: Values.
+        num_heads: Attention heads; each branch of ELFATT has half of them.
+        blocks: Sides of ELFATT's blocks in tokens; those beyond the map count as the map.
+        splits: Shares c1/c of the channels that go to ELFATT's global branch; at 1 there are no blocks.
+
+    Returns:
+        A row for each variant: ``mechanism``, ``block_size``, ``channel_split`` and ``COLUMNS``. What cannot be built
+        with so many channels and heads is left out, with a line on stderr.
+
+    Raises:
+        ValueError: A shape does not fit, or the channels cannot be split into the heads.
+    """
+    _check_shapes(None, q, k, v)
+    bare_attention("vanilla", q.shape[-1], num_heads)  # where this fails there is nothing to compare with
+    sides = sorted({min(side, max(q.shape[1:3])) for side in blocks})
+    variants = [(name, None, None, options) for name, options in MECHANISMS.items()]
+    for split in splits:
+        for side in sides[:1] if split == 1 else sides:
+            options = {"block_size": side, "channel_split": split}
+            variants.append(("elfatt", None if split == 1 else side, split, options))
+    rows, exact = [], {}
+    for name, side, split, options in variants:
+        try:
+            attention = bare_attention(name, q.shape[-1], num_heads, **options)
+        except ValueError as error:
+            print(f"left out: {name}: {error}", file=sys.stderr)
+            continue
+        heads = tuple(_head_widths(attention))
+        if heads not in exact:
+            exact[heads] = softmax_map(attention, q, k)
+        figures = compare(attention, q, k, v, exact[heads])
+        rows.append({"mechanism": name, "block_size": side, "channel_split": split, **figures})
+    return rows
+
+
+def random_qkv(
+    size: tuple[int, int], dim: int, *, images: int = 1, scale: float = 1.0, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Independent normal q, k, v ``[B, H, W, C]`` in float64; q and k have the standard deviation ``scale``."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, images, *size, dim, generator=generator, dtype=torch.float64)
+    return q * scale, k * scale, v
+
+
+def layer_qkv(model: nn.Module, layer: str, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What one attention layer of a model makes of images: q, k, v, each ``[B, H, W, C]``.
+
+    Args:
+        model: A model of the package.
+        layer: Name of the attention layer, such as ``stages.2.blocks.0.attn``.
+        images: Normalised images ``[B, 3, H, W]``.
+
+    Raises:
+        ValueError: The model has no such layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QKVAttention)}
+    if layer not in layers:
+        raise ValueError(f"no attention layer {layer!r}: choose one of {', '.join(layers)}")
+    seen = []
+    # the map before Swin pads it
+    hook = layers[layer].register_forward_pre_hook(lambda module, inputs: seen.append(module.qkv(inputs[0])))
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    finally:
+        hook.remove()
+    return seen[0].chunk(3, dim=-1)
+
+
+def _check_shapes(attention: QKVAttention | None, *tensors: torch.Tensor) -> None:
+    shapes = [tuple(x.shape) for x in tensors]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 4 or shapes[0][1] * shapes[0][2] < 2:
+        raise ValueError(f"q, k and v must be maps [B, H, W, C] of one shape and two or more tokens, got {shapes}")
+    if attention is not None and shapes[0][-1] != attention.dim:
+        raise ValueError(f"expected maps of {attention.dim} channels, got {shapes}")
+
+
+def _branches(attention: QKVAttention) -> list[tuple[int, int]]:
+    """Channels and heads of each branch, in the order of the channels."""
+    if not isinstance(attention, ELFATT):
+        return [(attention.dim, attention.num_heads)]
+    widths = attention.global_channels, attention.dim - attention.global_channels
+    return [(width, heads) for width, heads in zip(widths, attention.branch_heads, strict=True) if width]
+
+
+def _head_widths(attention: QKVAttention) -> list[int]:
+    return [width // heads for width, heads in _branches(attention) for _ in range(heads)]
+
+
+def _attend(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    side = getattr(attention, "window_size", 1)  # Swin's forward pads to whole windows before attend
+    qkv = pad_to_multiple(torch.cat([q, k, v], dim=-1), (side, side))
+    with torch.no_grad(), use_backend("math"):
+        return attention.attend(qkv)[:, : q.shape[1], : q.shape[2]]

@@ -1,0 +1,123 @@
+"""Tables VIII and IX at every power mode of an edge device, or at given numbers of CPU threads.
+
+On a Jetson ``nvpmodel`` sets the modes and ``tegrastats`` is read while the models run; elsewhere neither is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from elfatt.analysis.environment import describe_environment, machine_name
+from elfatt.analysis.results import RESULTS, save_rows, to_markdown
+from elfatt.analysis.rows import select_rows
+from elfatt.analysis.tables import EDGE, Entry, add_speed_arguments, apply_speed_arguments, measure_speed
+
+KEY = ("table", "name", "mode")
+TOTALS = ("VDD_IN", "POM_5V_IN")  # rails that carry all of the board's power, by board
+PARTS = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")  # those of an AGX Orin, which add up to it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the ``edge`` command."""
+    add = parser.add_argument
+    add("table", type=int, choices=(8, 9), help="8: batch 128; 9: batch 1")
+    add("--rows", nargs="+", metavar="PATTERN", help="models, such as '*-ELFATT' (default: all)")
+    add("--modes", nargs="+", type=int, help="nvpmodel modes of a Jetson (default: the one that is set)")
+    add_speed_arguments(parser)
+    parser.add_argument("--thread-modes", nargs="+", type=int, metavar="N", help="CPU threads to step through")
+    parser.add_argument("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure the rows at every mode.
+
+    Raises:
+        ValueError: Modes of a Jetson elsewhere, or modes of both kinds.
+    """
+    if args.modes and not shutil.which("nvpmodel"):
+        raise ValueError(f"--modes {args.modes} needs a Jetson's nvpmodel: leave it out, or use --thread-modes")
+    if args.modes and args.thread_modes:
+        raise ValueError("--modes and --thread-modes exclude each other: give one")
+    settings = apply_speed_arguments(args)
+    path = args.results or RESULTS / f"{machine_name(args.device)}.json"
+    head = {"kind": "edge", "settings": settings, "environment": describe_environment(args.device)}
+    rows: list[dict[str, Any]] = []
+    for mode in args.modes or args.thread_modes or [None]:
+        name = set_mode(mode, bool(args.modes))
+        print(f"mode {name}", file=sys.stderr)
+        entries = [Entry(row, {"table": row.table, "name": row.name, "mode": name}) for row in _rows(args)]
+        with power_log() as log:
+            for _ in measure_speed(entries, args):
+                pass
+        watts = mean_watts(log)
+        done = [{**entry.values, "watts": watts} for entry in entries]
+        save_rows(path, head, done, KEY)
+        rows += done
+    print(format_rows(rows))
+    print(f"\nadded to {path}", file=sys.stderr)
+
+
+def _rows(args: argparse.Namespace):
+    return select_rows([args.table], args.rows)
+
+
+def set_mode(mode: int | None, jetson: bool) -> str:
+    """Set a power mode or a number of threads, and return its name."""
+    if jetson:
+        subprocess.run(["sudo", "nvpmodel", "-m", str(mode)], check=True, stdin=subprocess.DEVNULL)
+        found = subprocess.run(["nvpmodel", "-q"], check=True, capture_output=True, text=True).stdout
+        return re.search(r"Power Mode: (\S+)", found)[1]
+    if mode is not None:
+        torch.set_num_threads(mode)
+    return f"{torch.get_num_threads()} threads"
+
+
+@contextmanager
+def power_log() -> Iterator[list[str]]:
+    """Lines that ``tegrastats`` prints inside the ``with`` block, there once it is left; none on other machines."""
+    lines: list[str] = []
+    if not shutil.which("tegrastats"):
+        yield lines
+        return
+    process = subprocess.Popen(["tegrastats", "--interval", "200"], stdout=subprocess.PIPE, text=True)
+    try:
+        yield lines
+    finally:
+        process.terminate()
+        lines.extend(process.communicate()[0].splitlines())
+
+
+def mean_watts(lines: Iterable[str]) -> float | None:
+    """Mean power of a ``tegrastats`` log in watts; None where it states no power."""
+    found = []
+    for line in lines:
+        rails = {name: int(milliwatts) for name, milliwatts in re.findall(r"(\w+) (\d+)(?:mW)?/\d+(?:mW)?", line)}
+        total = next((rails[name] for name in TOTALS if name in rails), None)
+        if total is None and all(name in rails for name in PARTS):
+            total = sum(rails[name] for name in PARTS)
+        if total is not None:
+            found.append(total / 1000)
+    return fmean(found) if found else None
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """Markdown, one line a model and mode."""
+    header = ["model", "mode", "W", "images/s FP32", "speed-up FP32", "images/s AMP", "speed-up AMP"]
+    lines = []
+    for row in rows:
+        speeds = [row.get(f"{key}_{kind}") for kind in EDGE for key in ("images_per_s", "speedup")]
+        figures = ["" if value is None else f"{value:.3g}" for value in (row.get("watts"), *speeds)]
+        lines.append([row["name"], row["mode"], *figures])
+    return to_markdown(header, lines)

@@ -1,0 +1,89 @@
+"""What a measurement was made on: hardware, versions and the switches that decide disputes about speed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "timm",
+    "flash-attn",
+    "mamba-ssm",
+    "onedl-mmengine",
+    "onedl-mmsegmentation",
+    "onedl-mmdetection",
+)
+
+
+def describe_environment(device: str) -> dict[str, dict]:
+    """Hardware, versions and switches of this process.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        ``hardware``, ``versions`` and ``flags``, each a flat dictionary that JSON can hold.
+    """
+    hardware = {
+        "device": _gpu_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(_memory_bytes(device) / 2**30),
+    }
+    if device == "cpu":
+        hardware["instructions"] = torch.backends.cpu.get_cpu_capability()
+    versions = {"python": platform.python_version(), "system": platform.system()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    flags = {"float32_matmul_precision": torch.get_float32_matmul_precision()}
+    if device == "cuda":
+        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        flags |= {
+            "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        }
+    return {"hardware": hardware, "versions": versions, "flags": flags}
+
+
+def machine_name(device: str) -> str:
+    """Short name of the hardware, fit for a file name, such as ``nvidia-h200`` or ``amd-epyc-2-threads``."""
+    name = _gpu_name() if device == "cuda" else f"{_cpu_name()} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def available_bytes(device: str) -> int:
+    """Memory that can be taken now, in bytes."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    fields = Path("/proc/meminfo")
+    if fields.exists():
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", fields.read_text())[1])
+    return _memory_bytes("cpu")
+
+
+def _gpu_name() -> str:
+    return torch.cuda.get_device_name()
+
+
+def _cpu_name() -> str:
+    fields = Path("/proc/cpuinfo")
+    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", fields.read_text(), re.M) if fields.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _memory_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

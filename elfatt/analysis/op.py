@@ -1,0 +1,175 @@
+"""The ELFATT operation: each backend over plain PyTorch within one run, and its share of the copy bandwidth."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from elfatt.analysis.environment import describe_environment, machine_name
+from elfatt.analysis.results import RESULTS, save_rows, to_markdown
+from elfatt.analysis.timing import Inference, WrongOutput, record_graph, time_in_turns
+from elfatt.ops import BACKENDS, elfatt_attention, use_backend
+
+# height, width, channels, heads of each branch, block side: CSWin-T's levels at 224² and at 512×2048
+SHAPES = {
+    "224 level 1": (56, 56, 64, 1, 7),
+    "224 level 2": (28, 28, 128, 2, 7),
+    "224 level 3": (14, 14, 256, 4, 14),
+    "dense level 1": (128, 512, 64, 1, 14),
+    "dense level 2": (64, 256, 128, 2, 14),
+    "dense level 3": (32, 128, 256, 4, 14),
+}
+# what a fused operation moves at least, in units of one of q, k, v: forward, and forward with backward
+FUSED_UNITS = {False: 9, True: 25}
+COPY_BYTES = 2**28
+KEY = ("shape", "variant")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the ``op`` command."""
+    add = parser.add_argument
+    add("--backends", nargs="+", default=["auto", "math"], choices=BACKENDS)
+    add("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="NAME", help=", ".join(SHAPES))
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--threads", type=int, help="of the CPU")
+    add("--batch-size", type=int, default=8, help="of the 224² shapes; the dense ones have 1")
+    add("--backward", action="store_true", help="time the backward pass as well")
+    add("--compile", action="store_true", help="torch.compile every variant, the plain one too")
+    add("--cuda-graphs", action="store_true", help="record each call once and replay it")
+    add("--repeats", type=int, default=20, help="turns that count")
+    add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure every shape and print the table."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = ("dtype", "batch_size", "backward", "compile", "cuda_graphs", "repeats", "device")
+    settings = {name: getattr(args, name) for name in names}
+    path = args.results or RESULTS / f"{machine_name(args.device)}.json"
+    head = {"kind": "op", "settings": settings, "environment": describe_environment(args.device)}
+    rows = []
+    for shape in args.shapes:
+        done = measure_shape(shape, args)
+        save_rows(path, head, done, KEY)
+        rows += done
+    print(format_rows(rows))
+    print(f"\nadded to {path}", file=sys.stderr)
+
+
+def plain_elfatt(qkv, *, num_heads, global_channels, block_size, lepe_global, lepe_local) -> torch.Tensor:
+    """The baseline: ELFATT as one writes it down first, with reshapes, transposes and NCHW convolutions."""
+    b, h, w, c = *qkv.shape[:3], qkv.shape[3] // 3
+    c1, c2, s = global_channels, c - global_channels, block_size
+    q, k, v = qkv.reshape(b, h * w, 3, c).permute(2, 0, 1, 3)
+
+    def heads(x, n):
+        return x.reshape(*x.shape[:2], n, -1).transpose(1, 2)
+
+    def lepe(x, size, kernel):
+        image = x.transpose(1, 2).contiguous().view(x.shape[0], x.shape[2], *size)
+        return F.conv2d(image, *kernel, padding=1, groups=x.shape[2]).flatten(2).transpose(1, 2)
+
+    query, key, value = (heads(x[..., :c1], num_heads[0]) for x in (q, k, v))
+    out_global = query.softmax(-1) @ (key.softmax(-2).transpose(-2, -1) @ value)
+    out_global = out_global.transpose(1, 2).reshape(b, h * w, c1) + lepe(v[..., :c1], (h, w), lepe_global)
+
+    rows, columns = -(-h // s), -(-w // s)
+
+    def blocks(x):
+        x = F.pad(x[..., c1:].reshape(b, h, w, c2), (0, 0, 0, columns * s - w, 0, rows * s - h))
+        return x.reshape(b, rows, s, columns, s, c2).permute(0, 1, 3, 2, 4, 5).reshape(-1, s * s, c2)
+
+    q, k, v = (blocks(x) for x in (q, k, v))
+    out_local = F.scaled_dot_product_attention(*(heads(x, num_heads[1]) for x in (q, k, v)))
+    out_local = out_local.transpose(1, 2).reshape(-1, s * s, c2) + lepe(v, (s, s), lepe_local)
+    out_local = out_local.reshape(b, rows, columns, s, s, c2).permute(0, 1, 3, 2, 4, 5)
+    out_local = out_local.reshape(b, rows * s, columns * s, c2)[:, :h, :w]
+    return torch.cat([out_global.reshape(b, h, w, c1), out_local], dim=-1)
+
+
+def measure_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a variant: plain PyTorch first, then the backends.
+
+    Raises:
+        WrongOutput: A backend's output or gradient is not plain PyTorch's.
+    """
+    h, w, c, heads, side = SHAPES[shape]
+    batch = 1 if shape.startswith("dense") else args.batch_size
+    dtype, generator = getattr(torch, args.dtype), torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator).to(args.device, dtype).requires_grad_(args.backward)
+
+    qkv = draw(batch, h, w, 3 * c)
+    options = {"num_heads": (heads, heads), "global_channels": c // 2, "block_size": side}
+    options |= {name: (draw(c // 2, 1, 3, 3), draw(c // 2)) for name in ("lepe_global", "lepe_local")}
+    inputs = [qkv, *options["lepe_global"], *options["lepe_local"]]
+    upstream = torch.ones(batch, h, w, c, device=args.device, dtype=dtype)
+
+    def prepare(op: Callable, backend: str) -> Callable[[], torch.Tensor]:
+        call = torch.compile(op) if args.compile else op
+
+        def run():
+            with use_backend(backend), torch.set_grad_enabled(args.backward):
+                out = call(qkv, **options)
+                if not args.backward:
+                    return out
+                return torch.autograd.grad(out, inputs, upstream)[0]
+
+        return record_graph(run) if args.cuda_graphs else run
+
+    variants = {"plain": prepare(plain_elfatt, "auto")}
+    expected = variants["plain"]()
+    for backend in args.backends:
+        variants[backend] = prepare(elfatt_attention, backend)
+        check_equal(f"{backend} at {shape}", variants[backend](), expected)
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=args.device)
+    target = torch.empty_like(source)
+    calls = {**variants, "copy": lambda: target.copy_(source)}
+    timings = time_in_turns(calls, args.repeats, synchronize=Inference(args.device).synchronize)
+    bandwidth = 2 * COPY_BYTES / timings.pop("copy").median
+    moved = FUSED_UNITS[args.backward] * batch * h * w * c * dtype.itemsize
+    return [
+        {
+            "shape": shape,
+            "variant": name,
+            "microseconds": 1e6 * timing.median,
+            "microseconds_quartiles": [1e6 * timing.low, 1e6 * timing.high],
+            "speedup": timings["plain"].median / timing.median,
+            "fused_bytes": moved,
+            "share_of_copy_bandwidth": moved / timing.median / bandwidth,
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def check_equal(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse to time what is wrong.
+
+    Raises:
+        WrongOutput: The relative error is not that of the dtype.
+    """
+    error = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    if not error <= 10 * torch.finfo(found.dtype).eps:
+        raise WrongOutput(f"{name} is off by {error:.1e} in {found.dtype}: not timed")
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """Markdown, one line a shape and variant."""
+    header = ["shape", "variant", "µs", "quartiles", "over plain", "share of the copy bandwidth"]
+    lines = []
+    for row in rows:
+        low, high = row["microseconds_quartiles"]
+        share = f"{row['share_of_copy_bandwidth']:.0%}"
+        figures = [f"{row['microseconds']:.0f}", f"{low:.0f}–{high:.0f}", f"{row['speedup']:.2f}×", share]
+        lines.append([row["shape"], row["variant"], *figures])
+    return to_markdown(header, lines)

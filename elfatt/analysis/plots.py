@@ -1,0 +1,176 @@
+"""Figures from results files: scaling curves, speed against accuracy, and the edge figure."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from elfatt.analysis.results import RESULTS, load_runs
+from elfatt.analysis.rows import TITLES, Row, select_rows
+
+STYLES = {"nfa": (":", "o"), "fa": ("-", "s"), "sdpa": ("--", "^"), "fp32": ("-", "o"), "amp": ("--", "s")}
+MECHANISMS = ("elfatt", "global", "local", "effatt", "agent", "flatten")  # a colour each, the same in every figure
+ACCURACY = {1: "top1_percent", 6: "ap_box", 7: "miou_percent"}
+
+ACCURACY_LABELS = {1: "top-1, %", 6: "box AP", 7: "mIoU, %"}
+EDGE_QUANTITIES = {"images_per_s": "images/s", "speedup": "speed-up over GLOBAL"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the ``plot`` command."""
+    add = parser.add_argument
+    add("results", type=Path, nargs="*", help=f"results files (default: all of {RESULTS})")
+    add("--folder", type=Path, help="where the pictures go (default: beside the file)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw every figure for which the file has rows.
+
+    Raises:
+        ValueError: It has none.
+    """
+    drawn, files = [], args.results or sorted(RESULTS.glob("*.json"))
+    for file in files:
+        folder = args.folder or file.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, run in enumerate(load_runs(file), start=1):
+            for name, draw in FIGURES.get(run["kind"], {}).items():
+                path = folder / f"{file.stem}-{number}-{name}.png"
+                if draw(run["rows"], path):
+                    drawn.append(path)
+    if not drawn:
+        names = ", ".join(map(str, files)) or RESULTS
+        raise ValueError(f"{names} has nothing to draw: measure something first, such as `scaling`")
+    print(*drawn, sep="\n")
+
+
+def draw_scaling(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Latency and memory of every model against the pixels of the image, both axes logarithmic."""
+    quantities = {"latency_ms": "ms a pass", "peak_memory_mib": "peak memory, MiB", "counted_memory_mib": "live MiB"}
+    shown = [key for key in quantities if len({_pixels(row) for row in rows if row.get(key)}) > 1]
+    if not shown:
+        return False
+    figure, axes = _pyplot().subplots(1, len(shown), figsize=(6 * len(shown), 4.5), layout="constrained", squeeze=False)
+    for axis, key in zip(axes[0], shown, strict=True):
+        for (model, attention), members in groupby(rows_by_model(rows), lambda row: (row["model"], row["attention"])):
+            points = sorted((_pixels(row), row[key]) for row in members if row.get(key))
+            line, marker = STYLES[attention]
+            label = f"{model} {_kind(attention)}"
+            axis.loglog(*zip(*points, strict=True), line, marker=marker, ms=4, color=_colour(model), label=label)
+        sizes = {_pixels(row): f"{row['height']}×{row['width']}" for row in rows}
+        axis.set_xticks(list(sizes), list(sizes.values()), rotation=45)
+        axis.minorticks_off()
+        axis.set(xlabel="image, pixels", ylabel=quantities[key])
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    return _save(figure, path)
+
+
+def draw_tradeoff(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Measured images per second against the published accuracy, a panel a group of Tables I, VI and VII."""
+    groups: dict[str, list[tuple[Row, dict]]] = {}
+    for row, values in paired(rows):
+        if row.table in ACCURACY and ("images_per_s_fa" in values or "images_per_s_nfa" in values):
+            groups.setdefault(f"Table {row.table}: {row.group}", []).append((row, values))
+    groups = {title: members for title, members in groups.items() if len(members) > 1}
+    if not groups:
+        return False
+    figure, axes = _pyplot().subplots(
+        1, len(groups), figsize=(5 * len(groups), 4.2), layout="constrained", squeeze=False
+    )
+    for axis, (title, members) in zip(axes[0], groups.items(), strict=True):
+        for row, values in members:
+            cell = ACCURACY[row.table]
+            accuracy, measured = float(row.published[cell]), cell in values
+            for kind in ("nfa", "fa"):
+                if f"images_per_s_{kind}" in values:
+                    point = values[f"images_per_s_{kind}"], values.get(cell, accuracy)
+                    axis.plot(*point, STYLES[kind][1], color=_colour(row.config), mfc=None if measured else "none")
+                    axis.lines[-1].set_label(f"{row.model} {_kind(kind)}")
+        axis.set(
+            title=title, xlabel="images/s (here)", ylabel=ACCURACY_LABELS[members[0][0].table] + " (open: the paper's)"
+        )
+        axis.legend(fontsize=6)
+        axis.grid(alpha=0.3)
+    return _save(figure, path)
+
+
+def draw_edge(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Images per second and the speed-up over vanilla attention against the power, or the power mode's name."""
+    kinds = [kind for kind in ("fp32", "amp") if any(f"images_per_s_{kind}" in row for row in rows)]
+    if not kinds:
+        return False
+    figure, axes = _pyplot().subplots(2, len(kinds), figsize=(5.5 * len(kinds), 7), layout="constrained", squeeze=False)
+    powered = all(row.get("watts") for row in rows)
+    for column, kind in zip(axes.T, kinds, strict=True):
+        for axis, key, label in zip(
+            column, ("images_per_s", "speedup"), ("images/s", "speed-up over GLOBAL"), strict=True
+        ):
+            for name, members in groupby(sorted(rows, key=lambda row: row["name"]), lambda row: row["name"]):
+                points = [
+                    (row["watts"] if powered else row["mode"], row[f"{key}_{kind}"])
+                    for row in members
+                    if f"{key}_{kind}" in row
+                ]
+                if points:
+                    points = sorted(points) if powered else points
+                    axis.plot(*zip(*points, strict=True), "o-", ms=4, color=_colour(name), label=name)
+            axis.set(xlabel="power, W" if powered else "power mode", ylabel=f"{label} ({_kind(kind)})")
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    return _save(figure, path)
+
+
+FIGURES = {
+    "scaling": {"scaling": draw_scaling},
+    "tables": {"tradeoff": draw_tradeoff},
+    "edge": {"edge": draw_edge},
+}
+
+
+def paired(rows: Iterable[dict[str, Any]]) -> list[tuple[Row, dict[str, Any]]]:
+    """Measured rows with the published ones that they belong to, in the paper's order."""
+    values = {(row["table"], row["name"]): row for row in rows}
+    found = [(row, values.get((row.table, row.name))) for row in select_rows(list(TITLES))]
+    return [(row, measured) for row, measured in found if measured]
+
+
+def rows_by_model(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows sorted by model and attention."""
+    return sorted(rows, key=lambda row: (row["model"], row["attention"]))
+
+
+def _pixels(row: dict[str, Any]) -> int:
+    return row["height"] * row["width"]
+
+
+def _kind(attention: str) -> str:
+    return attention.upper().replace("NFA", "nFA")
+
+
+def _colour(name: str) -> str:
+    parts = name.lower().replace("-", "_").split("_")
+    known = next((i for i, mechanism in enumerate(MECHANISMS) if mechanism in parts), len(MECHANISMS))
+    return f"C{known}"
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure, path: Path) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    _pyplot().close(figure)
+    return True

@@ -1,0 +1,71 @@
+"""Results files: what was measured on one machine, with its environment, in ``results/MACHINE.json``.
+
+A file holds runs; a run is one command's settings, the environment and its rows. The same settings in the same
+environment add to a run and replace equal rows; anything else begins a new run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("results")
+
+
+def load_runs(path: Path) -> list[dict[str, Any]]:
+    """Runs of a results file; none where there is no file.
+
+    Raises:
+        ValueError: The file is no results file.
+    """
+    if not path.exists():
+        return []
+    try:
+        runs = json.loads(path.read_text())["runs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no results file ({error}): move it away") from error
+    return runs
+
+
+def save_rows(path: Path, head: dict[str, Any], rows: list[dict[str, Any]], key: tuple[str, ...]) -> None:
+    """Add rows to the run that has this head; the file is replaced in one step.
+
+    Args:
+        path: Results file.
+        head: ``kind``, ``settings`` and ``environment`` of the run.
+        rows: What was measured.
+        key: Fields that tell rows apart; an equal row is updated.
+    """
+    runs = load_runs(path)
+    head = json.loads(json.dumps(head))
+    run = next((run for run in runs if all(run[name] == value for name, value in head.items())), None)
+    if run is None:
+        run = {**head, "rows": []}
+        runs.append(run)
+    known = {tuple(row[name] for name in key): row for row in run["rows"]}
+    for row in rows:
+        known.setdefault(tuple(row[name] for name in key), {}).update(row)
+    run["rows"] = list(known.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+def to_markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others are figures."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write dictionaries with the same keys as comma-separated values."""
+    lines = list(rows)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)

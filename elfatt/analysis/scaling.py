@@ -1,0 +1,156 @@
+"""Latency and peak memory of any models against the resolution: linear against quadratic at a glance."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import elfatt  # noqa: F401  registers the models
+from elfatt.analysis.environment import describe_environment, machine_name
+from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
+from elfatt.analysis.results import RESULTS, save_rows, to_markdown
+from elfatt.analysis.tables import BACKENDS, add_speed_arguments, apply_speed_arguments
+from elfatt.analysis.timing import Inference, WrongOutput, check_numerics, time_in_turns
+from elfatt.backbones.zoo import ATTENTIONS
+
+DEFAULT_MODELS = [f"cswin_tiny_{name}" for name in ATTENTIONS]
+DEFAULT_SIZES = ["224", "384", "512", "768", "1024", "1536", "2048"]
+WAYS = {**BACKENDS, "sdpa": "sdpa"}  # the last: fused by PyTorch alone, without kernels of ours
+KEY = ("model", "attention", "height", "width")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the ``scaling`` command."""
+    add = parser.add_argument
+    add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", help="of timm; the first is the baseline")
+    add("--baseline", metavar="NAME", help="model over which speed-ups are given (default: the first)")
+    add("--sizes", nargs="+", default=DEFAULT_SIZES, metavar="SIZE", help="side or HEIGHTxWIDTH in pixels")
+    add("--attention", nargs="+", choices=WAYS, default=list(BACKENDS), help="softmax attention open (nfa), fused (fa)")
+    add("--backward", action="store_true", help="with the backward pass, as in training")
+    add("--memory", action="store_true", help="measure peak memory, rather than count what is alive")
+    add("--count-only", action="store_true", help="run no model: memory alone, counted")
+    add("--plot", type=Path, metavar="FILE", help="draw the curves as .png or .svg")
+    add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json)")
+    add_speed_arguments(parser)
+    parser.set_defaults(run=run, batch_size=1)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure every model at every size; the models of one size take turns."""
+    for name in args.models:
+        if not timm.is_model(name):
+            close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)
+            raise ValueError(f"unknown model {name!r}: did you mean {close[0]!r}?")
+    baseline = args.baseline or args.models[0]
+    if baseline not in args.models:
+        raise ValueError(f"--baseline {baseline} is none of the models {', '.join(args.models)}")
+    sizes = [parse_size(text) for text in args.sizes]
+    settings = {**apply_speed_arguments(args), "baseline": baseline, "backward": args.backward}
+    path = args.results or RESULTS / f"{machine_name(args.device)}.json"
+    head = {"kind": "scaling", "settings": settings, "environment": describe_environment(args.device)}
+    rows = []
+    for size in sizes:
+        print(f"{size[0]}x{size[1]} pixels", file=sys.stderr)
+        done = measure_size(size, baseline, args)
+        save_rows(path, head, done, KEY)
+        rows += done
+    print(format_rows(rows))
+    if args.plot:
+        from elfatt.analysis.plots import draw_scaling
+
+        draw_scaling(rows, args.plot)
+    print(f"\nadded to {path}", file=sys.stderr)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``224`` or ``512x2048`` as height and width.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) >= 32 for part in parts):
+        raise ValueError(f"size {text!r} must be a side or HEIGHTxWIDTH of at least 32 pixels, such as 512x2048")
+    return int(parts[0]), int(parts[-1])
+
+
+def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a model and attention; what memory does not hold has no latency but the reason."""
+    rows, passes = [], {}
+    for name in args.models:
+        build = partial(_build, name, size)
+        model = None if args.count_only else build(args.device)
+        for attention in args.attention:
+            how = Inference(args.device, args.precision, WAYS[attention], args.compile, args.cuda_graphs, args.backward)
+            row = {"model": name, "attention": attention, "height": size[0], "width": size[1]}
+            rows.append(row)
+            label = f"{name} ({attention})"
+            try:
+                needed = 0  # what the backward pass needs is not counted
+                if not args.backward:
+                    needed = count_memory(build("meta"), (1, 3, *size), how.backend, how.dtype)
+                    row["counted_memory_mib"] = needed / 2**20
+                if args.count_only:
+                    continue
+                check_numerics(label, model, (1, 3, 64, 64), replace(how, backward=False))
+                batch, passes[name, attention] = fit_batch(label, needed, args.batch_size, size, how, model)
+                row["batch_size"] = batch
+                if args.memory:
+                    call = partial(_prepare, build, how, (batch, 3, *size))
+                    row["peak_memory_mib"] = measure_memory(call, args.device)
+            except (WrongOutput, MemoryError) as error:
+                print(f"not timed: {error}", file=sys.stderr)
+                row["refused"] = str(error)
+    timings = time_in_turns(passes, args.repeats, args.warm_up, Inference(args.device).synchronize)
+    by_key = {(row["model"], row["attention"]): row for row in rows}
+    for key, timing in timings.items():
+        row = by_key[key]
+        row |= {"latency_ms": 1e3 * timing.median, "images_per_s": row["batch_size"] / timing.median}
+        row["latency_ms_quartiles"] = [1e3 * timing.low, 1e3 * timing.high]
+    for (_, attention), row in by_key.items():
+        reference = by_key[baseline, attention].get("images_per_s")
+        if reference and "images_per_s" in row:
+            row["speedup"] = row["images_per_s"] / reference
+    return rows
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """Markdown, one line a model, attention and size."""
+    header = ["model", "size", "ms", "quartiles", "images/s", "speed-up", "peak memory, MiB", "counted, MiB"]
+    lines = []
+    for row in rows:
+        low, high = row.get("latency_ms_quartiles", ("", ""))
+        lines.append(
+            [
+                f"{row['model']} {row['attention'].upper().replace('NFA', 'nFA')}",
+                f"{row['height']}×{row['width']}",
+                _cell(row.get("latency_ms")),
+                f"{_cell(low)}–{_cell(high)}" if low else "",
+                _cell(row.get("images_per_s")),
+                f"{row['speedup']:.2f}" if "speedup" in row else "",
+                _cell(row.get("peak_memory_mib")),
+                _cell(row.get("counted_memory_mib")),
+            ]
+        )
+    return to_markdown(header, lines)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None or value == "" else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _build(name: str, size: tuple[int, int], device: str) -> torch.nn.Module:
+    with torch.device(device):
+        return timm.create_model(name).eval()
+
+
+def _prepare(build, how: Inference, shape: tuple[int, ...]):
+    return how.prepare(build(how.device), shape)

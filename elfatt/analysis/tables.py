@@ -1,0 +1,320 @@
+"""Tables I to IX: what the paper prints beside what this machine measures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from elfatt.analysis.accuracy import evaluate
+from elfatt.analysis.environment import describe_environment, machine_name
+from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
+from elfatt.analysis.results import RESULTS, save_rows, to_markdown, write_csv
+from elfatt.analysis.rows import TITLES, Row, select_rows
+from elfatt.analysis.timing import PRECISIONS, Inference, WrongOutput, check_numerics, time_in_turns
+
+BACKENDS = {"nfa": "math", "fa": "auto"}  # the paper's names: softmax attention as two products, or fused
+EDGE = {"fp32": "float32", "amp": "amp"}  # Tables VIII and IX have a column for each precision
+NUMERICS_SIDE = 64  # pixels of the image on which a model's output is compared with the formula's
+KEY = ("table", "name")
+
+
+class Protocol(NamedTuple):
+    """How speed is measured; no batch size means the row's own."""
+
+    batch_size: int | None
+    precision: str
+    warm_up: int
+    repeats: int
+
+
+PROTOCOLS = {"paper": Protocol(None, "amp", 10, 100), "timm": Protocol(256, "float32", 10, 40)}
+
+
+class Column(NamedTuple):
+    """A quantity: its heading, its cell in the paper's tables and its key in the results, factor and decimals."""
+
+    heading: str
+    published: str | None
+    key: str
+    factor: float = 1
+    decimals: int | None = None
+
+
+COLUMNS = (
+    Column("parameters, M", "params_m", "params", 1e-6, 0),
+    Column("GMACs nFA", "gmacs_nfa", "macs_nfa", 1e-9, 2),
+    Column("GMACs FA", "gmacs_fa", "macs_fa", 1e-9, 2),
+    Column("GMACs true", None, "macs_true", 1e-9, 2),
+    *(
+        Column(f"{heading} {kind.upper().replace('NFA', 'nFA')}", f"{key}_{kind}", f"{key}_{kind}", 1, decimals)
+        for heading, key, decimals in (
+            ("images/s", "images_per_s", None),
+            ("speed-up", "speedup", 2),
+            ("ms a pass", "latency_ms", None),
+            ("batch", "batch_size", 0),
+            ("peak memory, MiB,", "peak_memory_mib", 0),
+        )
+        for kind in (*BACKENDS, *EDGE)
+    ),
+    Column("top-1, %", "top1_percent", "top1_percent", 1, 1),
+    Column("mIoU, %", "miou_percent", "miou_percent", 1, 1),
+    Column("mAcc, %", "macc_percent", "macc_percent", 1, 1),
+    *(
+        Column(f"{what} {ap}", f"{ap.lower()}_{what}", f"{ap.lower()}_{what}", 1, 1)
+        for what in ("box", "mask")
+        for ap in ("AP", "AP50", "AP75")
+    ),
+)
+
+
+@dataclass
+class Entry:
+    """A row and what was measured of it."""
+
+    row: Row
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the ``tables`` command."""
+    add = parser.add_argument
+    add("tables", nargs="*", type=int, default=list(TITLES), metavar="N", help="tables 1 to 9 (default: all)")
+    add("--rows", nargs="+", metavar="PATTERN", help="models, such as 'CSWin-T*' or '*-ELFATT' (default: all)")
+    add("--measure", nargs="+", choices=STEPS, default=["counts"], help="default: counts, which run no model")
+    add_speed_arguments(parser)
+    group = parser.add_argument_group("accuracy")
+    add = group.add_argument
+    add("--checkpoints", type=Path, help="folder of checkpoints, each named as its configuration")
+    add("--imagenet", type=Path, help="ImageNet-1K, with the folder val")
+    add("--ade20k", type=Path, help="ADEChallengeData2016")
+    add("--coco", type=Path, help="COCO 2017")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output", type=Path, nargs="+", default=[], metavar="FILE", help="write the tables as .md or .csv")
+    add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json once models run)")
+    parser.set_defaults(run=run)
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say how speed is measured."""
+    add = parser.add_argument_group("speed").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--threads", type=int, help="of the CPU")
+    add("--protocol", choices=PROTOCOLS, default="paper", help="what the next four are (default: paper)")
+    add("--batch-size", type=int, help="images a pass; halved where memory is short")
+    add("--precision", choices=PRECISIONS, help="amp: float16 on a GPU, bfloat16 on a CPU")
+    add("--warm-up", type=int, help="turns before those that count")
+    add("--repeats", type=int, help="turns that count")
+    add("--compile", action="store_true", help="torch.compile the models")
+    add("--cuda-graphs", action="store_true", help="record each pass once and replay it")
+
+
+def apply_speed_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Fill in what the protocol says, set the threads, and return the settings for the results.
+
+    Raises:
+        ValueError: A number below 1.
+    """
+    protocol = PROTOCOLS[args.protocol]._asdict()
+    for name, value in protocol.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("threads", "batch_size", "repeats"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return {name: getattr(args, name) for name in ("device", *protocol, "compile", "cuda_graphs")}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what is asked for and print it beside what is published."""
+    for file in args.output:
+        if file.suffix not in (".md", ".csv"):
+            raise ValueError(f"--output {file} must end in .md or .csv")
+    settings = apply_speed_arguments(args)
+    entries = [Entry(row, {"table": row.table, "name": row.name}) for row in select_rows(args.tables, args.rows)]
+    path = args.results
+    if path is None and {"speed", "memory"} & set(args.measure):
+        path = RESULTS / f"{machine_name(args.device)}.json"
+    head = {"kind": "tables", "settings": settings, "environment": describe_environment(args.device)}
+    for measure in args.measure:
+        for done in STEPS[measure](entries, args):
+            if path:  # after every group: what a killed run has measured is kept
+                save_rows(path, head, [entry.values for entry in done], KEY)
+    text = format_tables(entries)
+    print(text)
+    for file in args.output:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n") if file.suffix == ".md" else write_csv(file, long_rows(entries))
+    if path:
+        print(f"\nadded to {path}", file=sys.stderr)
+
+
+def measure_counts(entries: list[Entry], args: argparse.Namespace) -> Iterator[list[Entry]]:
+    """Parameters and multiply-adds, on the meta device."""
+    known: dict[str, dict[str, int]] = {}  # some rows are the same model
+    for entry in tqdm(entries, "counts", disable=None, leave=False):
+        key = f"{entry.row.timm_model()} {entry.row.img_size}"
+        if key not in known:
+            known[key] = vars(entry.row.count())
+        entry.values.update(known[key])
+    yield entries
+
+
+def measure_speed(entries: list[Entry], args: argparse.Namespace) -> Iterator[list[Entry]]:
+    """Images per second; the rows of a group take turns."""
+    for title, group in _groups(entries):
+        print(f"speed: {title}", file=sys.stderr)
+        passes, chosen = {}, {}
+        for entry in group:
+            model = entry.row.build(args.device)
+            for kind, how in variants(entry.row, args).items():
+                try:
+                    check_numerics(entry.row.name, model, (1, 3, NUMERICS_SIDE, NUMERICS_SIDE), how)
+                    batch, call = _fit(entry.row, how, args, model)
+                except (WrongOutput, MemoryError) as error:
+                    print(f"not timed: {error}", file=sys.stderr)
+                    entry.values[f"refused_{kind}"] = str(error)
+                    continue
+                passes[entry.row.name, kind], chosen[entry.row.name, kind] = call, batch
+        synchronize = Inference(args.device).synchronize
+        timings = time_in_turns(passes, args.repeats, args.warm_up, synchronize)
+        for entry in group:
+            for kind in variants(entry.row, args):
+                if (entry.row.name, kind) not in timings:
+                    continue
+                timing, batch = timings[entry.row.name, kind], chosen[entry.row.name, kind]
+                entry.values |= {
+                    f"batch_size_{kind}": batch,
+                    f"latency_ms_{kind}": 1e3 * timing.median,
+                    f"images_per_s_{kind}": batch / timing.median,
+                    f"images_per_s_{kind}_quartiles": [batch / timing.high, batch / timing.low],
+                }
+        _compare(group)
+        yield group
+
+
+def _compare(group: list[Entry]) -> None:
+    """Speed-ups over vanilla attention, where it is in the group."""
+    baseline = next((entry.values for entry in group if entry.row.is_baseline), {})
+    for entry in group:
+        for kind in (*BACKENDS, *EDGE):
+            key = f"images_per_s_{kind}"
+            if key in baseline and key in entry.values:
+                entry.values[f"speedup_{kind}"] = entry.values[key] / baseline[key]
+
+
+def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[list[Entry]]:
+    """Peak memory of a pass."""
+    for entry in tqdm(entries, "memory", disable=None, leave=False):
+        for kind, how in variants(entry.row, args).items():
+            try:
+                batch, _ = _fit(entry.row, how, args)
+            except MemoryError as error:
+                print(f"not measured: {error}", file=sys.stderr)
+                continue
+            build = partial(_build_pass, entry.row, how, batch)
+            entry.values[f"peak_memory_mib_{kind}"] = measure_memory(build, args.device)
+            entry.values[f"batch_size_{kind}"] = batch
+        yield [entry]
+
+
+def _fit(row: Row, how: Inference, args: argparse.Namespace, model: torch.nn.Module | None = None):
+    needed = count_memory(row.build(), (1, 3, *row.img_size), how.backend, how.dtype)
+    return fit_batch(row.name, needed, args.batch_size or row.batch_size, row.img_size, how, model)
+
+
+def _build_pass(row: Row, how: Inference, batch: int):
+    return how.prepare(row.build(how.device), (batch, 3, *row.img_size))
+
+
+def measure_accuracy(entries: list[Entry], args: argparse.Namespace) -> Iterator[list[Entry]]:
+    """The metrics of the checkpoints that are there."""
+    folders = {"classification": args.imagenet, "segmentation": args.ade20k, "detection": args.coco}
+    if not args.checkpoints or not args.checkpoints.is_dir():
+        raise ValueError(f"--checkpoints {args.checkpoints} is no folder: accuracy needs checkpoints and a data set")
+    for entry in entries:
+        metrics = evaluate(entry.row, args.checkpoints, folders, args.device)
+        if metrics:
+            entry.values |= metrics
+            yield [entry]
+
+
+STEPS = {"counts": measure_counts, "speed": measure_speed, "memory": measure_peak, "accuracy": measure_accuracy}
+
+
+def variants(row: Row, args: argparse.Namespace) -> dict[str, Inference]:
+    """The ways in which a row is measured, named as the columns of its table."""
+    common = {"device": args.device, "compile": args.compile, "cuda_graph": args.cuda_graphs}
+    if row.is_edge:
+        return {kind: Inference(precision=precision, **common) for kind, precision in EDGE.items()}
+    return {
+        kind: Inference(precision=args.precision, backend=backend, **common)
+        for kind, backend in BACKENDS.items()
+        if row.published.get(f"images_per_s_{kind}")  # a dash: softmax attention cannot be fused, or there is none
+    }
+
+
+def _groups(entries: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    def group(entry: Entry) -> str:
+        return f"table {entry.row.table}, {entry.row.group}"
+
+    for title, members in groupby(sorted(entries, key=group), group):
+        yield title, list(members)
+
+
+def format_tables(entries: list[Entry]) -> str:
+    """Markdown: for every quantity the paper's figure beside the measured one, quartiles in brackets."""
+    parts = []
+    for number, members in groupby(entries, lambda entry: entry.row.table):
+        group = list(members)
+        header, lines = ["model"], [[entry.row.name] for entry in group]
+        for column in COLUMNS:
+            for source, cells in (("paper", _published(column, group)), ("here", _measured(column, group))):
+                if any(cells):
+                    header.append(f"{column.heading} ({source})")
+                    for line, cell in zip(lines, cells, strict=True):
+                        line.append(cell)
+        parts.append(f"### Table {number}: {TITLES[number]}\n\n{to_markdown(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def long_rows(entries: list[Entry]) -> Iterator[dict[str, str]]:
+    """One line a figure: table, model, quantity, paper, here."""
+    for entry in entries:
+        for column in COLUMNS:
+            paper, here = _published(column, [entry])[0], entry.values.get(column.key)
+            if paper or here is not None:
+                measured = "" if here is None else column.factor * here
+                line = {"table": entry.row.table, "model": entry.row.name, "quantity": column.heading}
+                yield {**line, "paper": paper, "here": measured}
+
+
+def _published(column: Column, entries: list[Entry]) -> list[str]:
+    return [entry.row.published.get(column.published or "", "") for entry in entries]
+
+
+def _measured(column: Column, entries: list[Entry]) -> list[str]:
+    cells = []
+    for entry in entries:
+        value, spread = entry.values.get(column.key), entry.values.get(f"{column.key}_quartiles")
+        cell = "" if value is None else _figure(column.factor * value, column.decimals)
+        cells.append(f"{cell} ({_figure(spread[0])}–{_figure(spread[1])})" if spread else cell)
+    return cells
+
+
+def _figure(value: float, decimals: int | None = None) -> str:
+    if decimals is not None:
+        return f"{value:.{decimals}f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

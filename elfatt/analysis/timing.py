@@ -1,0 +1,191 @@
+"""Speed that can be trusted: variants take turns, so that whatever else the machine does hits all of them alike.
+
+A figure is the median of the turns with the quartiles around it. What is not what it should be is not timed: see
+``check_numerics``.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import median, quantiles
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from elfatt.ops import use_backend
+
+PRECISIONS = ("float32", "amp", "float16", "bfloat16")
+
+
+class WrongOutput(RuntimeError):
+    """A variant's output is not what it should be, so that its speed means nothing."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median over the turns, and the quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def time_in_turns(
+    variants: dict[str, Callable[[], object]],
+    repeats: int,
+    warm_up: int = 2,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Time every variant once a turn.
+
+    Args:
+        variants: What to call, by name.
+        repeats: Turns that count.
+        warm_up: Turns before them.
+        synchronize: Waits until the device has finished.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in tqdm(range(repeats + warm_up), "turns", disable=None, leave=False):
+        for name, run in variants.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return {name: summarize(values) for name, values in times.items()}
+
+
+def summarize(seconds: Iterable[float]) -> Timing:
+    """Median and quartiles of seconds."""
+    values = sorted(seconds)
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return Timing(median(values), low, high)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a model runs.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        precision: One of ``PRECISIONS``; ``amp`` is autocast, to float16 on a GPU and to bfloat16 on a CPU, the others
+            are the dtype of weights and images.
+        backend: Of the operations.
+        compile: Through ``torch.compile``.
+        cuda_graph: Recorded once as a CUDA graph and replayed.
+        backward: With the gradients of all weights, in training mode.
+    """
+
+    device: str = "cpu"
+    precision: str = "float32"
+    backend: str = "auto"
+    compile: bool = False
+    cuda_graph: bool = False
+    backward: bool = False
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
+        if self.cuda_graph and self.device != "cuda":
+            raise ValueError(f"CUDA graphs need a GPU, not device {self.device!r}: leave them out")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of weights and images."""
+        return torch.float32 if self.precision == "amp" else getattr(torch, self.precision)
+
+    def prepare(self, model: nn.Module, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+        """A call without arguments that runs the model on random images.
+
+        Args:
+            model: It is moved to the device and the dtype.
+            shape: ``[B, 3, H, W]``.
+        """
+        model = model.train(self.backward).to(self.device, self.dtype)
+        image = random_images(shape, self.device, self.dtype)
+        forward = torch.compile(model) if self.compile else model
+
+        def run():
+            amp = torch.autocast(self.device, torch.float16 if self.device == "cuda" else torch.bfloat16)
+            with use_backend(self.backend), torch.inference_mode(not self.backward):
+                with amp if self.precision == "amp" else nullcontext():
+                    out = forward(image)
+                if self.backward:
+                    torch.autograd.grad(out.float().square().mean(), list(model.parameters()), allow_unused=True)
+            return out
+
+        return record_graph(run) if self.cuda_graph else run
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def record_graph(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Record a call as a CUDA graph; what is returned replays it."""
+    stream = torch.cuda.Stream()  # a graph is recorded beside the default stream, warm
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
+
+
+@lru_cache(maxsize=2)
+def random_images(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> torch.Tensor:
+    """The same normal images for everyone, held once."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def check_numerics(name: str, model: nn.Module, shape: tuple[int, ...], how: Inference) -> float:
+    """Refuse a model whose output is not the formula's.
+
+    The formula in float64 is the truth; the error may be twice that of the formula in the precision that is timed.
+
+    Args:
+        name: For the message.
+        model: A float32 model; it is copied.
+        shape: Of few and small images: the formula is slow.
+        how: The way that is to be timed.
+
+    Returns:
+        The relative error.
+
+    Raises:
+        WrongOutput: The output is wrong or not finite.
+    """
+    plain = Inference(how.device, how.precision, "reference")
+    double = copy.deepcopy(model).eval().to(how.device, torch.float64)
+    with torch.inference_mode(), use_backend("reference"):
+        truth = _flat(double(random_images(shape, how.device, torch.float64)))
+    del double
+    error, allowed = (
+        ((_flat(variant.prepare(copy.deepcopy(model), shape)()) - truth).norm() / truth.norm()).item()
+        for variant in (how, plain)
+    )
+    if not error <= 2 * allowed + 10 * torch.finfo(torch.float32).eps:
+        raise WrongOutput(f"{name} is off by {error:.1e} in {how.precision}, the formula by {allowed:.1e}: not timed")
+    return error
+
+
+def _flat(out) -> torch.Tensor:
+    """All tensors of an output in one vector, float64."""
+    return torch.cat([tensor.double().flatten() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)])

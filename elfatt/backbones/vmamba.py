@@ -1,0 +1,133 @@
+"""VMamba (arXiv 2401.10166): blocks that scan the map along its rows and columns, both ways.
+
+Follows the official ``vmamba.py`` (MzeroMiko/VMamba) with ``forward_type="v05_noz"``: no gate, no bias in the
+projections. The names of ``SS2D`` are the official ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.models._features_fx import register_notrace_module
+from torch import nn
+
+from elfatt.backbones.hierarchical import HierarchicalBackbone
+from elfatt.layers import ConvMerge, DoubleStem
+from elfatt.ops import depthwise_conv, selective_scan
+
+PATHS = 4  # rows, columns, rows reversed, columns reversed
+STEPS = (0.001, 0.1)  # smallest and largest step size δ of the scan at the start of training
+
+
+@register_notrace_module  # to torch.fx a leaf: its code depends on the map's size
+class SS2D(nn.Module):
+    """Selective scan of a map (section 4.2): depthwise convolution, four scans, their sum.
+
+    Args:
+        dim: Channels C of the map.
+        ratio: Channels that are scanned per channel of the map.
+        states: States N per scanned channel.
+    """
+
+    def __init__(self, dim: int, *, ratio: float = 1.0, states: int = 1):
+        super().__init__()
+        inner, self.rank, self.states = int(ratio * dim), math.ceil(dim / 16), states
+        self.in_proj = nn.Linear(dim, inner, bias=False)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False)
+        # per path: to the step's low rank, B and C; and from the low rank to a step for each channel
+        self.x_proj_weight = nn.Parameter(torch.empty(PATHS, self.rank + 2 * states, inner))
+        self.dt_projs_weight = nn.Parameter(torch.empty(PATHS, inner, self.rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(PATHS, inner))
+        self.A_logs = nn.Parameter(torch.empty(PATHS * inner, states))
+        self.Ds = nn.Parameter(torch.empty(PATHS * inner))
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Mamba's start: A is -1, -2, … per state, D is 1, and the steps spread evenly on a log scale."""
+        bound = self.x_proj_weight.shape[-1] ** -0.5
+        self.x_proj_weight.uniform_(-bound, bound)
+        self.dt_projs_weight.uniform_(-(self.rank**-0.5), self.rank**-0.5)
+        self.dt_projs_bias.uniform_(*(math.log(step) for step in STEPS))
+        step = self.dt_projs_bias.exp()
+        self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        self.A_logs.copy_(torch.arange(1, self.states + 1, device=self.A_logs.device).log().expand_as(self.A_logs))
+        self.Ds.fill_(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mix a map ``[B, H, W, C]`` of any height and width."""
+        x = F.silu(depthwise_conv(self.in_proj(x), self.conv2d.weight, None))
+        paths = cross_scan(x)
+        projected = torch.einsum("bkld,krd->bklr", paths, self.x_proj_weight)
+        step, b, c = projected.split([self.rank, self.states, self.states], dim=-1)
+        step = torch.einsum("bklr,kdr->bkld", step, self.dt_projs_weight)
+        delta = F.softplus(step + self.dt_projs_bias[:, None])
+        a, d = -self.A_logs.exp(), self.Ds
+        y = selective_scan(paths, delta, a.unflatten(0, (PATHS, -1)), b, c, d.unflatten(0, (PATHS, -1)))
+        # the scan's float32 goes as far as the norm's weights allow
+        y = cross_merge(y, x.shape[1:3]).to(self.out_norm.weight.dtype)
+        return self.out_proj(self.out_norm(y).to(x.dtype))
+
+
+def cross_scan(x: torch.Tensor) -> torch.Tensor:
+    """The four paths through a map ``[B, H, W, D]``, as sequences ``[B, 4, H·W, D]``."""
+    ahead = torch.stack([x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)], 1)
+    return torch.cat([ahead, ahead.flip(2)], 1)
+
+
+def cross_merge(y: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Sum of four paths ``[B, 4, H·W, D]`` on the map of this height and width, ``[B, H, W, D]``."""
+    rows, columns = (y[:, :2] + y[:, 2:].flip(2)).unbind(1)
+    return rows.unflatten(1, size) + columns.unflatten(1, size[::-1]).transpose(1, 2)
+
+
+class VMamba(HierarchicalBackbone):
+    """VMamba with convolutional stem and merges, for any image size.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 leaves the classifier out.
+        global_pool: Pooling before the classifier, as in timm.
+        embed_dim: Channels of the first stage; each stage doubles them.
+        depths: Blocks per stage.
+        ssm_ratio: Channels that are scanned per channel of the map.
+        mlp_ratio: Hidden channels of the MLPs per channel.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+    """
+
+    undecayed = ("A_logs", "Ds", "dt_projs_bias")
+
+    def __init__(
+        self,
+        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int,
+        depths: Sequence[int],
+        ssm_ratio: float = 1.0,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        self.assemble(
+            DoubleStem(in_chans, embed_dim),
+            ConvMerge,
+            lambda stage, _: SS2D(dims[stage], ratio=ssm_ratio),
+            dims=dims,
+            depths=depths,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            mlp_ratio=mlp_ratio,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+        )

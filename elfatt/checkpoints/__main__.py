@@ -1,0 +1,164 @@
+"""Converts a published checkpoint to a model's names and checks every tensor; see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+
+from elfatt.backbones import check_model
+from elfatt.checkpoints.loading import Fit, fit_tensors, read_tensors
+from elfatt.checkpoints.names import NAMINGS, StateDict, convert_state_dict, new_names
+from elfatt.checkpoints.structure import pair_by_structure
+
+PROGRAM = "python -m elfatt.checkpoints"
+DESCRIPTION = """\
+Convert a published checkpoint to the names of a model, and check that every tensor fits.
+
+Recognised names: {sources}, and the model's own.
+The report lists each tensor that was resized, paired by its structure, or does not fit. Nothing is written unless all
+fit; what is written loads wherever weights are taken: --initial-checkpoint, --checkpoint, --pretrained."""
+EPILOG = """\
+Modules of unknown names are paired with those that the model still misses where block and shapes leave one choice.
+Where they leave several, nothing is guessed: the report names the candidates, and --rename decides; only an evaluation
+can tell whether it decided well.
+
+examples:
+  {program} swin_tiny_patch4_window7_224.pth --model swin_tiny_local
+  {program} cswin_tiny_224.pth --model cswin_tiny_local --model-kwargs "depths=(1,2,21,1)"
+  {program} vssm1_tiny_0230s.pth --model vmamba_tiny --output vmamba_tiny.safetensors
+  {program} cswin_elfatt_tiny_224.pth --model cswin_tiny_elfatt --output cswin_tiny_elfatt.pth \\
+      --rename lepe_vertical=lepe_global --rename lepe_horizontal=lepe_local
+
+exit code: 0 all tensors fit, 1 some do not, 2 the file or the options cannot be used"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with these arguments, by default the command line's; returns its exit code."""
+    args = _parse(argv)
+    try:
+        return _run(args)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv):
+    sources = textwrap.fill(", ".join(naming.source for naming in NAMINGS), 90)
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description=DESCRIPTION.format(sources=sources),
+        epilog=EPILOG.format(program=PROGRAM),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("file", type=Path, help="checkpoint, .safetensors or of torch.save")
+    add("--model", required=True, help="timm model that it is for, e.g. cswin_tiny_elfatt")
+    add("--model-kwargs", nargs="+", default=[], type=_keyword, metavar="KEY=VALUE", help="the model's keywords")
+    add("--output", type=Path, help="write the converted tensors here; a name in .safetensors, or else torch.save")
+    add("--no-ema", action="store_true", help="take the raw weights where the file has averaged ones as well")
+    add(
+        "--rename",
+        action="append",
+        default=[],
+        type=_pair,
+        metavar="PATTERN=NAME",
+        help="replace a regular expression in the names, as the report shows them; may be repeated",
+    )
+    add("--allow", nargs="+", default=[], metavar="PREFIX", help="names that need not fit, e.g. head.")
+    return parser.parse_args(argv)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    left, equals, right = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} has no '='")
+    return left, right
+
+
+def _keyword(text: str) -> tuple[str, object]:
+    key, value = _pair(text)
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return key, value
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.output and args.output.resolve() == args.file.resolve():
+        raise ValueError(f"--output {args.output} is the checkpoint itself: choose another name")
+    check_model(args.model)
+    with torch.device("meta"):  # only names and shapes are needed
+        model = timm.create_model(args.model, **dict(args.model_kwargs))
+    own = model.state_dict()
+
+    tensors, weights = read_tensors(args.file, model, use_ema=not args.no_ema, allow=args.allow)
+    origins = {new: old for old, new in new_names(tensors, model, args.rename)[0].items()}
+    converted, source = convert_state_dict(tensors, model, args.rename)
+    first = fit_tensors(converted, model)
+    pairs, choices = pair_by_structure(first.missing, first.unexpected, own)
+    for name, left_over in pairs.items():
+        converted[name], origins[name] = converted.pop(left_over), origins[left_over]
+    fit = fit_tensors(converted, model)
+
+    print(f"{args.file}: {len(tensors)} tensors, {source} names, {weights} weights")
+    print(f"{args.model}: {len(fit.tensors)} of {len(own)} tensors matched")
+    broken = [name for name, tensor in fit.tensors.items() if not tensor.isfinite().all()]
+    for title, lines in (_sections(fit, origins, pairs, choices) | {"not finite": broken}).items():
+        if lines:
+            print(f"{title} ({len(lines)}):", *lines, sep="\n  ")
+    if broken or any(fit.misfits(args.allow).values()):
+        print("does not fit" + (f": {args.output} is not written" if args.output else ""))
+        return 1
+    if args.output:
+        _write(args.output, args.model, fit.tensors)
+    print("fits" + (f": {args.output} is written" if args.output else ""))
+    return 0
+
+
+def _sections(
+    fit: Fit, origins: Mapping[str, str], pairs: Mapping[str, str], choices: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+    """Every tensor that is not simply taken: a line for each, by what became of it."""
+
+    def both(old, new):
+        return new if old == new else f"{old} (here {new})"
+
+    modules = {name.rpartition(".")[0]: origins[name].rpartition(".")[0] for name in fit.unexpected}
+    undecided = {name for name in fit.missing if name.rpartition(".")[0] in choices}
+    return {
+        "resized": [f"{name} from {shape}" for name, shape in fit.resized.items()],
+        "paired by structure": [f"{name} is {origins[name]}" for name in sorted(pairs)],
+        "undecided, --rename decides": [
+            f"{name} is one of: {', '.join(both(modules[other], other) for other in names)}"
+            for name, names in choices.items()
+        ],
+        "missing": [f"{name} {shape}" for name, shape in fit.missing.items() if name not in undecided],
+        "left over": [f"{both(origins[name], name)} {shape}" for name, shape in fit.unexpected.items()],
+        "of another shape": [f"{both(origins[name], name)} {shapes}" for name, shapes in fit.mismatched.items()],
+    }
+
+
+def _write(path: Path, model: str, tensors: StateDict) -> None:
+    """All of the file, or none of it."""
+    # copies, because views of one storage cannot become safetensors
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    part = path.with_name(path.name + ".part")
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(tensors, part)
+    else:
+        torch.save({"arch": model, "state_dict": tensors}, part)
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Which modules of unknown names are which of a model's, as far as block and shapes alone decide it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+PLACE = re.compile(r"^(?:.*\.)?\d+(?=\.)")  # a name up to its last number: "stages.0.blocks.1"
+
+
+def pair_by_structure(
+    wanted: Mapping[str, str], given: Mapping[str, str], names: Iterable[str]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Pair what a model misses with what a checkpoint has left over, where only one pairing is possible.
+
+    Two modules can be one if they are in the same block and have tensors of the same kinds and shapes, such as a
+    weight ``[8, 1, 3, 3]`` and a bias ``[8]``.
+
+    Args:
+        wanted: The model's names without a tensor, and their shapes.
+        given: The names left over, and their shapes.
+        names: All names of the model, which tell its blocks.
+
+    Returns:
+        The pairs of tensors, from the model's name to the other; and for each module of the model that more than one
+        pairing is possible for, the modules it could be.
+    """
+    places = sorted({match[0] for match in map(PLACE.match, names) if match}, key=len, reverse=True)
+    groups: dict[tuple, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for side, tensors in enumerate((wanted, given)):
+        modules: dict[str, dict[str, str]] = defaultdict(dict)
+        for name, shape in tensors.items():
+            module, _, kind = name.rpartition(".")
+            modules[module][kind] = shape
+        for module, shapes in modules.items():
+            place = next((place for place in places if f"{module}.".startswith(f"{place}.")), "")
+            groups[place, frozenset(shapes.items())][side].append(module)
+    pairs, choices = {}, {}
+    for (_, shapes), (missing, left_over) in groups.items():
+        if len(missing) == len(left_over) == 1:
+            pairs |= {f"{missing[0]}.{kind}": f"{left_over[0]}.{kind}" for kind, _ in shapes}
+        elif missing and left_over:
+            choices |= dict.fromkeys(missing, left_over)
+    return pairs, choices

@@ -1,0 +1,71 @@
+"""Segmentors and detectors of the configurations, outside mmengine's Runner, doing the same work for any image."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import MethodType, SimpleNamespace
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+import elfatt.integrations.openmmlab  # noqa: F401  before mmdet
+
+
+@cache
+def _register(scope: str) -> None:
+    if scope == "mmseg":
+        from mmseg.utils import register_all_modules
+    else:
+        from mmdet.utils import register_all_modules
+    register_all_modules(init_default_scope=False)
+
+
+def build_model(config: Config, device: str = "meta") -> nn.Module:
+    """The segmentor or detector of a configuration, in evaluation mode."""
+    _register(config.default_scope)
+    with DefaultScope.overwrite_default_scope(config.default_scope), torch.device(device):
+        return MODELS.build(config.model).eval()
+
+
+class FixedWork(nn.Module):
+    """Image to raw outputs, through the real model's own ``forward(mode="tensor")``.
+
+    A detector's proposals depend on the data; they are given boxes here, behind the real RPN. On the meta device
+    RoIAlign, which no rule counts, gives maps of its shape.
+
+    Args:
+        model: Segmentor or detector; a detector is changed.
+        proposals: Boxes of a detector, one set for every image; mmdet's mask head takes the first 100.
+    """
+
+    def __init__(self, model: nn.Module, proposals: int = 1000):
+        super().__init__()
+        self.model = model
+        if hasattr(model, "rpn_head"):
+            model.rpn_head.proposals = proposals
+            model.rpn_head.predict = MethodType(_predict, model.rpn_head)
+            if next(model.parameters()).is_meta:
+                for extractor in (model.roi_head.bbox_roi_extractor, model.roi_head.mask_roi_extractor):
+                    extractor.forward = MethodType(_extract, extractor)
+
+    def forward(self, image: torch.Tensor):
+        """Images ``[B, 3, H, W]`` to what the model's heads give."""
+        return self.model(image, None, mode="tensor")
+
+
+def _predict(head, features, samples, rescale=False):
+    """Boxes from 16 pixels to the image's shorter side, everywhere in it."""
+    seen = 0 * sum(x.mean() for maps in head(features) for x in maps)  # a trace forgets what nothing depends on
+    height, width = (4 * side for side in features[0].shape[-2:])
+    step = torch.linspace(0, 1, head.proposals, device=features[0].device, dtype=features[0].dtype)
+    side = 16 * (min(height, width) / 16) ** step
+    left, top = (step * 97 % 1) * (width - side), (step * 61 % 1) * (height - side)
+    boxes = torch.stack([left, top, left + side, top + side], 1) + seen
+    return [SimpleNamespace(bboxes=boxes)] * len(features[0])
+
+
+def _extract(extractor, features, rois):
+    size = extractor.roi_layers[0].output_size
+    return features[0].new_zeros(len(rois), extractor.out_channels, *size)

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in one command: its tests, the operation, Table I's CSWin-T block, dense maps, training.
+set -euo pipefail
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    cat <<'USAGE'
+usage: bash scripts/gpu_suite.sh
+
+For one GPU; needs torch, triton, timm and pytest alone, and uses mmsegmentation (a dense row of Table VII) and matplotlib
+(figures) where they are. Adds to results/GPU.json and writes docs/results.md. Without a GPU it runs on the CPU, tiny.
+
+environment:
+  BATCH    images of the 224² measurements (default: 512, halved where memory is short)
+  REPEATS  turns that count (default: 30)
+USAGE
+    exit 0
+fi
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=python
+[[ -x .venv/bin/python ]] && python=.venv/bin/python
+has() { "$python" -c "import $1" 2>/dev/null; }
+analyse() {
+    echo "== $* =="
+    "$python" -m elfatt.analysis "$@"
+}
+
+gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
+if ((gpu)); then
+    batch=${BATCH:-512} repeats=${REPEATS:-30} dense=512x2048 half=float16 graphs=--cuda-graphs
+else
+    batch=${BATCH:-1} repeats=${REPEATS:-1} dense=64x128 half=float32 graphs=
+fi
+models=(cswin_tiny_elfatt cswin_tiny_global)
+speed=(--repeats "$repeats" --batch-size "$batch")
+[[ $gpu == 1 ]] || speed+=(--precision float32 --warm-up 0)
+
+"$python" -m pytest -q tests/ops
+for direction in "" --backward; do
+    analyse op --dtype $half --backends auto sdpa math --batch-size "$batch" --repeats "$repeats" $direction
+    analyse op --dtype $half --backends auto sdpa math --repeats "$repeats" $direction $graphs \
+        --shapes "dense level 1" "dense level 2" "dense level 3"
+done
+analyse tables 1 --rows 'CSWin-T*' --measure counts speed memory "${speed[@]}"
+analyse tables 1 --rows 'CSWin-T*' --measure speed "${speed[@]}" --compile
+analyse scaling --models "${models[@]}" --sizes $dense --attention nfa fa sdpa "${speed[@]}" --batch-size 1 $graphs
+analyse scaling --models "${models[@]}" --sizes 224 --attention fa sdpa "${speed[@]}" --backward
+if has mmseg; then
+    analyse tables 7 --rows CSWin-T24181-ELFATT CSWin-T24181-GLOBAL --measure speed --repeats "$repeats"
+fi
+if has matplotlib; then analyse plot; fi
+analyse report

@@ -1,0 +1,160 @@
+"""The other commands of the analysis: scaling, edge, op, plot, report, on nano models."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from elfatt.analysis import edge, report
+from elfatt.analysis.__main__ import COMMANDS, main
+from elfatt.analysis.results import load_runs
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = ["--device", "cpu", "--repeats", "2", "--warm-up", "0", "--precision", "float32"]
+
+
+def is_drawn(path):
+    return np.asarray(Image.open(path).convert("L")).std() > 5
+
+
+def rows_of(path):
+    (run,) = load_runs(path)
+    return run["rows"]
+
+
+def test_scaling_measures_every_model_size_and_attention(tmp_path, capsys):
+    models, path = ["cswin_nano_elfatt", "swin_nano_elfatt"], tmp_path / "m.json"
+    argv = ["scaling", "--models", *models, "--sizes", "32", "64x96", "--results", str(path), *FAST]
+    assert main([*argv, "--plot", str(tmp_path / "curves.png")]) == 0
+    rows = rows_of(path)
+    assert [(r["model"], r["attention"], r["height"], r["width"]) for r in rows] == [
+        (model, attention, *size) for size in ((32, 32), (64, 96)) for model in models for attention in ("nfa", "fa")
+    ]
+    for row in rows:
+        base = next(r for r in rows if r["model"] == models[0] and all(r[k] == row[k] for k in ("attention", "height")))
+        assert row["speedup"] == pytest.approx(base["latency_ms"] / row["latency_ms"])
+        assert row["images_per_s"] == pytest.approx(1e3 / row["latency_ms"]) and row["counted_memory_mib"] > 0
+    assert is_drawn(tmp_path / "curves.png")
+    assert capsys.readouterr().out.count("| 64×96 |") == 4
+
+
+def test_scaling_times_training_as_well(tmp_path):
+    argv = ["scaling", "--models", "cswin_nano_elfatt", "--sizes", "64", "--attention", "fa", *FAST, "--repeats", "5"]
+    for number, extra in enumerate(([], ["--backward"])):
+        assert main([*argv, *extra, "--results", str(tmp_path / f"{number}.json")]) == 0
+    forward, training = (rows_of(tmp_path / f"{number}.json")[0] for number in (0, 1))
+    assert training["latency_ms"] > forward["latency_ms"] and "counted_memory_mib" not in training
+
+
+def test_counted_memory_is_quadratic_for_vanilla_attention_and_linear_for_elfatt(tmp_path):
+    argv = ["scaling", "--count-only", "--models", "cswin_tiny_global", "cswin_tiny_elfatt", "--sizes", "256", "1024"]
+    assert main([*argv, "--device", "cpu", "--results", str(tmp_path / "m.json")]) == 0
+    found = {(r["model"], r["attention"], r["height"]): r["counted_memory_mib"] for r in rows_of(tmp_path / "m.json")}
+    growth = {key[:2]: found[*key[:2], 1024] / found[*key[:2], 256] for key in found}
+    assert growth["cswin_tiny_global", "nfa"] == pytest.approx(16**2, rel=0.05)
+    assert growth["cswin_tiny_elfatt", "fa"] == pytest.approx(16, rel=0.05)
+
+
+def test_edge_steps_through_numbers_of_threads(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("elfatt.analysis.tables.NUMERICS_SIDE", 32)
+    argv = ["edge", "9", "--rows", "*-ELFATT", "*-GLOBAL", "--thread-modes", "1", "--results", str(tmp_path / "m.json")]
+    assert main([*argv, *FAST[:-2], "--repeats", "1"]) == 0
+    rows = rows_of(tmp_path / "m.json")
+    assert [(row["name"], row["mode"], row["watts"]) for row in rows] == [
+        ("CSWin-T24181-ELFATT", "1 threads", None),
+        ("CSWin-T24181-GLOBAL", "1 threads", None),
+    ]
+    assert all(row["images_per_s_fp32"] > 0 and row["images_per_s_amp"] > 0 for row in rows)
+    assert main(["plot", str(tmp_path / "m.json")]) == 0
+    assert is_drawn(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_power_is_read_from_tegrastats():
+    orin = "RAM 1/2MB CPU [1%@729] VDD_GPU_SOC 2408mW/2408mW VDD_CPU_CV 803mW/803mW VIN_SYS_5V0 3217mW/3000mW"
+    nano = "RAM 1/2MB POM_5V_IN 2135/2100 POM_5V_GPU 40/40 POM_5V_CPU 285/285"
+    assert edge.mean_watts([orin]) == pytest.approx(6.428)
+    assert edge.mean_watts([nano, nano.replace("2135", "4135"), "RAM 1/2MB"]) == pytest.approx(3.135)
+    assert edge.mean_watts(["RAM 1/2MB"]) is None and edge.mean_watts([]) is None
+
+
+def test_jetson_modes_are_set_and_power_is_logged(tmp_path, monkeypatch):
+    """Stand-ins for nvpmodel, sudo and tegrastats."""
+    mode = tmp_path / "mode"
+    scripts = {
+        "sudo": 'exec "$@"',
+        "nvpmodel": f'if [ "$1" = -m ]; then echo $2 > {mode}; else echo "NV Power Mode: MODE_$(cat {mode})"; fi',
+        "tegrastats": 'while true; do echo "VDD_IN 5000mW/5000mW"; sleep 0.01; done',
+    }
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    def measure(entries, args):
+        import time
+
+        time.sleep(0.2)
+        for entry in entries:
+            entry.values["images_per_s_fp32"] = 1.0
+        yield entries
+
+    monkeypatch.setattr(edge, "measure_speed", measure)
+    argv = ["edge", "8", "--rows", "*-ELFATT", "--modes", "0", "2", "--device", "cpu"]
+    assert main([*argv, "--results", str(tmp_path / "m.json")]) == 0
+    assert [(row["mode"], row["watts"]) for row in rows_of(tmp_path / "m.json")] == [("MODE_0", 5.0), ("MODE_2", 5.0)]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_op_compares_backends_with_plain_pytorch(tmp_path, backward, capsys):
+    argv = ["op", "--shapes", "224 level 3", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
+    argv += ["--backends", "math", "--results", str(tmp_path / "m.json")] + ["--backward"] * backward
+    assert main(argv) == 0
+    plain, math = rows_of(tmp_path / "m.json")
+    assert plain["speedup"] == 1 and math["speedup"] == pytest.approx(plain["microseconds"] / math["microseconds"])
+    assert plain["fused_bytes"] == (25 if backward else 9) * 14 * 14 * 256 * 4
+    assert "| 224 level 3 | math |" in capsys.readouterr().out
+
+
+def test_op_times_nothing_that_is_wrong(tmp_path, monkeypatch, capsys):
+    from elfatt.analysis import op
+
+    monkeypatch.setattr(op, "elfatt_attention", lambda *args, **options: 1.001 * op.plain_elfatt(*args, **options))
+    argv = ["op", "--shapes", "224 level 3", "--batch-size", "1", "--device", "cpu", "--results"]
+    assert main([*argv, str(tmp_path / "m.json")]) == 1
+    assert "auto at 224 level 3 is off by 1.0e-03" in capsys.readouterr().err
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_report_holds_every_run_with_its_environment(tmp_path):
+    results, models = tmp_path / "results", ["cswin_nano_elfatt"]
+    file = results / "machine-x.json"
+    assert main(["scaling", "--models", *models, "--sizes", "32", "--count-only", "--results", str(file)]) == 0
+    assert main(["tables", "2", "--rows", "blocks 49-49-49-49", "--results", str(file)]) == 0
+    assert main(["report", "--results", str(results), "--output", str(tmp_path / "docs" / "results.md")]) == 0
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "## machine-x" in text and "Run 1: scaling" in text and "Run 2: tables" in text and "timm " in text
+    assert "| blocks 49-49-49-49 | 20 | 20 | 4.37 | 4.37 | 4.13 | 4.13 | 4.37 | 2619 | 2805 | 82.5 |" in text
+
+
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
+    files = sorted((ROOT / "results").glob("*.json"))
+    assert (ROOT / "docs" / "results.md").read_text() == report.write_report(files)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and "default" in capsys.readouterr().out
+
+
+def test_the_package_runs_as_a_module(tmp_path):
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-m", "elfatt.analysis", "tables", "99"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1

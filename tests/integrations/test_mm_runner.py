@@ -1,0 +1,161 @@
+"""What the dense programs do before and around mmengine's Runner, without a training run."""
+
+import json
+
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import DefaultScope
+
+from elfatt.integrations import mm_models, mm_runner
+from segmentation import test, train
+from tests.integrations.dense import CONFIGS
+from tests.integrations.miniature import options, segmentation_config, write_ade20k, write_coco
+
+
+def build_dataloader(scope, dataset):
+    mm_models._register(scope)
+    loader = {"batch_size": 1, "num_workers": 0, "sampler": {"type": "DefaultSampler", "shuffle": False}}
+    with DefaultScope.overwrite_default_scope(scope):
+        return mm_runner.CheckedRunner.build_dataloader({**loader, "dataset": dataset})
+
+
+def wrap(dataset):
+    repeated = {"type": "RepeatDataset", "times": 2, "dataset": dataset}
+    return {"type": "ConcatDataset", "datasets": [dataset, repeated]}
+
+
+def test_wrapped_masks_are_read_and_checked(tmp_path):
+    prefix = {"img_path": "images/training", "seg_map_path": "annotations/training"}
+    root = write_ade20k(tmp_path / "data")
+    dataset = wrap({"type": "ADE20KDataset", "data_root": str(root), "data_prefix": prefix})
+    assert len(build_dataloader("mmseg", dataset).dataset) == 4 + 2 * 4
+    for path in (root / "images" / "training").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="images/training holds no image"):
+        build_dataloader("mmseg", dataset)
+
+
+def test_wrapped_instances_are_read_and_checked(tmp_path):
+    root = write_coco(tmp_path / "data")
+    file = root / "annotations" / "instances_val2017.json"
+    dataset = wrap({"type": "CocoDataset", "ann_file": str(file), "data_prefix": {"img": str(root / "val2017")}})
+    assert len(build_dataloader("mmdet", dataset).dataset) == 2 + 2 * 2
+    content = json.loads(file.read_text())
+    for categories, message in (
+        ([{"id": 1, "name": "person"}], "names 1 of the 80 classes"),
+        ([{**c, "name": c["name"].upper()} for c in content["categories"]], "names 0 of the 80 classes"),
+        (None, "has no 'categories'"),
+    ):
+        changed = {key: value for key, value in (content | {"categories": categories}).items() if value is not None}
+        file.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"val2017\.json {message}"):
+            build_dataloader("mmdet", dataset)
+
+
+@pytest.mark.parametrize("pipeline", ["train_pipeline", "test_pipeline"])
+@pytest.mark.parametrize(
+    ("image", "annotation", "message"),
+    [
+        ({"width": 95}, {}, r"0\.jpg has 96x64 pixels .* says 95x64"),
+        ({}, {"segmentation": {"size": [96, 64], "counts": [0, 6144]}}, r"0\.jpg has run lengths of size \[96, 64\]"),
+        ({}, {"segmentation": []}, r"0\.jpg has an instance without segmentation"),
+        ({}, {"segmentation": {"size": [64, 96], "counts": [0, 6144]}}, None),
+    ],
+    ids=["size", "run lengths", "none", "valid"],
+)
+def test_instances_belong_to_their_image(tmp_path, pipeline, image, annotation, message):
+    root = write_coco(tmp_path / "data")
+    file = root / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["images"][0].update(image)
+    content["annotations"][0].update(annotation)
+    file.write_text(json.dumps(content))
+    dataset = {"type": "CocoDataset", "ann_file": str(file), "data_prefix": {"img": str(root / "val2017")}}
+    steps = Config.fromfile(CONFIGS / "detection" / "mask_rcnn_swin_tiny_elfatt_1x.py")[pipeline]
+    dataset = build_dataloader("mmdet", {**dataset, "pipeline": steps}).dataset
+    if message:
+        with pytest.raises(ValueError, match=message):
+            dataset[0]
+    else:
+        assert dataset[0]["data_samples"].gt_instances.masks.masks[0].all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.py"], "config no.py is no file"),
+        (["CONFIG", "--data-dir", "nowhere"], "--data-dir nowhere is no folder"),
+        (["CONFIG", "--pretrained", "no.pth"], "pretrained no.pth is no file"),
+        (["CONFIG", "--resume", "no.pth"], "resume no.pth is no file"),
+        (["CONFIG", "--launcher", "slurm"], "--launcher slurm needs a GPU .* scripts/slurm/train.sbatch"),
+        (["ROOTLESS", "--data-dir", "."], "--data-dir replaces data_root, which .*rootless.py has not"),
+    ],
+)
+def test_what_cannot_be_trained_with_ends_in_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rootless = tmp_path / "rootless.py"
+    rootless.write_text("model = dict()\n")
+    files = {"CONFIG": str(segmentation_config(tmp_path)), "ROOTLESS": str(rootless)}
+    with pytest.raises(SystemExit, match=f"^segmentation/train.py: error: {message}[^\n]*$"):
+        train.main([files.get(word, word) for word in arguments])
+
+
+def test_resume_takes_a_value():
+    with pytest.raises(SystemExit):
+        train.main(["--resume"])
+
+
+def test_augmented_evaluation_needs_a_pipeline(tmp_path):
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    with pytest.raises(SystemExit, match=r"error: --tta: .*scenes_nano\.py has no tta_pipeline"):
+        test.main([str(CONFIGS / "segmentation" / "scenes_nano.py"), str(weights), "--tta"])
+
+
+def test_no_worker_is_kept_where_there_is_none(tmp_path):
+    more = "train_dataloader.update(num_workers=2)\nval_dataloader.update(num_workers=0)"
+    config = segmentation_config(tmp_path, more=more)
+    keep = "test_dataloader.num_workers=1"
+    args = mm_runner.parse_train(options(config, tmp_path, tmp_path / "run", "--cfg-options", keep), "segmentation")
+    loaded = mm_runner._config(args, "segmentation")
+    kept = [loaded[f"{name}_dataloader"].persistent_workers for name in ("train", "val", "test")]
+    assert kept == [True, False, True]
+
+
+AMP = {"type": "AmpOptimWrapper", "loss_scale": "dynamic"}
+PLAIN = {"type": "OptimWrapper"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "configured", "amp", "expected"),
+    [
+        (True, AMP, None, AMP),
+        (True, PLAIN, None, PLAIN),
+        (True, PLAIN, True, AMP),
+        (True, {**AMP, "dtype": "bfloat16"}, True, {**AMP, "dtype": "bfloat16"}),
+        (True, {**AMP, "dtype": "bfloat16"}, False, PLAIN),
+        (False, AMP, None, PLAIN),
+        (False, AMP, False, PLAIN),
+    ],
+)
+def test_precision(monkeypatch, gpu, configured, amp, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    wrapper = ConfigDict(configured)
+    mm_runner._choose_precision(wrapper, amp)
+    assert wrapper == expected
+
+
+def test_mixed_precision_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--amp needs a GPU"):
+        mm_runner._choose_precision(ConfigDict(AMP), True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="mixed precision needs a GPU")
+def test_a_step_in_mixed_precision(tmp_path):
+    data = write_ade20k(tmp_path / "data")
+    runner = train.main(options(segmentation_config(tmp_path, steps=1), data, tmp_path / "run", "--amp"))
+    wrapper = runner.optim_wrapper
+    assert type(wrapper).__name__ == "AmpOptimWrapper" and wrapper.loss_scaler.get_scale() > 1
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in runner.model.parameters())
