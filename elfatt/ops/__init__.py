@@ -3,7 +3,15 @@
 from elfatt.ops.agent import agent_attention
 from elfatt.ops.block import block_attention
 from elfatt.ops.depthwise import depthwise_conv
-from elfatt.ops.dispatch import BACKENDS, active_backend, can_run_flash_attn, has_flash_attn, use_backend
+from elfatt.ops.dispatch import (
+    BACKENDS,
+    active_backend,
+    can_run_flash_attn,
+    can_run_triton,
+    has_flash_attn,
+    has_triton,
+    use_backend,
+)
 from elfatt.ops.efficient import efficient_attention
 from elfatt.ops.elfatt import elfatt_attention, global_branch
 from elfatt.ops.focused import focused_attention
@@ -16,12 +24,14 @@ __all__ = [
     "agent_attention",
     "block_attention",
     "can_run_flash_attn",
+    "can_run_triton",
     "depthwise_conv",
     "efficient_attention",
     "elfatt_attention",
     "focused_attention",
     "global_branch",
     "has_flash_attn",
+    "has_triton",
     "selective_scan",
     "softmax_attention",
     "use_backend",

@@ -6,7 +6,9 @@ import torch
 
 from elfatt.ops.block import attend_blocks, block_attention
 from elfatt.ops.depthwise import Kernel, add_lepe
+from elfatt.ops.dispatch import use_triton
 from elfatt.ops.efficient import efficient_attention
+from elfatt.ops.fused import fused_attention
 from elfatt.ops.geometry import cat_with_blocks, fit_block
 
 
@@ -42,26 +44,39 @@ def elfatt_attention(
         raise ValueError(f"global_channels={global_channels} must lie between 0 and C={channels}")
     if block_size < 1:
         raise ValueError(f"block_size={block_size} must be at least 1 token")
-    for name, width, heads in zip(
-        ("global", "local"), (global_channels, channels - global_channels), num_heads, strict=True
-    ):
+    branch_channels = (global_channels, channels - global_channels)
+    for name, width, heads in zip(("global", "local"), branch_channels, num_heads, strict=True):
         if width and (heads < 1 or width % heads):
             raise ValueError(f"{width} {name} channels cannot be split into {heads} heads")
 
+    block = fit_block((block_size, block_size), qkv.shape[1:3])
+    if use_triton(qkv, tuple(width // heads for width, heads in zip(branch_channels, num_heads, strict=True) if width)):
+        return fused_attention(
+            qkv,
+            num_heads=num_heads,
+            global_channels=global_channels,
+            block=block,
+            lepe_global=lepe_global,
+            lepe_local=lepe_local,
+        )
     qkv = qkv.unflatten(-1, (3, channels))
-    bar, tilde = qkv.split((global_channels, channels - global_channels), dim=-1)
-    block = (block_size, block_size)
+    bar, tilde = qkv.split(branch_channels, dim=-1)
     if global_channels == channels:
         return global_branch(bar, num_heads=num_heads[0], lepe=lepe_global)
     if global_channels == 0:
         return block_attention(tilde, num_heads=num_heads[1], block=block, lepe=lepe_local)
     out = global_branch(bar, num_heads=num_heads[0], lepe=lepe_global)
-    block = fit_block(block, qkv.shape[1:3])
     return cat_with_blocks(out, attend_blocks(tilde, num_heads=num_heads[1], block=block, lepe=lepe_local))
 
 
 def global_branch(qkv: torch.Tensor, *, num_heads: int, lepe: Kernel | None) -> torch.Tensor:
     """Efficient attention over the whole map plus LePE; ``[B, H, W, 3, C]`` to ``[B, H, W, C]``."""
+    channels = qkv.shape[-1]
+    if use_triton(qkv, (channels // num_heads,)):
+        heads = (num_heads, num_heads)
+        return fused_attention(
+            qkv.flatten(3), num_heads=heads, global_channels=channels, block=(1, 1), lepe_global=lepe
+        )
     q, k, v = qkv.unbind(3)
     tokens = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)) for x in (q, k, v))
     return add_lepe(efficient_attention(*tokens).reshape(v.shape), v, lepe)

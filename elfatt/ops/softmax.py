@@ -64,4 +64,5 @@ _IMPLEMENTATIONS = {
     "math": _math,
     "sdpa": _sdpa,
     "flash_attn": _flash_attn,
+    "triton": _sdpa,
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elfatt import ops
+from elfatt.ops import dispatch
 
 
 def test_the_default_is_auto():
@@ -57,6 +58,67 @@ def test_flash_attn_wants_half_precision_and_small_heads(monkeypatch):
     for q, reason in ((single, "float16 or bfloat16, not float32"), (wide, "at most 256 channels, not 512")):
         with pytest.raises(ValueError, match=reason):
             ops.can_run_flash_attn(q, raise_error=True)
+
+
+def packed(width=32, dtype=torch.float32, device="cpu"):
+    return torch.empty(1, 4, 4, 6 * width, dtype=dtype, device=device)
+
+
+class Cuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+    is_cuda = True
+
+
+@pytest.mark.skipif(not ops.has_triton(), reason="triton is not installed")
+@pytest.mark.parametrize(
+    ("qkv", "reason"),
+    [
+        (packed(), "needs CUDA tensors, not cpu"),
+        (packed(device="meta"), "needs CUDA tensors, not meta"),
+        (packed(dtype=torch.float64).as_subclass(Cuda), "float16, bfloat16 or float32, not float64"),
+        (packed(80).as_subclass(Cuda), "heads of at most 64 channels, not 80"),
+    ],
+)
+def test_triton_explains_each_refusal(monkeypatch, qkv, reason):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    width = qkv.shape[-1] // 6
+    assert not ops.can_run_triton(qkv, (width, width))
+    with pytest.raises(ValueError, match=re.escape(str(tuple(qkv.shape))) + f".*{reason}.*use 'sdpa'"):
+        ops.can_run_triton(qkv, (width, width), raise_error=True)
+
+
+@pytest.mark.skipif(not ops.has_triton(), reason="triton is not installed")
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_triton_wants_ampere(monkeypatch, capability, runs):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert ops.can_run_triton(packed().as_subclass(Cuda), (32, 32)) == runs
+
+
+@pytest.mark.skipif(not ops.has_triton(), reason="triton is not installed")
+def test_the_chosen_triton_backend_refuses_what_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with ops.use_backend("triton"), pytest.raises(ValueError, match="triton cannot run a map of shape"):
+        ops.elfatt_attention(packed(), num_heads=(1, 1), global_channels=32, block_size=2)
+
+
+def test_auto_says_once_why_it_does_not_run_triton(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "_explained", set())
+    for _ in range(2):
+        assert not dispatch.use_triton(packed(dtype=torch.float64).as_subclass(Cuda), (32, 32))
+        assert not dispatch.use_triton(packed(), (32, 32))  # a CPU needs no explanation
+    assert len(caplog.records) == 1
+    assert re.search("without the Triton kernels: .*(float64|not installed)", caplog.text)
+
+
+def test_triton_is_refused_when_it_is_missing(monkeypatch):
+    monkeypatch.setattr(dispatch, "_has_triton", False)
+    with pytest.raises(ValueError, match="not installed: pip install triton, or use 'sdpa'"):
+        with ops.use_backend("triton"):
+            pass
+    assert not ops.can_run_triton(packed().as_subclass(Cuda), (32, 32))
 
 
 @pytest.mark.parametrize(("backend", "fused"), [("auto", True), ("sdpa", True), ("math", False), ("reference", False)])

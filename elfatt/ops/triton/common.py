@@ -1,0 +1,34 @@
+"""What the kernels of both branches share: products and tiles.
+
+A kernel addresses the packed qkv ``[B, N, 3C]`` and the output ``[B, N, C]`` by a token stride and a channel offset, so
+that a branch and a head are offsets and nothing is cut, permuted or concatenated in memory. Head widths that are no
+power of two are masked lanes. Everything between loads and stores is float32 but the operands of the products.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b``."""
+    if INTERPRETED:  # numpy has no bfloat16: the interpreter multiplies its bits as integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def load_tile(base, token, stride, lane, mask):
+    """Rows ``token`` of one head, zero where masked."""
+    return tl.load(base + token[:, None] * stride + lane[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(base, token, stride, lane, mask, value):
+    tl.store(base + token[:, None] * stride + lane[None, :], value.to(base.dtype.element_ty), mask=mask)

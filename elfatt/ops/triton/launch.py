@@ -1,0 +1,253 @@
+"""From tensors to launches: grids, tile sizes, buffers. Sizes depend on shapes and dtypes alone, never on values.
+
+Sums over tokens are taken in two stages, a partial result for each program and one reduction, without atomics: the same
+input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import triton
+
+from elfatt.ops.fused import WHOLE_BLOCK
+from elfatt.ops.triton import global_branch, local_branch
+from elfatt.ops.triton.lepe import lepe_kernel, lepe_weight_gradient_kernel
+
+TILE = 64  # tokens summed at a time
+SIDE = 8  # of the square tiles with LePE over the map: the neighbourhoods of a square's tokens overlap most
+LANES = 32  # channels of a program that knows no heads
+PROGRAMS = 512  # enough to fill the largest GPUs of today a few times over; work is grouped only beyond it
+
+
+def forward(
+    qkv: torch.Tensor,
+    weight_global: torch.Tensor | None,
+    bias_global: torch.Tensor | None,
+    weight_local: torch.Tensor | None,
+    bias_local: torch.Tensor | None,
+    out: torch.Tensor,
+    context: torch.Tensor,
+    key_lse: torch.Tensor,
+    row_lse: torch.Tensor,
+    heads: Sequence[int],
+    global_channels: int,
+    block: Sequence[int],
+) -> None:
+    """Fill the last four tensors from the contiguous first five."""
+    with _device(qkv):
+        if global_channels:
+            _context(qkv, context, key_lse, heads[0])
+            _global_out(qkv, context, weight_global, bias_global, out, heads[0])
+        if global_channels < out.shape[-1]:
+            _local_out(qkv, weight_local, bias_local, out, row_lse, heads[1], global_channels, block)
+
+
+def backward(
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    weight_global: torch.Tensor | None,
+    weight_local: torch.Tensor | None,
+    context: torch.Tensor,
+    key_lse: torch.Tensor,
+    row_lse: torch.Tensor,
+    heads: Sequence[int],
+    global_channels: int,
+    block: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of qkv and, ``[10, channels]`` in float32 for each branch with LePE, of its nine weights and bias."""
+    dqkv = torch.empty_like(qkv)
+    sums = [None, None]
+    channels = dout.shape[-1]
+    local_channels = channels - global_channels
+    with _device(qkv):
+        if global_channels:
+            _global_gradients(qkv, dout, context, key_lse, weight_global, dqkv, heads[0])
+            if weight_global is not None:
+                sums[0] = _lepe_sums(qkv, 2 * channels, dout, 0, global_channels, qkv.shape[1:3])
+        if local_channels:
+            _local_gradients(qkv, dout, weight_local, row_lse, dqkv, heads[1], global_channels, block)
+            if weight_local is not None:
+                sums[1] = _lepe_sums(qkv, 2 * channels + global_channels, dout, global_channels, local_channels, block)
+    return dqkv, *sums
+
+
+def lepe(
+    v: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    transposed: bool = False,
+) -> None:
+    """Fill ``out`` with ``residual + L(v)``, or with ``Lᵀ(v)``. All maps are contiguous but ``v``, a slice of one."""
+    b, h, w, channels = v.shape
+    tiles = triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE)
+    with _device(v):
+        launch(
+            lepe_kernel, b * triton.cdiv(channels, LANES) * tiles, v, residual, weight, bias, out, h, w, channels,
+            v.stride(2), tiles, SIDE=SIDE, LANES=LANES, TRANSPOSED=transposed, num_warps=4,
+        )  # fmt: skip
+
+
+def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    """Gradients ``[10, channels]`` in float32 of LePE's nine weights and bias."""
+    with _device(v):
+        return _lepe_sums(v, 0, dout, 0, v.shape[-1], v.shape[1:3])
+
+
+def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -> None:
+    """Every launch goes through here."""
+    kernel[(programs,)](*arguments, **constants)
+
+
+def _context(qkv, context, key_lse, heads):
+    (b, h, w, packed), width = qkv.shape, context.shape[-1]
+    splits, steps = _splits(qkv, heads)
+    parts = context if splits == 1 else qkv.new_empty(b, heads, splits, width, width, dtype=torch.float32)
+    parts_lse = key_lse if splits == 1 else qkv.new_empty(b, heads, splits, width, dtype=torch.float32)
+    launch(
+        global_branch.context_kernel, b * heads * splits, qkv, parts, parts_lse, h * w, packed // 3, heads, splits,
+        BLOCK_N=TILE, STEPS=steps, **_head(qkv, width),
+    )  # fmt: skip
+    if splits > 1:
+        padded = triton.next_power_of_2(splits)
+        launch(
+            global_branch.combine_kernel, b * heads * width, parts, parts_lse, context, key_lse, splits, D=width,
+            BLOCK_D=_padded(width), SPLITS=padded, TILE=min(128, padded),
+            num_warps=1 if padded <= 16 else 4,
+        )  # fmt: skip
+
+
+def _global_out(qkv, context, weight, bias, out, heads):
+    (b, h, w, packed), width = qkv.shape, context.shape[-1]
+    tiles = triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE)
+    launch(
+        global_branch.global_out_kernel, b * heads * tiles, qkv, context, weight, bias, out, h, w, packed // 3, heads,
+        tiles, SIDE=SIDE, **_head(qkv, width),
+    )  # fmt: skip
+
+
+def _global_gradients(qkv, dout, context, key_lse, weight, dqkv, heads):
+    (b, h, w, packed), width = qkv.shape, context.shape[-1]
+    splits, steps = _splits(qkv, heads)
+    parts = qkv.new_empty(b, heads, splits, width, width, dtype=torch.float32)
+    launch(
+        global_branch.global_query_gradient_kernel, b * heads * splits, qkv, dout, context, dqkv, parts, h * w,
+        packed // 3, heads, splits, BLOCK_N=TILE, STEPS=steps, **_head(qkv, width),
+    )  # fmt: skip
+    dcontext = parts.sum(2) if splits > 1 else parts
+    tiles = triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE)
+    launch(
+        global_branch.global_key_value_gradient_kernel, b * heads * tiles, qkv, dout, context, dcontext, key_lse,
+        weight, dqkv, h, w, packed // 3, heads, tiles, SIDE=SIDE, **_head(qkv, width),
+    )  # fmt: skip
+
+
+def _local_out(qkv, weight, bias, out, row_lse, heads, first, block):
+    tokens, blocks, sizes, constants = _local(qkv, heads, first, block)
+    own, walked = _block_tiles(tokens, constants["num_warps"])
+    launch(
+        local_branch.local_out_kernel, qkv.shape[0] * heads * blocks * triton.cdiv(tokens, own), qkv, weight, bias, out,
+        row_lse if row_lse.numel() else None, *sizes, BLOCK_M=own, BLOCK_N=walked, **constants,
+    )  # fmt: skip
+
+
+def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
+    tokens, blocks, sizes, constants = _local(qkv, heads, first, block)
+    programs = qkv.shape[0] * blocks * heads
+    if tokens <= WHOLE_BLOCK:
+        launch(
+            local_branch.local_gradient_kernel, programs, qkv, dout, weight, dqkv, *sizes, BLOCK_T=_padded(tokens),
+            **constants,
+        )  # fmt: skip
+        return
+    own, walked = _block_tiles(tokens, constants["num_warps"])
+    programs *= triton.cdiv(tokens, own)
+    row_sum = torch.empty_like(row_lse)
+    launch(
+        local_branch.local_query_gradient_kernel, programs, qkv, dout, row_lse, row_sum, dqkv, *sizes, BLOCK_M=own,
+        BLOCK_N=walked, **constants,
+    )  # fmt: skip
+    launch(
+        local_branch.local_key_value_gradient_kernel, programs, qkv, dout, row_lse, row_sum, weight, dqkv, *sizes,
+        BLOCK_M=walked, BLOCK_N=own, **constants,
+    )  # fmt: skip
+
+
+def _lepe_sums(v, v_first, dout, dout_first, channels, block):
+    b, h, w, _ = v.shape
+    tiles, parts = triton.cdiv(h, 4) * triton.cdiv(w, 8), triton.cdiv(channels, LANES)
+    group = _group(b * parts, tiles)
+    groups = triton.cdiv(tiles, group)
+    sums = v.new_empty(b * groups, 10, channels, dtype=torch.float32)
+    launch(
+        lepe_weight_gradient_kernel, b * groups * parts, v, dout, sums, h, w, channels, v_first, v.stride(2),
+        dout_first, dout.stride(2), groups, *block, SIDE_H=4, SIDE_W=8, LANES=LANES, GROUP=group, num_warps=4,
+    )  # fmt: skip
+    return sums.sum(0)
+
+
+def _local(qkv, heads, first, block):
+    _, h, w, packed = qkv.shape
+    width = (packed // 3 - first) // heads
+    blocks = triton.cdiv(h, block[0]) * triton.cdiv(w, block[1])
+    sizes = (h, w, packed // 3, first, heads, blocks, width**-0.5)
+    return block[0] * block[1], blocks, sizes, {"BH": block[0], "BW": block[1], **_head(qkv, width)}
+
+
+def _head(qkv, width):
+    """What every kernel is told of a head. Warps share the registers of wide rows: 8 spill less, found by compiling."""
+    lanes = _padded(width)
+    warps = 4 if lanes * qkv.element_size() <= 64 else 8
+    return {"D": width, "BLOCK_D": lanes, "PRECISION": _precision(qkv), "num_warps": warps}
+
+
+def _block_tiles(tokens, warps):
+    """Tokens of a block that a program owns, and that it walks over at a time."""
+    if tokens <= WHOLE_BLOCK:
+        return _padded(tokens), _padded(tokens)
+    # 128 read the block half as often, where they waste no more of their last tile and registers allow
+    return 128 if triton.cdiv(tokens, 64) % 2 == 0 and warps == 4 else 64, 32
+
+
+def _splits(qkv, heads):
+    """Among how many programs the tokens are split, and how many tiles each sums over."""
+    b, h, w, _ = qkv.shape
+    tiles = triton.cdiv(h * w, TILE)
+    steps = _group(b * heads, tiles)
+    return triton.cdiv(tiles, steps), steps
+
+
+def _group(outer, inner):
+    """Power of two of inner items that one program takes in turn, as long as ``PROGRAMS`` programs remain."""
+    group = 1
+    while group < min(16, inner) and outer * triton.cdiv(inner, 2 * group) >= PROGRAMS:
+        group *= 2
+    return group
+
+
+def _padded(length):
+    return max(16, triton.next_power_of_2(length))  # the least side of a matrix product
+
+
+def _precision(qkv):
+    """How float32 operands reach the tensor cores; tensors in float16 have such operands in one kernel.
+
+    Plain TF32 for float32 tensors only where PyTorch's products may use it, else three TF32 products for each, as exact
+    as float32's own; those run without tensor cores and out of registers.
+    """
+    return "tf32" if qkv.dtype != torch.float32 or _allows_tf32() else "tf32x3"
+
+
+def _allows_tf32():
+    matmul = torch.backends.cuda.matmul
+    # asking for the old flag fails once the new one (torch 2.9) was set
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+def _device(x):
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,317 @@
+"""The Triton kernels against the float64 formula, output and every gradient.
+
+Runs on a CUDA device, or without one in Triton's interpreter, which has to be chosen before triton is imported:
+``test_triton.py`` starts a process for that. The sizes are small because the interpreter runs one program at a time.
+"""
+
+import os
+
+import pytest
+import timm
+import torch
+
+from elfatt import ops
+from elfatt.attention import create_attention
+from elfatt.ops import fused
+from elfatt.ops.depthwise import add_lepe
+
+CUDA = torch.cuda.is_available()
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no CUDA device; test_triton.py runs these in the interpreter", allow_module_level=True)
+
+DEVICE = "cuda" if CUDA else "cpu"
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+# beside twice PyTorch's own error: float32 sums in another order, half precision rounds the result to 2^-9 or 2^-12
+SLACK = {FLOAT: 1e-6, HALF: 2.5e-4, BRAIN: 2e-3}
+NAMES = ("qkv", "weight_global", "bias_global", "weight_local", "bias_local")
+
+
+def tensors(shape, split, dtype, lepe=True, spread=1.0):
+    """A packed qkv and both branches' kernels; the kernels in float32, as mixed precision has them."""
+    generator = torch.Generator().manual_seed(0)
+    b, h, w, c = shape
+    made = {"qkv": (torch.randn(b, h, w, 3 * c, generator=generator) * spread).to(dtype)}
+    for name, width in (("global", split), ("local", c - split)):
+        if lepe and width:
+            made[f"weight_{name}"] = torch.randn(width, 1, 3, 3, generator=generator)
+            made[f"bias_{name}"] = torch.randn(width, generator=generator)
+    return {name: x.to(DEVICE) for name, x in made.items()}
+
+
+def attend(given, split, heads, block):
+    kernels = {
+        f"lepe_{name}": (given[f"weight_{name}"], given.get(f"bias_{name}")) if f"weight_{name}" in given else None
+        for name in ("global", "local")
+    }
+    return ops.elfatt_attention(given["qkv"], num_heads=heads, global_channels=split, block_size=block, **kernels)
+
+
+def results(backend, given, dout, split, heads, block):
+    """Output and gradients by name."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items()}
+    with ops.use_backend(backend):
+        out = attend(leaves, split, heads, block)
+        out.backward(dout.to(out.dtype))
+    return {"out": out.detach(), **{f"d{name}": x.grad for name, x in leaves.items()}}
+
+
+def errors(found, truth):
+    return {name: ((found[name].double() - x).norm() / x.norm()).item() for name, x in truth.items()}
+
+
+def check(given, split, heads, block):
+    b, h, w, packed = given["qkv"].shape
+    dtype = given["qkv"].dtype
+    dout = torch.randn(b, h, w, packed // 3, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    truth = results("reference", {name: x.double() for name, x in given.items()}, dout, split, heads, block)
+    found = results("triton", given, dout, split, heads, block)
+    plain = given if dtype == FLOAT else {name: x.to(dtype) for name, x in given.items()}
+    theirs = errors(results("math", plain, dout, split, heads, block), truth)
+    for name, error in errors(found, truth).items():
+        assert found[name].dtype == (dtype if name in ("out", "dqkv") else FLOAT)
+        assert error <= 2 * theirs[name] + SLACK[dtype], f"{name}: {error:.1e}, PyTorch's {theirs[name]:.1e}"
+
+
+# [B, H, W, C], global channels, heads, block side, dtype
+CASES = [
+    ((1, 8, 8, 64), 32, (1, 1), 4, FLOAT),  # whole blocks
+    ((2, 5, 9, 48), 24, (1, 1), 4, FLOAT),  # blocks over the border both ways, 24-wide heads, several images
+    ((2, 7, 7, 64), 32, (1, 1), 7, BRAIN),  # the block is the map
+    ((1, 9, 13, 96), 48, (1, 1), 7, HALF),  # 48-wide heads
+    ((1, 9, 13, 96), 48, (2, 2), 7, BRAIN),
+    ((1, 3, 11, 64), 32, (2, 2), 8, FLOAT),  # a map lower than the block, 16-wide heads
+    ((1, 13, 10, 64), 32, (1, 1), 12, BRAIN),  # more than 64 tokens a block: two backward kernels
+    ((1, 15, 14, 48), 24, (1, 1), 14, HALF),  # 128 queries a program
+    ((1, 6, 5, 128), 64, (1, 1), 4, BRAIN),  # 64-wide heads
+    ((1, 2, 3, 64), 32, (1, 1), 1, FLOAT),  # blocks of one token
+    ((1, 1, 1, 64), 32, (1, 1), 7, HALF),  # maps of one token
+    ((1, 9, 5, 64), 16, (1, 1), 4, FLOAT),  # other channel splits: 1/4, 3/4, none and all of them global
+    ((1, 9, 5, 64), 48, (1, 1), 4, FLOAT),
+    ((1, 9, 5, 64), 0, (2, 2), 4, FLOAT),
+    ((1, 9, 5, 64), 64, (2, 2), 4, BRAIN),
+    ((1, 5, 5, 20), 12, (2, 1), 2, FLOAT),  # heads narrower than a matrix product of the hardware
+]
+
+
+@pytest.mark.parametrize(("shape", "split", "heads", "block", "dtype"), CASES, ids=str)
+def test_output_and_gradients(shape, split, heads, block, dtype):
+    check(tensors(shape, split, dtype), split, heads, block)
+
+
+@pytest.mark.slow
+def test_blocks_of_24():
+    check(tensors((1, 24, 24, 16), 0, BRAIN), 0, (1, 1), 24)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=str)
+def test_without_lepe(dtype):
+    check(tensors((1, 5, 9, 48), 24, dtype, lepe=False), 24, (1, 1), 4)
+
+
+@pytest.mark.parametrize("block", [4, 9])
+def test_lepe_without_a_bias(block):
+    given = tensors((1, 5, 11, 48), 24, FLOAT)
+    check({name: x for name, x in given.items() if "bias" not in name}, 24, (1, 1), block)
+
+
+def test_work_in_groups(monkeypatch):
+    """Large inputs have programs that take several tiles or blocks in turn, the last of them fewer."""
+    from elfatt.ops.triton import launch
+
+    monkeypatch.setattr(launch, "PROGRAMS", 2)
+    check(tensors((1, 15, 21, 32), 16, FLOAT), 16, (1, 1), 7)
+
+
+def test_large_activations():
+    """Softmax weights that are one or nothing, and a gradient scaled as far as float16 holds that of the scores."""
+    given = tensors((1, 5, 6, 64), 32, HALF, spread=100.0)
+    dout = torch.randn(1, 5, 6, 64).to(DEVICE) * 8
+    truth = results("reference", {name: x.double() for name, x in given.items()}, dout, 32, (1, 1), 4)
+    found = results("triton", given, dout, 32, (1, 1), 4)
+    assert all(x.isfinite().all() for x in found.values())
+    assert max(errors(found, truth).values()) < 2e-3
+
+
+def test_the_same_input_gives_the_same_bits():
+    given, dout = tensors((1, 5, 9, 64), 32, BRAIN), torch.randn(1, 5, 9, 64).to(DEVICE)
+    one, two = (results("triton", given, dout, 32, (1, 1), 4) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_any_strides():
+    given = tensors((1, 5, 6, 32), 16, FLOAT)
+    wide = torch.zeros(1, 5, 6, 192, device=DEVICE)
+    wide[..., ::2] = given["qkv"]
+    with ops.use_backend("triton"):
+        expected = attend(given, 16, (1, 1), 4)
+        strided = attend({**given, "qkv": wide[..., ::2].requires_grad_()}, 16, (1, 1), 4)
+    assert torch.equal(strided, expected)
+    strided.sum().backward()  # an expanded gradient
+
+
+@pytest.mark.parametrize("name", ["weight_global", "bias_local"])
+def test_kernels_of_another_shape_are_named(name):
+    given = tensors((1, 3, 4, 32), 16, FLOAT)
+    with ops.use_backend("triton"), pytest.raises(ValueError, match="LePE of 16 channels needs kernels"):
+        attend({**given, name: given[name][:8]}, 16, (1, 1), 2)
+
+
+def operator_arguments(split, lepe):
+    given = {name: x.requires_grad_() for name, x in tensors((1, 3, 4, 32), split, FLOAT, lepe).items()}
+    return [given.get(name) for name in NAMES], ([1, 1], split, [2, 4])
+
+
+@pytest.mark.parametrize("lepe", [True, False])
+def test_operator_registration(lepe):
+    leaves, options = operator_arguments(16, lepe)
+    torch.library.opcheck(fused._forward, (*leaves, *options))
+    leaves = [x if x is None else x.detach() for x in leaves]
+    kept = fused._forward(*leaves, *options)[1:]
+    dout = torch.randn(1, 3, 4, 32, device=DEVICE)
+    torch.library.opcheck(fused._backward, (dout, *leaves, *kept, *options))
+
+
+def lepe_leaves(dtype, bias=True):
+    """V as the slice of a packed map that attention hands over, kernels, and attention's result."""
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(2, 5, 9, 120, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weight, offset = (torch.randn(*s, generator=generator).to(DEVICE).requires_grad_() for s in ((40, 1, 3, 3), (40,)))
+    residual = torch.randn(2, 5, 9, 40, generator=generator).to(DEVICE, dtype).requires_grad_()
+    return packed, weight, offset if bias else None, residual
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, BRAIN], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_lepe_beside_other_attention(dtype, bias):
+    leaves = lepe_leaves(dtype, bias=bias)
+    dout = torch.randn(2, 5, 9, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    outcomes = []
+    for backend in ("triton", "reference"):
+        packed, weight, offset, residual = (
+            x if x is None or backend == "triton" else x.detach().double().requires_grad_() for x in leaves
+        )
+        with ops.use_backend(backend):
+            out = add_lepe(residual, packed[..., 40:80], (weight, offset))
+        inputs = [x for x in (packed, weight, offset, residual) if x is not None]
+        outcomes.append([out, *torch.autograd.grad(out, inputs, dout.to(out.dtype))])
+    for found, truth in zip(*outcomes, strict=True):
+        # twice, for the interpreter truncates to bfloat16 where a GPU rounds
+        assert (found - truth).norm() <= 2 * SLACK[dtype] * truth.norm()
+
+
+def test_lepe_registration():
+    packed, weight, offset, residual = lepe_leaves(FLOAT)
+    v, residual = (x.detach()[:1, :3].requires_grad_() for x in (packed[..., 40:80], residual))
+    torch.library.opcheck(fused._lepe, (v, weight, offset, residual))
+    torch.library.opcheck(fused._lepe_backward, tuple(x.detach() for x in (residual, v, weight, offset)))
+
+
+@pytest.mark.parametrize("name", ["elfatt", "effatt", "vanilla"])
+def test_compiles_without_a_break(name):
+    torch.manual_seed(0)
+    module = create_attention(name, dim=64, num_heads=2, **({"block_size": 4} if name == "elfatt" else {})).to(DEVICE)
+    x = torch.randn(1, 6, 5, 64, device=DEVICE)
+    gradients = []
+    with ops.use_backend("triton"):
+        for run in (module, torch.compile(module, fullgraph=True)):
+            out = run(x)
+            gradients.append([out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))])
+    torch.testing.assert_close(*gradients)
+
+
+def test_checkpointing():
+    torch.manual_seed(0)
+    module = create_attention("elfatt", dim=32, num_heads=2, block_size=4).to(DEVICE)
+    x = torch.randn(1, 6, 5, 32, device=DEVICE, requires_grad=True)
+    with ops.use_backend("triton"):
+        direct = torch.autograd.grad(module(x).square().sum(), x)
+        out = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+        assert torch.equal(torch.autograd.grad(out.square().sum(), x)[0], direct[0])
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN] if CUDA else [BRAIN], ids=str)
+def test_automatic_mixed_precision(dtype):
+    torch.manual_seed(0)
+    module = create_attention("elfatt", dim=64, num_heads=2, block_size=4).to(DEVICE)
+    x = torch.randn(1, 6, 5, 64, device=DEVICE)
+    with ops.use_backend("reference"):
+        truth = torch.autograd.grad(module.double()(x.double()).square().sum(), list(module.parameters()))
+    with ops.use_backend("triton"), torch.autocast(DEVICE, dtype):
+        out = module.float()(x)
+        found = torch.autograd.grad(out.float().square().sum(), list(module.parameters()))
+    assert out.dtype == dtype
+    for one, other in zip(found, truth, strict=True):
+        assert one.dtype == FLOAT
+        assert (one - other).norm() <= 0.03 * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [("elfatt", "_forward"), ("effatt", "_forward"), ("vanilla", "_lepe"), ("agent", "_lepe"), ("flatten", "_lepe")],
+)
+def test_mechanisms_run_the_kernels(name, operator, monkeypatch):
+    calls = []
+    real = getattr(fused, operator)
+    monkeypatch.setattr(fused, operator, lambda *args: calls.append(args) or real(*args))
+    with ops.use_backend("triton"), torch.no_grad():
+        create_attention(name, dim=32, num_heads=2, lepe=True).to(DEVICE)(torch.randn(1, 3, 3, 32, device=DEVICE))
+    assert len(calls) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [HALF, BRAIN] if CUDA else [BRAIN], ids=str)
+def test_gradients_of_a_whole_model(dtype):
+    """In mixed precision they are as near to float64 as PyTorch's own; without a device the model is a narrow one."""
+    narrow = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4), "block_size": (4, 4, 2)}
+    size = (224, 224) if CUDA else (36, 44)
+    torch.manual_seed(0)
+    model = timm.create_model("cswin_tiny_elfatt", drop_path_rate=0.0, **({} if CUDA else narrow)).to(DEVICE)
+    images = torch.randn(1, 3, *size, device=DEVICE)
+
+    def gradients(backend, mixed):
+        with ops.use_backend(backend), torch.autocast(DEVICE, dtype, enabled=mixed):
+            loss = (model.float()(images) if mixed else model.double()(images.double())).square().mean()
+            found = torch.autograd.grad(loss * 64, list(model.parameters()))
+        return torch.cat([x.double().flatten() for x in found])
+
+    truth = gradients("reference", mixed=False)
+    found, theirs = (gradients(backend, mixed=True) for backend in ("triton", "sdpa"))
+    assert (found - truth).norm() <= 2 * (theirs - truth).norm()
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+class TestOnTheDevice:
+    """What the interpreter cannot show: sizes of real models, graphs, the choice of `auto`."""
+
+    @pytest.mark.parametrize("dtype", [FLOAT, HALF, BRAIN], ids=str)
+    @pytest.mark.parametrize(
+        ("shape", "split", "heads", "block"),
+        [
+            ((8, 56, 56, 64), 32, (1, 1), 7),
+            ((8, 28, 28, 128), 64, (2, 2), 14),
+            ((8, 14, 14, 256), 128, (4, 4), 14),
+            ((2, 96, 96, 96), 48, (1, 1), 24),
+            ((1, 128, 512, 64), 32, (1, 1), 14),
+            ((2, 50, 84, 96), 48, (2, 2), 14),
+            ((2, 40, 40, 128), 64, (1, 1), 14),
+        ],
+        ids=str,
+    )
+    def test_sizes_of_the_models(self, shape, split, heads, block, dtype):
+        check(tensors(shape, split, dtype), split, heads, block)
+
+    def test_auto_chooses_the_kernels(self, monkeypatch):
+        calls = []
+        real = fused._forward
+        monkeypatch.setattr(fused, "_forward", lambda *args: calls.append(args) or real(*args))
+        attend(tensors((1, 9, 9, 64), 32, BRAIN), 32, (1, 1), 4)
+        attend(tensors((1, 9, 9, 64), 32, torch.float64), 32, (1, 1), 4)
+        assert len(calls) == 1
+
+    def test_cuda_graph(self):
+        module = create_attention("elfatt", dim=64, num_heads=2, block_size=7).to(DEVICE, HALF)
+        x = torch.randn(4, 56, 56, 64, device=DEVICE, dtype=HALF, requires_grad=True)
+        graphed = torch.cuda.make_graphed_callables(module, (x,))
+        fresh = torch.randn_like(x).requires_grad_()
+        found = torch.autograd.grad(graphed(fresh).float().sum(), fresh)
+        assert torch.equal(found[0], torch.autograd.grad(module(fresh).float().sum(), fresh)[0])
