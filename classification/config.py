@@ -226,12 +226,15 @@ def _load_yaml(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
 def _choose(values: dict[str, Any], name: str | None, path: str) -> dict[str, Any]:
     """The values of a file with those of one of its variants over them."""
     variants = values.pop("variants", {})
+    if not isinstance(variants, dict) or not all(isinstance(own, dict) for own in variants.values()):
+        raise UserError(f"{path}: variants must hold 'name: {{key: value}}' lines")
+    variants = {str(key): own for key, own in variants.items()}
     if not variants and name:
         raise UserError(f"{path} has no variants: leave --variant {name} out")
     if variants and name not in variants:
         close = nearest(name, variants) if name else f", one of {', '.join(variants)}"
         raise UserError(f"{path} has no variant '{name}'{close}" if name else f"{path} needs --variant{close}")
-    chosen = {key.replace("-", "_"): value for key, value in variants.get(name, {}).items()}
+    chosen = {str(key).replace("-", "_"): value for key, value in variants.get(name, {}).items()}
     return {**values, **chosen}
 
 

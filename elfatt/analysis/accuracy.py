@@ -22,8 +22,10 @@ METRICS = {  # metric of the program: column of the published tables
 }
 
 
-def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: str) -> dict[str, float]:
-    """Metrics of a row in percent, named as the columns of its table; nothing where checkpoint or data are missing.
+def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: str) -> dict[str, float | str]:
+    """Metrics of a row in percent, named as the columns of its table, and the file's name.
+
+    Nothing where the checkpoint or the data set is missing.
 
     Args:
         row: It says which configuration and which file name.
@@ -35,7 +37,7 @@ def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: 
         RuntimeError: The program failed; its last line is in the message.
     """
     task = {6: "detection", 7: "segmentation"}.get(row.table, "classification")
-    files = [checkpoints / (row.config + suffix) for suffix in SUFFIXES]
+    files = [checkpoints.resolve() / (row.config + suffix) for suffix in SUFFIXES]
     checkpoint = next((file for file in files if file.is_file()), None)
     if checkpoint is None or data[task] is None or row.is_edge:
         return {}
@@ -45,7 +47,7 @@ def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: 
             command += ["--device", device, "--results-file", Path(folder) / "metrics.json"]
         else:
             command = [f"{task}/test.py", CONFIGS / task / f"{row.config}.py", checkpoint, "--work-dir", folder]
-        command = [sys.executable, *command, "--data-dir", data[task]]
+        command = [sys.executable, *command, "--data-dir", data[task].resolve()]
         print(f"accuracy: {row.name}: {checkpoint}", file=sys.stderr)
         done = subprocess.run([str(part) for part in command], cwd=CONFIGS.parent, stderr=subprocess.PIPE, text=True)
         if done.returncode:
@@ -54,4 +56,4 @@ def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: 
         (file,) = Path(folder).rglob("*.json") if task == "classification" else Path(folder).glob("*/*.json")
         found = json.loads(file.read_text())
     scale = 100 if task == "detection" else 1
-    return {column: scale * found[metric] for metric, column in METRICS[task].items()}
+    return {"checkpoint": checkpoint.name} | {column: scale * found[metric] for metric, column in METRICS[task].items()}

@@ -1,6 +1,7 @@
 """Tables VIII and IX at every power mode of an edge device, or at given numbers of CPU threads.
 
-On a Jetson ``nvpmodel`` sets the modes and ``tegrastats`` is read while the models run; elsewhere neither is needed.
+On a Jetson ``nvpmodel`` sets the modes and ``tegrastats`` is read while the models are timed; elsewhere neither is
+needed. Speed-ups are over GLOBAL; the AMP column that the paper prints in Table VIII is over its slowest row.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("table", type=int, choices=(8, 9), help="8: batch 128; 9: batch 1")
     add("--rows", nargs="+", metavar="PATTERN", help="models, such as '*-ELFATT' (default: all)")
     add("--modes", nargs="+", type=int, help="nvpmodel modes of a Jetson (default: the one that is set)")
-    add_speed_arguments(parser)
+    add_speed_arguments(parser, precision=False)
     parser.add_argument("--thread-modes", nargs="+", type=int, metavar="N", help="CPU threads to step through")
     parser.add_argument("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, baseline=None)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,27 +52,26 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--modes {args.modes} needs a Jetson's nvpmodel: leave it out, or use --thread-modes")
     if args.modes and args.thread_modes:
         raise ValueError("--modes and --thread-modes exclude each other: give one")
-    settings = apply_speed_arguments(args)
+    settings = {**apply_speed_arguments(args), "table": args.table}
     path = args.results or RESULTS / f"{machine_name(args.device)}.json"
-    head = {"kind": "edge", "settings": settings, "environment": describe_environment(args.device)}
     rows: list[dict[str, Any]] = []
     for mode in args.modes or args.thread_modes or [None]:
         name = set_mode(mode, bool(args.modes))
         print(f"mode {name}", file=sys.stderr)
-        entries = [Entry(row, {"table": row.table, "name": row.name, "mode": name}) for row in _rows(args)]
-        with power_log() as log:
-            for _ in measure_speed(entries, args):
-                pass
-        watts = mean_watts(log)
-        done = [{**entry.values, "watts": watts} for entry in entries]
-        save_rows(path, head, done, KEY)
+        entries = [
+            Entry(row, {"table": row.table, "name": row.name, "mode": name})
+            for row in select_rows([args.table], args.rows)
+        ]
+        log: list[str] = []
+        for _ in measure_speed(entries, args, watch=lambda log=log: power_log(log)):
+            pass
+        done = [{**entry.values, "watts": mean_watts(log)} for entry in entries]
+        environment = describe_environment(args.device)
+        del environment["hardware"]["threads"]  # the mode says it
+        save_rows(path, {"kind": "edge", "settings": settings, "environment": environment}, done, KEY)
         rows += done
     print(format_rows(rows))
     print(f"\nadded to {path}", file=sys.stderr)
-
-
-def _rows(args: argparse.Namespace):
-    return select_rows([args.table], args.rows)
 
 
 def set_mode(mode: int | None, jetson: bool) -> str:
@@ -85,18 +86,20 @@ def set_mode(mode: int | None, jetson: bool) -> str:
 
 
 @contextmanager
-def power_log() -> Iterator[list[str]]:
-    """Lines that ``tegrastats`` prints inside the ``with`` block, there once it is left; none on other machines."""
-    lines: list[str] = []
+def power_log(lines: list[str]) -> Iterator[None]:
+    """Adds what ``tegrastats`` prints inside the ``with`` block; nothing on other machines."""
     if not shutil.which("tegrastats"):
-        yield lines
+        yield
         return
-    process = subprocess.Popen(["tegrastats", "--interval", "200"], stdout=subprocess.PIPE, text=True)
-    try:
-        yield lines
-    finally:
-        process.terminate()
-        lines.extend(process.communicate()[0].splitlines())
+    with tempfile.TemporaryFile("w+") as file:  # a pipe that nobody reads would stop it
+        process = subprocess.Popen(["tegrastats", "--interval", "200"], stdout=file)
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+            file.seek(0)
+            lines.extend(file.read().splitlines())
 
 
 def mean_watts(lines: Iterable[str]) -> float | None:

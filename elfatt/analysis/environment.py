@@ -6,9 +6,12 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import torch
+
+import elfatt
 
 PACKAGES = (
     "torch",
@@ -39,7 +42,7 @@ def describe_environment(device: str) -> dict[str, dict]:
     }
     if device == "cpu":
         hardware["instructions"] = torch.backends.cpu.get_cpu_capability()
-    versions = {"python": platform.python_version(), "system": platform.system()}
+    versions = {"elfatt": _own_version(), "python": platform.python_version(), "system": platform.system()}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -57,8 +60,8 @@ def describe_environment(device: str) -> dict[str, dict]:
 
 
 def machine_name(device: str) -> str:
-    """Short name of the hardware, fit for a file name, such as ``nvidia-h200`` or ``amd-epyc-2-threads``."""
-    name = _gpu_name() if device == "cuda" else f"{_cpu_name()} {torch.get_num_threads()} threads"
+    """Short name of the hardware, fit for a file name, such as ``nvidia-h200`` or ``amd-epyc``."""
+    name = _gpu_name() if device == "cuda" else _cpu_name()
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -68,9 +71,25 @@ def available_bytes(device: str) -> int:
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     fields = Path("/proc/meminfo")
-    if fields.exists():
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", fields.read_text())[1])
-    return _memory_bytes("cpu")
+    if not fields.exists():
+        return _memory_bytes("cpu")
+    free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", fields.read_text())[1])
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container
+    if limit.exists() and limit.read_text().strip().isdecimal():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def _own_version() -> str:
+    """The version, with the commit in a checkout: figures of different code do not mix."""
+    root = Path(elfatt.__file__).resolve().parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return elfatt.__version__
+    inside = (root / ".git").exists() and found.returncode == 0
+    return f"{elfatt.__version__} ({found.stdout.strip()})" if inside else elfatt.__version__
 
 
 def _gpu_name() -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -55,23 +57,24 @@ def _storages(values) -> list[torch.UntypedStorage]:
     return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
-def count_memory(model: torch.nn.Module, shape: tuple[int, ...], backend: str, dtype: torch.dtype | None = None) -> int:
+def count_memory(
+    model: torch.nn.Module, shape: tuple[int, ...], backend: str, dtype: torch.dtype, backward: bool = False
+) -> int:
     """Bytes alive at the worst moment of a forward pass, beside weights and images, without running it.
 
     Args:
         model: On the ``meta`` device, in evaluation mode.
         shape: Of the images, ``[B, 3, H, W]``.
         backend: Of the operations; a fused attention operator holds its operands and its output only.
-        dtype: Of the model and the images, by default the model's.
+        dtype: Of the model, which is changed, and of the images.
+        backward: Keep what the backward pass needs, weights' gradients aside.
     """
-    dtype = dtype or next(model.parameters()).dtype
+    model = model.to(dtype)
     image = torch.empty(shape, dtype=dtype, device="meta")
-    with torch.inference_mode(), use_backend(backend), LiveTensors() as live:
-        if backend == "math":
-            model(image)
-        else:
-            with FusedAttention():
-                model(image)
+    fused = nullcontext() if backend == "math" else FusedAttention()
+    with torch.inference_mode(not backward), use_backend(backend), LiveTensors() as live, fused:
+        out = model(image)
+    del out  # alive until here, and with it what the backward pass would need
     return live.peak
 
 
@@ -91,10 +94,16 @@ def fit_batch(
     Raises:
         MemoryError: One image does not fit; what it needs is named.
     """
-    free = available_bytes(how.device)
+    free, asked = available_bytes(how.device), batch
     while batch:
         try:
             if batch * needed < free:
+                if batch < asked:
+                    print(
+                        f"{name}: batch {asked} needs about {asked * needed / 2**30:.1f} GiB with the {how.backend} "
+                        f"backend, {free / 2**30:.1f} GiB are free: halved to {batch}",
+                        file=sys.stderr,
+                    )
                 call = how.prepare(model, (batch, 3, *size)) if model else None
                 if call:
                     call()
@@ -131,6 +140,7 @@ def _resident_mib(task) -> float:
     build, threads = task
     torch.set_num_threads(threads)
     run = build()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the building
     before = _resident_bytes("VmRSS")
     run()
     return (_resident_bytes("VmHWM") - before) / 2**20

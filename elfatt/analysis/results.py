@@ -1,7 +1,7 @@
 """Results files: what was measured on one machine, with its environment, in ``results/MACHINE.json``.
 
 A file holds runs; a run is one command's settings, the environment and its rows. The same settings in the same
-environment add to a run and replace equal rows; anything else begins a new run.
+environment add to a run and replace equal rows; with other versions or code they replace the run.
 """
 
 from __future__ import annotations
@@ -26,34 +26,54 @@ def load_runs(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         runs = json.loads(path.read_text())["runs"]
+        for run in runs:
+            run["kind"], run["settings"], run["environment"], run["rows"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no results file ({error}): move it away") from error
     return runs
 
 
-def save_rows(path: Path, head: dict[str, Any], rows: list[dict[str, Any]], key: tuple[str, ...]) -> None:
+def save_rows(
+    path: Path,
+    head: dict[str, Any],
+    rows: list[dict[str, Any]],
+    key: tuple[str, ...],
+    replaces: tuple[str, ...] = ("",),
+) -> None:
     """Add rows to the run that has this head; the file is replaced in one step.
+
+    What an equal row held of the same measurements goes: no figure stands beside another of a different time.
 
     Args:
         path: Results file.
         head: ``kind``, ``settings`` and ``environment`` of the run.
         rows: What was measured.
-        key: Fields that tell rows apart; an equal row is updated.
+        key: Fields that tell rows apart.
+        replaces: Beginnings of the fields that are measured anew; by default all.
     """
     runs = load_runs(path)
     head = json.loads(json.dumps(head))
     run = next((run for run in runs if all(run[name] == value for name, value in head.items())), None)
     if run is None:
+        runs = [run for run in runs if not _is_older(run, head)]
         run = {**head, "rows": []}
         runs.append(run)
     known = {tuple(row[name] for name in key): row for row in run["rows"]}
     for row in rows:
-        known.setdefault(tuple(row[name] for name in key), {}).update(row)
+        name = tuple(row[field] for field in key)
+        kept = {field: value for field, value in known.get(name, {}).items() if not field.startswith(replaces)}
+        known[name] = kept | row
     run["rows"] = list(known.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     os.replace(unfinished, path)
+
+
+def _is_older(run: dict[str, Any], head: dict[str, Any]) -> bool:
+    """Whether a run is the same measurement on the same hardware, with other versions or code."""
+    same = all(run[name] == head[name] for name in ("kind", "settings"))
+    return same and run["environment"]["hardware"] == head["environment"]["hardware"]
 
 
 def to_markdown(header: list[str], rows: list[list[str]]) -> str:

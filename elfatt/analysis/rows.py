@@ -69,8 +69,8 @@ class Row:
         return " ".join(filter(None, (shell, self.published.get("resolution"), self.published.get("schedule"))))
 
     @property
-    def is_baseline(self) -> bool:
-        """Whether it has vanilla attention, over which speed-ups are given."""
+    def is_vanilla(self) -> bool:
+        """Whether all of its attention is vanilla."""
         return self.model.endswith("-GLOBAL") or self.model == "levels V-V-V-V"
 
     @property
@@ -123,6 +123,10 @@ class Row:
         if self.is_ablation:
             return ["--config", str(CONFIGS / "classification" / "ablations.yaml"), "--variant", self.variant]
         return ["--config", str(CONFIGS / "classification" / f"{self.config}.yaml")]
+
+    def fits(self, pattern: str) -> bool:
+        """Whether a pattern (``*``, ``?``, any case) is its name, its model or its configuration."""
+        return any(fnmatchcase(name.lower(), pattern.lower()) for name in (self.name, self.model, self.config))
 
     def build(self, device: str = "meta") -> nn.Module:
         """The model in evaluation mode, with random weights; image to output.
@@ -191,7 +195,7 @@ def select_rows(tables: list[int], patterns: list[str] | None = None) -> list[Ro
         return rows
     chosen = set()
     for pattern in patterns:
-        fits = {i for i, row in enumerate(rows) if _fits(row, pattern)}
+        fits = {i for i, row in enumerate(rows) if row.fits(pattern)}
         if not fits:
             names = {row.model.lower(): row.model for row in rows}
             (close,) = difflib.get_close_matches(pattern.lower(), names, n=1, cutoff=0)
@@ -199,7 +203,3 @@ def select_rows(tables: list[int], patterns: list[str] | None = None) -> list[Ro
             raise ValueError(f"no row {pattern!r} in table {numbers}: did you mean {names[close]!r}? (quote patterns)")
         chosen |= fits
     return [row for i, row in enumerate(rows) if i in chosen]
-
-
-def _fits(row: Row, pattern: str) -> bool:
-    return any(fnmatchcase(name.lower(), pattern.lower()) for name in (row.name, row.model, row.config))

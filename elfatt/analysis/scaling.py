@@ -17,8 +17,14 @@ import elfatt  # noqa: F401  registers the models
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
 from elfatt.analysis.results import RESULTS, save_rows, to_markdown
-from elfatt.analysis.tables import BACKENDS, add_speed_arguments, apply_speed_arguments
-from elfatt.analysis.timing import Inference, WrongOutput, check_numerics, time_in_turns
+from elfatt.analysis.tables import (
+    BACKENDS,
+    REFUSALS,
+    add_speed_arguments,
+    apply_speed_arguments,
+    numerics_shape,
+)
+from elfatt.analysis.timing import Inference, check_numerics, time_in_turns
 from elfatt.backbones.zoo import ATTENTIONS
 
 DEFAULT_MODELS = [f"cswin_tiny_{name}" for name in ATTENTIONS]
@@ -30,8 +36,8 @@ KEY = ("model", "attention", "height", "width")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the ``scaling`` command."""
     add = parser.add_argument
-    add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", help="of timm; the first is the baseline")
-    add("--baseline", metavar="NAME", help="model over which speed-ups are given (default: the first)")
+    add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", help="of timm (default: CSWin-T's attentions)")
+    add("--baseline", metavar="NAME", help="over which speed-ups are given (default: vanilla attention, or the first)")
     add("--sizes", nargs="+", default=DEFAULT_SIZES, metavar="SIZE", help="side or HEIGHTxWIDTH in pixels")
     add("--attention", nargs="+", choices=WAYS, default=list(BACKENDS), help="softmax attention open (nfa), fused (fa)")
     add("--backward", action="store_true", help="with the backward pass, as in training")
@@ -49,10 +55,12 @@ def run(args: argparse.Namespace) -> None:
         if not timm.is_model(name):
             close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)
             raise ValueError(f"unknown model {name!r}: did you mean {close[0]!r}?")
-    baseline = args.baseline or args.models[0]
+    baseline = args.baseline or next((name for name in args.models if name.endswith("_global")), args.models[0])
     if baseline not in args.models:
         raise ValueError(f"--baseline {baseline} is none of the models {', '.join(args.models)}")
     sizes = [parse_size(text) for text in args.sizes]
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {args.plot} must end in .png, .svg or .pdf")
     settings = {**apply_speed_arguments(args), "baseline": baseline, "backward": args.backward}
     path = args.results or RESULTS / f"{machine_name(args.device)}.json"
     head = {"kind": "scaling", "settings": settings, "environment": describe_environment(args.device)}
@@ -94,20 +102,19 @@ def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace)
             rows.append(row)
             label = f"{name} ({attention})"
             try:
-                needed = 0  # what the backward pass needs is not counted
-                if not args.backward:
-                    needed = count_memory(build("meta"), (1, 3, *size), how.backend, how.dtype)
-                    row["counted_memory_mib"] = needed / 2**20
+                needed = count_memory(build("meta"), (1, 3, *size), how.backend, how.dtype, how.backward)
+                row["counted_memory_mib"] = needed / 2**20
                 if args.count_only:
                     continue
-                check_numerics(label, model, (1, 3, 64, 64), replace(how, backward=False))
+                check_numerics(label, model, numerics_shape(size), how)
                 batch, passes[name, attention] = fit_batch(label, needed, args.batch_size, size, how, model)
                 row["batch_size"] = batch
                 if args.memory:
-                    call = partial(_prepare, build, how, (batch, 3, *size))
+                    eager = replace(how, compile=False, cuda_graph=False)
+                    call = partial(_prepare, build, eager, (batch, 3, *size))
                     row["peak_memory_mib"] = measure_memory(call, args.device)
-            except (WrongOutput, MemoryError) as error:
-                print(f"not timed: {error}", file=sys.stderr)
+            except REFUSALS as error:
+                print(f"{label} is not timed: {error}", file=sys.stderr)
                 row["refused"] = str(error)
     timings = time_in_turns(passes, args.repeats, args.warm_up, Inference(args.device).synchronize)
     by_key = {(row["model"], row["attention"]): row for row in rows}
@@ -116,9 +123,10 @@ def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace)
         row |= {"latency_ms": 1e3 * timing.median, "images_per_s": row["batch_size"] / timing.median}
         row["latency_ms_quartiles"] = [1e3 * timing.low, 1e3 * timing.high]
     for (_, attention), row in by_key.items():
-        reference = by_key[baseline, attention].get("images_per_s")
-        if reference and "images_per_s" in row:
-            row["speedup"] = row["images_per_s"] / reference
+        reference = by_key[baseline, attention]
+        timed = "images_per_s" in row and "images_per_s" in reference
+        if timed and row["batch_size"] == reference["batch_size"]:
+            row["speedup"] = row["images_per_s"] / reference["images_per_s"]
     return rows
 
 

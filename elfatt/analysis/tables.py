@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -23,8 +24,10 @@ from elfatt.analysis.timing import PRECISIONS, Inference, WrongOutput, check_num
 
 BACKENDS = {"nfa": "math", "fa": "auto"}  # the paper's names: softmax attention as two products, or fused
 EDGE = {"fp32": "float32", "amp": "amp"}  # Tables VIII and IX have a column for each precision
-NUMERICS_SIDE = 64  # pixels of the image on which a model's output is compared with the formula's
+NUMERICS_SIDE = 224  # pixels of the largest image on which a model's output is compared with the formula's
 KEY = ("table", "name")
+# of one row, which then has no speed: wrong, too large, or not supported by the device in this precision
+REFUSALS = (WrongOutput, MemoryError, RuntimeError, AssertionError)
 
 
 class Protocol(NamedTuple):
@@ -58,10 +61,11 @@ COLUMNS = (
         Column(f"{heading} {kind.upper().replace('NFA', 'nFA')}", f"{key}_{kind}", f"{key}_{kind}", 1, decimals)
         for heading, key, decimals in (
             ("images/s", "images_per_s", None),
-            ("speed-up", "speedup", 2),
+            ("speed-up over the baseline", "speedup", 2),
             ("ms a pass", "latency_ms", None),
             ("batch", "batch_size", 0),
             ("peak memory, MiB,", "peak_memory_mib", 0),
+            ("its batch", "memory_batch_size", 0),
         )
         for kind in (*BACKENDS, *EDGE)
     ),
@@ -90,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("tables", nargs="*", type=int, default=list(TITLES), metavar="N", help="tables 1 to 9 (default: all)")
     add("--rows", nargs="+", metavar="PATTERN", help="models, such as 'CSWin-T*' or '*-ELFATT' (default: all)")
     add("--measure", nargs="+", choices=STEPS, default=["counts"], help="default: counts, which run no model")
+    add("--baseline", metavar="PATTERN", help="row over which speed-ups are given (default: vanilla attention's)")
     add_speed_arguments(parser)
     group = parser.add_argument_group("accuracy")
     add = group.add_argument
@@ -104,37 +109,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say how speed is measured."""
+def add_speed_arguments(parser: argparse.ArgumentParser, precision: bool = True) -> None:
+    """Options that say how speed is measured; without ``precision`` that is not one of them."""
     add = parser.add_argument_group("speed").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--threads", type=int, help="of the CPU")
     add("--protocol", choices=PROTOCOLS, default="paper", help="what the next four are (default: paper)")
     add("--batch-size", type=int, help="images a pass; halved where memory is short")
-    add("--precision", choices=PRECISIONS, help="amp: float16 on a GPU, bfloat16 on a CPU")
+    if precision:
+        add("--precision", choices=PRECISIONS, help="amp: float16 on a GPU, bfloat16 on a CPU")
     add("--warm-up", type=int, help="turns before those that count")
     add("--repeats", type=int, help="turns that count")
     add("--compile", action="store_true", help="torch.compile the models")
     add("--cuda-graphs", action="store_true", help="record each pass once and replay it")
+    add("--tf32", action="store_true", help="let a GPU round the operands of float32 products to TF32")
+    add("--cudnn-benchmark", action="store_true", help="let cuDNN choose its algorithms by trial")
 
 
 def apply_speed_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Fill in what the protocol says, set the threads, and return the settings for the results.
 
     Raises:
-        ValueError: A number below 1.
+        ValueError: A number that is too small.
     """
     protocol = PROTOCOLS[args.protocol]._asdict()
     for name, value in protocol.items():
-        if getattr(args, name) is None:
+        if name in args and getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("threads", "batch_size", "repeats"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_numbers(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    return {name: getattr(args, name) for name in ("device", *protocol, "compile", "cuda_graphs")}
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = args.tf32
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
+    names = ("device", *protocol, "compile", "cuda_graphs", "tf32", "cudnn_benchmark")
+    return {name: getattr(args, name) for name in names if name in args}
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers of threads, images and turns that are too small.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    for name, least in {"threads": 1, "batch_size": 1, "repeats": 1, "warm_up": 0}.items():
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -145,13 +167,13 @@ def run(args: argparse.Namespace) -> None:
     settings = apply_speed_arguments(args)
     entries = [Entry(row, {"table": row.table, "name": row.name}) for row in select_rows(args.tables, args.rows)]
     path = args.results
-    if path is None and {"speed", "memory"} & set(args.measure):
+    if path is None and set(args.measure) != {"counts"}:
         path = RESULTS / f"{machine_name(args.device)}.json"
     head = {"kind": "tables", "settings": settings, "environment": describe_environment(args.device)}
     for measure in args.measure:
         for done in STEPS[measure](entries, args):
             if path:  # after every group: what a killed run has measured is kept
-                save_rows(path, head, [entry.values for entry in done], KEY)
+                save_rows(path, head, [entry.values for entry in done], KEY, FIELDS[measure])
     text = format_tables(entries)
     print(text)
     for file in args.output:
@@ -172,8 +194,10 @@ def measure_counts(entries: list[Entry], args: argparse.Namespace) -> Iterator[l
     yield entries
 
 
-def measure_speed(entries: list[Entry], args: argparse.Namespace) -> Iterator[list[Entry]]:
-    """Images per second; the rows of a group take turns."""
+def measure_speed(
+    entries: list[Entry], args: argparse.Namespace, watch: Callable[[], AbstractContextManager] = nullcontext
+) -> Iterator[list[Entry]]:
+    """Images per second; the rows of a group take turns, inside what ``watch`` makes."""
     for title, group in _groups(entries):
         print(f"speed: {title}", file=sys.stderr)
         passes, chosen = {}, {}
@@ -181,15 +205,15 @@ def measure_speed(entries: list[Entry], args: argparse.Namespace) -> Iterator[li
             model = entry.row.build(args.device)
             for kind, how in variants(entry.row, args).items():
                 try:
-                    check_numerics(entry.row.name, model, (1, 3, NUMERICS_SIDE, NUMERICS_SIDE), how)
+                    check_numerics(entry.row.name, model, numerics_shape(entry.row.img_size), how)
                     batch, call = _fit(entry.row, how, args, model)
-                except (WrongOutput, MemoryError) as error:
-                    print(f"not timed: {error}", file=sys.stderr)
+                except REFUSALS as error:
+                    print(f"{entry.row.name} ({kind}) is not timed: {error}", file=sys.stderr)
                     entry.values[f"refused_{kind}"] = str(error)
                     continue
                 passes[entry.row.name, kind], chosen[entry.row.name, kind] = call, batch
-        synchronize = Inference(args.device).synchronize
-        timings = time_in_turns(passes, args.repeats, args.warm_up, synchronize)
+        with watch():
+            timings = time_in_turns(passes, args.repeats, args.warm_up, Inference(args.device).synchronize)
         for entry in group:
             for kind in variants(entry.row, args):
                 if (entry.row.name, kind) not in timings:
@@ -201,18 +225,29 @@ def measure_speed(entries: list[Entry], args: argparse.Namespace) -> Iterator[li
                     f"images_per_s_{kind}": batch / timing.median,
                     f"images_per_s_{kind}_quartiles": [batch / timing.high, batch / timing.low],
                 }
-        _compare(group)
+        _compare(group, args.baseline)
         yield group
 
 
-def _compare(group: list[Entry]) -> None:
-    """Speed-ups over vanilla attention, where it is in the group."""
-    baseline = next((entry.values for entry in group if entry.row.is_baseline), {})
-    for entry in group:
+def numerics_shape(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """One image of the size that is timed, or of what the formula can take."""
+    return (1, 3, *(min(side, NUMERICS_SIDE) for side in size))
+
+
+def _compare(group: list[Entry], pattern: str | None) -> None:
+    """Speed-ups over the baseline, where it is in the group and ran the same batch."""
+    baseline = next((entry for entry in group if is_baseline(entry.row, pattern)), None)
+    for entry in group if baseline else ():
+        entry.values["speedup_over"] = baseline.row.name
         for kind in (*BACKENDS, *EDGE):
-            key = f"images_per_s_{kind}"
-            if key in baseline and key in entry.values:
-                entry.values[f"speedup_{kind}"] = entry.values[key] / baseline[key]
+            key, batch = f"images_per_s_{kind}", f"batch_size_{kind}"
+            if entry.values.get(batch) == baseline.values.get(batch) is not None:
+                entry.values[f"speedup_{kind}"] = entry.values[key] / baseline.values[key]
+
+
+def is_baseline(row: Row, pattern: str | None) -> bool:
+    """Whether a row is the one that is named, or by default has vanilla attention."""
+    return row.fits(pattern) if pattern else row.is_vanilla
 
 
 def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[list[Entry]]:
@@ -220,13 +255,14 @@ def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[lis
     for entry in tqdm(entries, "memory", disable=None, leave=False):
         for kind, how in variants(entry.row, args).items():
             try:
-                batch, _ = _fit(entry.row, how, args)
-            except MemoryError as error:
-                print(f"not measured: {error}", file=sys.stderr)
+                # of the eager model: a compiler's own memory is not the model's, a recorded graph's is taken before
+                eager = replace(how, compile=False, cuda_graph=False)
+                batch, _ = _fit(entry.row, eager, args)
+                peak = measure_memory(partial(_build_pass, entry.row, eager, batch), args.device)
+            except REFUSALS as error:
+                print(f"{entry.row.name} ({kind}) is not measured: {error}", file=sys.stderr)
                 continue
-            build = partial(_build_pass, entry.row, how, batch)
-            entry.values[f"peak_memory_mib_{kind}"] = measure_memory(build, args.device)
-            entry.values[f"batch_size_{kind}"] = batch
+            entry.values |= {f"peak_memory_mib_{kind}": peak, f"memory_batch_size_{kind}": batch}
         yield [entry]
 
 
@@ -252,6 +288,12 @@ def measure_accuracy(entries: list[Entry], args: argparse.Namespace) -> Iterator
 
 
 STEPS = {"counts": measure_counts, "speed": measure_speed, "memory": measure_peak, "accuracy": measure_accuracy}
+FIELDS = {  # how what each of them writes begins
+    "counts": ("params", "macs_"),
+    "speed": ("images_per_s_", "latency_ms_", "batch_size_", "speedup_", "refused_"),
+    "memory": ("peak_memory_", "memory_batch_size_"),
+    "accuracy": ("checkpoint", "top1_", "miou_", "macc_", "ap"),
+}
 
 
 def variants(row: Row, args: argparse.Namespace) -> dict[str, Inference]:
@@ -302,7 +344,16 @@ def long_rows(entries: list[Entry]) -> Iterator[dict[str, str]]:
 
 
 def _published(column: Column, entries: list[Entry]) -> list[str]:
+    if column.key.startswith("speedup_"):
+        return [_published_speedup(entry, column.key.replace("speedup", "images_per_s")) for entry in entries]
     return [entry.row.published.get(column.published or "", "") for entry in entries]
+
+
+def _published_speedup(entry: Entry, cell: str) -> str:
+    """The ratio of the paper's own images per second over the same baseline: its tables print other ratios, or none."""
+    over = next((row for row in select_rows([entry.row.table]) if row.name == entry.values.get("speedup_over")), None)
+    speeds = [row.published.get(cell) for row in (entry.row, over)] if over else [""]
+    return f"{float(speeds[0]) / float(speeds[1]):.2f}" if all(speeds) else ""
 
 
 def _measured(column: Column, entries: list[Entry]) -> list[str]:

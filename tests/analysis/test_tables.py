@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from elfatt.analysis import tables
+from elfatt.analysis import results, tables
 from elfatt.analysis.__main__ import main
 from elfatt.analysis.rows import select_rows
 from elfatt.analysis.timing import WrongOutput
@@ -45,7 +45,8 @@ def test_efficientvit_of_the_edge_tables_is_counted():
         assert found.macs_true == found.macs_fa == found.macs_nfa
 
 
-def test_speed_lands_in_the_results_and_beside_the_paper(tmp_path, capsys):
+def test_speed_lands_in_the_results_and_beside_the_paper(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "NUMERICS_SIDE", 32)
     path = tmp_path / "machine.json"
     rows = ["CSWin-T24181-ELFATT", "CSWin-T24181-GLOBAL"]
     argv = ["tables", "1", "--rows", *rows, "--measure", "speed", "--results", str(path), *TINY]
@@ -63,6 +64,44 @@ def test_speed_lands_in_the_results_and_beside_the_paper(tmp_path, capsys):
             assert row[f"speedup_{kind}"] == row[f"images_per_s_{kind}"] / vanilla[f"images_per_s_{kind}"]
     out = capsys.readouterr().out
     assert "| CSWin-T24181-ELFATT 224 |" in out and "images/s nFA (paper)" in out and "images/s nFA (here)" in out
+    assert "| 2.00 |" in out  # the paper's speed-up over vanilla attention, 2603 / 1303, beside ours
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "amp"])
+def test_speed_in_half_precision(tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(tables, "NUMERICS_SIDE", 32)
+    argv = ["tables", "1", "--rows", "CSWin-T24181-LOCAL", "--measure", "speed", "--results", str(tmp_path / "m.json")]
+    assert main([*argv, *TINY[:-1], precision, "--repeats", "1"]) == 0
+    (row,) = json.loads((tmp_path / "m.json").read_text())["runs"][0]["rows"]
+    assert row["images_per_s_nfa"] > 0 and row["images_per_s_fa"] > 0 and "speedup_fa" not in row
+
+
+def test_what_is_measured_anew_leaves_nothing_old_behind(tmp_path, monkeypatch):
+    path = tmp_path / "m.json"
+    head = {"kind": "tables", "settings": {}, "environment": {"hardware": {}, "versions": {"elfatt": "1"}}}
+    old = {"table": 1, "name": "a", "params": 1, "images_per_s_fa": 50, "speedup_fa": 2}
+    results.save_rows(path, head, [old], tables.KEY, tables.FIELDS["speed"])
+    new = {"table": 1, "name": "a", "refused_fa": "off"}
+    results.save_rows(path, head, [new], tables.KEY, tables.FIELDS["speed"])
+    assert results.load_runs(path)[0]["rows"] == [{"table": 1, "name": "a", "params": 1, "refused_fa": "off"}]
+    newer = {**head, "environment": {"hardware": {}, "versions": {"elfatt": "2"}}}
+    results.save_rows(path, newer, [new], tables.KEY)
+    assert [run["environment"]["versions"]["elfatt"] for run in results.load_runs(path)] == ["2"]
+
+
+def test_speed_ups_are_between_equal_batches(monkeypatch):
+    entries = [tables.Entry(row) for row in select_rows([1], ["CSWin-T24181-ELFATT", "CSWin-T24181-GLOBAL"])]
+    for entry, batch in zip(entries, (4, 1), strict=True):
+        entry.values |= {
+            "batch_size_fa": batch,
+            "images_per_s_fa": 2.0 * batch,
+            "batch_size_nfa": 1,
+            "images_per_s_nfa": batch,
+        }
+    tables._compare(entries, None)
+    assert "speedup_fa" not in entries[0].values and entries[0].values["speedup_nfa"] == 4
+    tables._compare(entries, "*-ELFATT 224")
+    assert entries[1].values["speedup_nfa"] == 0.25 and entries[1].values["speedup_over"] == "CSWin-T24181-ELFATT 224"
 
 
 @pytest.mark.slow
@@ -123,7 +162,7 @@ def test_what_does_not_fit_says_what_it_needs(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "GLOBAL 224 with the math backend needs about 0.2 GiB for one image of 224x224, 0.1 GiB are free" in error
     (row,) = json.loads((tmp_path / "m.json").read_text())["runs"][0]["rows"]
-    assert row["batch_size_fa"] == 8  # 9.2 MiB an image: halved from 64
+    assert row["memory_batch_size_fa"] == 8  # 9.2 MiB an image: halved from 64
     assert "peak_memory_mib_nfa" not in row
 
 
@@ -135,7 +174,10 @@ def test_what_does_not_fit_says_what_it_needs(tmp_path, monkeypatch, capsys):
         (["tables", "1", "--output", "x.txt"], "must end in .md or .csv"),
         (["tables", "1", "--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["tables", "1", "--measure", "accuracy"], "accuracy needs checkpoints"),
+        (["tables", "1", "--warm-up", "-5"], "--warm-up must be at least 0, got -5"),
         (["tables", "1", "--measure", "speed", "--device", "cpu", "--cuda-graphs"], "CUDA graphs need a GPU"),
+        (["op", "--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["scaling", "--plot", "x.xyz"], "--plot x.xyz must end in .png, .svg or .pdf"),
         (["scaling", "--models", "cswin_tiny_elfat"], "did you mean 'cswin_tiny_elfatt'?"),
         (["scaling", "--sizes", "224x"], "size '224x' must be a side or HEIGHTxWIDTH"),
         (["edge", "9", "--modes", "0"], "needs a Jetson's nvpmodel"),
