@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -185,13 +187,23 @@ def run(args: argparse.Namespace) -> None:
 
 def measure_counts(entries: list[Entry], args: argparse.Namespace) -> Iterator[list[Entry]]:
     """Parameters and multiply-adds, on the meta device."""
-    known: dict[str, dict[str, int]] = {}  # some rows are the same model
-    for entry in tqdm(entries, "counts", disable=None, leave=False):
-        key = f"{entry.row.timm_model()} {entry.row.img_size}"
-        if key not in known:
-            known[key] = vars(entry.row.count())
-        entry.values.update(known[key])
+
+    def model(row: Row) -> str:  # some rows are the same one
+        return f"{row.timm_model()} {row.img_size}"
+
+    rows = {model(entry.row): entry.row for entry in entries}
+    workers = min(os.cpu_count(), len(rows) // 8)  # a process takes as long to start as a few models
+    with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
+        found = pool.imap(_count, rows.values()) if pool else map(_count, rows.values())
+        progress = tqdm(found, "counts", total=len(rows), disable=None, leave=False)
+        counts = dict(zip(rows, progress, strict=True))
+    for entry in entries:
+        entry.values.update(counts[model(entry.row)])
     yield entries
+
+
+def _count(row: Row) -> dict[str, int]:
+    return vars(row.count())
 
 
 def measure_speed(

@@ -72,7 +72,7 @@ def test_dense_metrics_are_read_from_mmengines_file(tmp_path, monkeypatch, table
 
     monkeypatch.setattr(accuracy.subprocess, "run", run)
     data = {"segmentation": Path("ade"), "detection": Path("coco"), "classification": None}
-    assert accuracy.evaluate(row, tmp_path, data, "cpu") == expected
+    assert accuracy.evaluate(row, tmp_path, data, "cpu") == {"checkpoint": f"{row.config}.pth"} | expected
     assert commands[0][1] == program and Path(commands[0][2]).is_file()
     assert accuracy.evaluate(row, tmp_path / "elsewhere", data, "cpu") == {}
     assert set(expected) <= set(row.published)
