@@ -9,11 +9,13 @@ usage: bash scripts/reproduce_tables.sh [OPTIONS...]
 Tables I to VII with parameters, multiply-adds, speed and memory; VIII and IX at the power mode that is set; the scaling
 curves; figures beside the results file; docs/results.md.
 
-  OPTIONS  how speed is measured, e.g. --batch-size 64, --repeats 20, --precision float32, --compile; see
-           `python -m elfatt.analysis tables --help`
+  OPTIONS  how speed is measured, e.g. --batch-size 64, --repeats 20, --compile, --threads 4; see
+           `python -m elfatt.analysis edge --help`
 
 environment:
   TABLES       which of them (default: 1 2 3 4 5 6 7 8 9)
+  PRECISION    of Tables I to VII and of the curves (default: amp; VIII and IX have float32 and amp)
+  SIZES        of the curves (default: 224 384 512 768 1024 1536 2048)
   CHECKPOINTS  folder of checkpoints, each named as its configuration, for the accuracies
   IMAGENET, ADE20K, COCO  folders of the data sets, for the accuracies of the tables that need them
 USAGE
@@ -26,6 +28,7 @@ python=python
 analyse() { "$python" -m elfatt.analysis "$@"; }
 
 measures=(counts speed memory)
+precision=(--precision "${PRECISION:-amp}")
 folders=()
 if [[ -n ${CHECKPOINTS:-} ]]; then
     measures+=(accuracy)
@@ -38,11 +41,12 @@ fi
 read -ra tables <<<"${TABLES:-1 2 3 4 5 6 7 8 9}"
 for table in "${tables[@]}"; do
     if [[ $table -lt 8 ]]; then
-        analyse tables "$table" --measure "${measures[@]}" "${folders[@]}" "$@"
+        analyse tables "$table" --measure "${measures[@]}" "${folders[@]}" "${precision[@]}" "$@"
     else
         analyse edge "$table" "$@"
     fi
 done
-analyse scaling --memory "$@"
+read -ra sizes <<<"${SIZES:-224 384 512 768 1024 1536 2048}"
+analyse scaling --memory --sizes "${sizes[@]}" "${precision[@]}" "$@"
 analyse plot
 analyse report
