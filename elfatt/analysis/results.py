@@ -89,3 +89,12 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
+
+
+def figure(value: float | None, decimals: int | None = None) -> str:
+    """A figure for a table: with these decimals, or three significant digits; nothing for None."""
+    if value is None:
+        return ""
+    if decimals is not None:
+        return f"{value:.{decimals}f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

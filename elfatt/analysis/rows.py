@@ -174,14 +174,12 @@ class Row:
         return f"{cells['backbone']}_{cells['attention']}", options
 
     def _build_dense(self, device: str) -> nn.Module:
-        from mmengine.config import Config
-
-        from elfatt.integrations.mm_models import FixedWork, build_model
+        from elfatt.integrations.mm_models import FixedWork, load_model
 
         path = CONFIGS / ("detection" if self.table == 6 else "segmentation") / f"{self.config}.py"
         if not path.is_file():
             raise FileNotFoundError(f"no configuration {path}: dense rows need a checkout of the repository")
-        return FixedWork(build_model(Config.fromfile(path), device))
+        return FixedWork(load_model(path, device))
 
 
 def select_rows(tables: list[int], patterns: list[str] | None = None) -> list[Row]:

@@ -16,7 +16,7 @@ import torch
 import elfatt  # noqa: F401  registers the models
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
-from elfatt.analysis.results import RESULTS, save_rows, to_markdown
+from elfatt.analysis.results import RESULTS, figure, save_rows, to_markdown
 from elfatt.analysis.tables import (
     BACKENDS,
     REFUSALS,
@@ -140,19 +140,15 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
             [
                 f"{row['model']} {row['attention'].upper().replace('NFA', 'nFA')}",
                 f"{row['height']}×{row['width']}",
-                _cell(row.get("latency_ms")),
-                f"{_cell(low)}–{_cell(high)}" if low else "",
-                _cell(row.get("images_per_s")),
+                figure(row.get("latency_ms")),
+                f"{figure(low)}–{figure(high)}" if low else "",
+                figure(row.get("images_per_s")),
                 f"{row['speedup']:.2f}" if "speedup" in row else "",
-                _cell(row.get("peak_memory_mib")),
-                _cell(row.get("counted_memory_mib")),
+                figure(row.get("peak_memory_mib")),
+                figure(row.get("counted_memory_mib")),
             ]
         )
     return to_markdown(header, lines)
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None or value == "" else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _build(name: str, size: tuple[int, int], device: str) -> torch.nn.Module:

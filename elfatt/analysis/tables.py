@@ -20,7 +20,7 @@ from tqdm import tqdm
 from elfatt.analysis.accuracy import evaluate
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
-from elfatt.analysis.results import RESULTS, save_rows, to_markdown, write_csv
+from elfatt.analysis.results import RESULTS, figure, save_rows, to_markdown, write_csv
 from elfatt.analysis.rows import TITLES, Row, select_rows
 from elfatt.analysis.timing import PRECISIONS, Inference, WrongOutput, check_numerics, time_in_turns
 
@@ -372,12 +372,6 @@ def _measured(column: Column, entries: list[Entry]) -> list[str]:
     cells = []
     for entry in entries:
         value, spread = entry.values.get(column.key), entry.values.get(f"{column.key}_quartiles")
-        cell = "" if value is None else _figure(column.factor * value, column.decimals)
-        cells.append(f"{cell} ({_figure(spread[0])}–{_figure(spread[1])})" if spread else cell)
+        cell = "" if value is None else figure(column.factor * value, column.decimals)
+        cells.append(f"{cell} ({figure(spread[0])}–{figure(spread[1])})" if spread else cell)
     return cells
-
-
-def _figure(value: float, decimals: int | None = None) -> str:
-    if decimals is not None:
-        return f"{value:.{decimals}f}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

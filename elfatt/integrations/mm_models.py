@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from types import MethodType, SimpleNamespace
 
 import torch
@@ -27,6 +28,11 @@ def build_model(config: Config, device: str = "meta") -> nn.Module:
     _register(config.default_scope)
     with DefaultScope.overwrite_default_scope(config.default_scope), torch.device(device):
         return MODELS.build(config.model).eval()
+
+
+def load_model(path: Path, device: str = "meta") -> nn.Module:
+    """``build_model`` for a configuration file."""
+    return build_model(Config.fromfile(path), device)
 
 
 class FixedWork(nn.Module):
