@@ -6,6 +6,7 @@ from elfatt.ops.depthwise import depthwise_conv
 from elfatt.ops.dispatch import (
     BACKENDS,
     active_backend,
+    can_run_cpp,
     can_run_flash_attn,
     can_run_triton,
     has_flash_attn,
@@ -23,6 +24,7 @@ __all__ = [
     "active_backend",
     "agent_attention",
     "block_attention",
+    "can_run_cpp",
     "can_run_flash_attn",
     "can_run_triton",
     "depthwise_conv",

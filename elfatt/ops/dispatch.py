@@ -5,8 +5,9 @@
 ``sdpa``        softmax attention through ``torch.nn.functional.scaled_dot_product_attention`` (the paper's "FA")
 ``flash_attn``  softmax attention through the flash-attn package; refuses tensors that it cannot take
 ``triton``      the ELFATT operation and LePE as fused CUDA kernels, forward and backward; the rest as ``sdpa``
-``auto``        the default: ``triton`` for CUDA tensors that its kernels can take, else ``sdpa``, whose own dispatcher
-                holds the FlashAttention kernels
+``cpp``         the same as C++ kernels for a CPU, compiled when they first run
+``auto``        the default: ``triton`` for CUDA tensors and ``cpp`` for CPU tensors that their kernels can take, else
+                ``sdpa``, whose own dispatcher holds the FlashAttention kernels
 
 ``math``, ``sdpa`` and ``flash_attn`` differ in how softmax attention runs; linear branches are the same in each.
 """
@@ -28,10 +29,14 @@ if torch.backends.mkldnn.is_available():
         _SLOW_ON_THIS_CPU.remove(torch.bfloat16)
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():
         _SLOW_ON_THIS_CPU.remove(torch.float16)
-BACKENDS = ("auto", "reference", "math", "sdpa", "flash_attn", "triton")
+BACKENDS = ("auto", "reference", "math", "sdpa", "flash_attn", "triton", "cpp")
+FUSED = {
+    "cuda": "triton",
+    "cpu": "cpp",
+}  # the backends with kernels of our own, by the device that ``auto`` takes them on
 _active = "auto"
 _has_triton = importlib.util.find_spec("triton") is not None
-_explained: set[str] = set()
+_explained: set[tuple[str, str]] = set()
 _logger = logging.getLogger("elfatt")
 
 
@@ -120,28 +125,56 @@ def can_run_triton(x: torch.Tensor, widths: tuple[int, ...] = (), *, raise_error
     Raises:
         ValueError: With ``raise_error``, naming what does not fit and the remedy.
     """
-    reason = _why_not_triton(x.device.type, x.device.index, x.dtype, widths)
-    if reason is None and x.stride(0) >= 2**31:
-        reason = "it numbers the elements of one image in 32 bits"
+    return _can_run("triton", x, widths, raise_error)
+
+
+def can_run_cpp(x: torch.Tensor, *, raise_error: bool = False) -> bool:
+    """Whether the C++ kernels can take this map; they are compiled by the first question that nothing else denies.
+
+    Args:
+        x: Map ``[B, H, W, C]``, of the packed queries, keys and values or of what LePE convolves.
+        raise_error: Raise with the reason in place of returning False.
+
+    Raises:
+        ValueError: With ``raise_error``, naming what does not fit and the remedy.
+    """
+    return _can_run("cpp", x, (), raise_error)
+
+
+def fused_kernels(x: torch.Tensor, widths: tuple[int, ...] = ()) -> str | None:
+    """Which kernels of our own run this operation, ``triton`` or ``cpp``, or None for PyTorch's operators.
+
+    Under ``auto`` each reason why not is logged once; what is exported (ONNX, ``torch.export``) has PyTorch's alone.
+
+    Raises:
+        ValueError: The backend was chosen by name and cannot run.
+    """
+    if _active in FUSED.values():
+        _can_run(_active, x, widths, raise_error=True)
+        return _active
+    kernels = FUSED.get(x.device.type)
+    if _active != "auto" or kernels is None or torch.compiler.is_exporting():
+        return None
+    if reason := _why_not(kernels, x, widths):
+        _explain_once(kernels, reason)
+        return None
+    return kernels
+
+
+def _can_run(kernels, x, widths, raise_error):
+    reason = _why_not(kernels, x, widths)
     if reason and raise_error:
-        raise ValueError(f"triton cannot run a map of shape {tuple(x.shape)}: {reason}; use 'sdpa'")
+        raise ValueError(f"{kernels} cannot run a map of shape {tuple(x.shape)}: {reason}; use 'sdpa'")
     return not reason
 
 
-def use_triton(x: torch.Tensor, widths: tuple[int, ...] = ()) -> bool:
-    """Whether the Triton kernels run this operation; under ``auto`` each reason why not is logged once.
-
-    Raises:
-        ValueError: ``triton`` was chosen and cannot run.
-    """
-    if _active == "triton":
-        return can_run_triton(x, widths, raise_error=True)
-    if _active != "auto" or not x.is_cuda:
-        return False
-    if can_run_triton(x, widths):
-        return True
-    _explain_once(_why_not_triton(x.device.type, x.device.index, x.dtype, widths) or "the map is too large")
-    return False
+def _why_not(kernels, x, widths):
+    if kernels == "cpp":
+        return _why_not_cpp(x.device.type, x.dtype)
+    reason = _why_not_triton(x.device.type, x.device.index, x.dtype, widths)
+    if reason is None and x.stride(0) >= 2**31:
+        reason = "it numbers the elements of one image in 32 bits"
+    return reason
 
 
 # torch.compile asks these while it traces and keeps the answer
@@ -149,8 +182,6 @@ def use_triton(x: torch.Tensor, widths: tuple[int, ...] = ()) -> bool:
 def _why_not_triton(device: str, index: int | None, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
     if not has_triton():
         return "the package is not installed"
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
-        return f"it needs torch 2.7 or newer, for its version of Triton, not {torch.__version__}"
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it needs CUDA tensors, not {device} (TRITON_INTERPRET=1 interprets its kernels on a CPU)"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -163,10 +194,25 @@ def _why_not_triton(device: str, index: int | None, dtype: torch.dtype, widths: 
 
 
 @torch.compiler.assume_constant_result
-def _explain_once(reason: str) -> None:
-    if reason not in _explained:
-        _explained.add(reason)
-        _logger.warning("backend 'auto' runs without the Triton kernels: %s", reason)
+def _why_not_cpp(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu":
+        return f"it needs CPU tensors, not {device}"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"it needs bfloat16 or float32, not {str(dtype).removeprefix('torch.')}"
+    from elfatt.ops.cpp.build import library
+
+    try:
+        library()
+    except (RuntimeError, OSError) as error:
+        return str(error)
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _explain_once(kernels: str, reason: str) -> None:
+    if (kernels, reason) not in _explained:
+        _explained.add((kernels, reason))
+        _logger.warning("backend 'auto' runs without the %s kernels: %s", kernels, reason)
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:

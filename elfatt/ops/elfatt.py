@@ -6,7 +6,7 @@ import torch
 
 from elfatt.ops.block import attend_blocks, block_attention
 from elfatt.ops.depthwise import Kernel, add_lepe
-from elfatt.ops.dispatch import use_triton
+from elfatt.ops.dispatch import fused_kernels
 from elfatt.ops.efficient import efficient_attention
 from elfatt.ops.fused import fused_attention
 from elfatt.ops.geometry import cat_with_blocks, fit_block
@@ -50,9 +50,11 @@ def elfatt_attention(
             raise ValueError(f"{width} {name} channels cannot be split into {heads} heads")
 
     block = fit_block((block_size, block_size), qkv.shape[1:3])
-    if use_triton(qkv, tuple(width // heads for width, heads in zip(branch_channels, num_heads, strict=True) if width)):
+    widths = tuple(width // heads for width, heads in zip(branch_channels, num_heads, strict=True) if width)
+    if kernels := fused_kernels(qkv, widths):
         return fused_attention(
             qkv,
+            kernels=kernels,
             num_heads=num_heads,
             global_channels=global_channels,
             block=block,
@@ -72,10 +74,10 @@ def elfatt_attention(
 def global_branch(qkv: torch.Tensor, *, num_heads: int, lepe: Kernel | None) -> torch.Tensor:
     """Efficient attention over the whole map plus LePE; ``[B, H, W, 3, C]`` to ``[B, H, W, C]``."""
     channels = qkv.shape[-1]
-    if use_triton(qkv, (channels // num_heads,)):
+    if kernels := fused_kernels(qkv, (channels // num_heads,)):
         heads = (num_heads, num_heads)
         return fused_attention(
-            qkv.flatten(3), num_heads=heads, global_channels=channels, block=(1, 1), lepe_global=lepe
+            qkv.flatten(3), kernels=kernels, num_heads=heads, global_channels=channels, block=(1, 1), lepe_global=lepe
         )
     q, k, v = qkv.unbind(3)
     tokens = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)) for x in (q, k, v))

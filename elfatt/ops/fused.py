@@ -1,25 +1,28 @@
-"""The whole ELFATT operation, and LePE alone, as PyTorch operators with their own backward, run by the Triton kernels.
+"""The whole ELFATT operation, and LePE alone, as PyTorch operators with their own backward: Triton or C++ kernels.
 
 ``torch.library`` makes each one node for ``torch.compile`` (no graph break), for activation checkpointing and for CUDA
-graphs; the kernels themselves are imported at the first call.
+graphs; the kernels, ``elfatt/ops/triton`` or ``elfatt/ops/cpp``, are imported at the first call.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 # written out, for older versions of torch cannot read them from these functions' types
 _KERNELS = "Tensor? weight_global, Tensor? bias_global, Tensor? weight_local, Tensor? bias_local"
-_OPTIONS = "SymInt[] num_heads, SymInt global_channels, SymInt[] block"
+_OPTIONS = "SymInt[] num_heads, SymInt global_channels, SymInt[] block, str kernels"
 WHOLE_BLOCK = 64  # tokens of a block up to which the backward pass needs nothing from the forward pass
 
 
 def fused_attention(
     qkv: Tensor,
     *,
+    kernels: str,
     num_heads: tuple[int, int],
     global_channels: int,
     block: tuple[int, int],
@@ -30,6 +33,7 @@ def fused_attention(
 
     Args:
         qkv: ``[B, H, W, 3C]``; copied when it is not contiguous.
+        kernels: Which run it, ``triton`` or ``cpp``.
         num_heads: Heads of the global and of the local branch.
         global_channels: Channels of the global branch.
         block: Height and width of a block in tokens.
@@ -43,8 +47,8 @@ def fused_attention(
     for lepe, channels in ((lepe_global, global_channels), (lepe_local, local_channels)):
         if lepe is not None:
             _check_lepe(*lepe, channels)
-    kernels = (*(lepe_global or (None, None)), *(lepe_local or (None, None)))
-    return _forward(qkv, *kernels, list(num_heads), global_channels, list(block))[0]
+    lepes = (*(lepe_global or (None, None)), *(lepe_local or (None, None)))
+    return _forward(qkv, *lepes, list(num_heads), global_channels, list(block), kernels)[0]
 
 
 @torch.library.custom_op(
@@ -61,19 +65,18 @@ def _forward(
     num_heads: Sequence[int],
     global_channels: int,
     block: Sequence[int],
+    kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, and what the backward pass keeps: the context softmax(K)ᵀV, K's and the scores' log-sum-exp."""
-    from elfatt.ops.triton import forward
-
-    kernels = (_contiguous(x) for x in (weight_global, bias_global, weight_local, bias_local))
-    results = _empty(qkv, num_heads, global_channels, block)
-    forward(qkv.contiguous(), *kernels, *results, num_heads, global_channels, block)
+    lepes = (_contiguous(x) for x in (weight_global, bias_global, weight_local, bias_local))
+    results = _empty(qkv, num_heads, global_channels, block, kernels)
+    _module(kernels).forward(qkv.contiguous(), *lepes, *results, num_heads, global_channels, block)
     return results
 
 
 @_forward.register_fake
-def _(qkv, weight_global, bias_global, weight_local, bias_local, num_heads, global_channels, block):
-    return _empty(qkv, num_heads, global_channels, block)
+def _(qkv, weight_global, bias_global, weight_local, bias_local, num_heads, global_channels, block, kernels):
+    return _empty(qkv, num_heads, global_channels, block, kernels)
 
 
 @torch.library.custom_op(
@@ -95,11 +98,10 @@ def _backward(
     num_heads: Sequence[int],
     global_channels: int,
     block: Sequence[int],
+    kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv and of each kernel and bias; an empty tensor for what is None."""
-    from elfatt.ops.triton import backward
-
-    dqkv, *sums = backward(
+    dqkv, *sums = _module(kernels).backward(
         dout.contiguous(), qkv.contiguous(), _contiguous(weight_global), _contiguous(weight_local),
         context, key_lse, row_lse, num_heads, global_channels, block,
     )  # fmt: skip
@@ -112,25 +114,27 @@ def _backward(
 @_backward.register_fake
 def _(dout, qkv, weight_global, bias_global, weight_local, bias_local, *_):
     pairs = ((weight_global, bias_global), (weight_local, bias_local))
-    kernels = ((_like(w, qkv), _like(b, qkv if w is None else w)) for w, b in pairs)
-    return qkv.new_empty(qkv.shape), *(x for pair in kernels for x in pair)
+    lepes = ((_like(w, qkv), _like(b, qkv if w is None else w)) for w, b in pairs)
+    return qkv.new_empty(qkv.shape), *(x for pair in lepes for x in pair)
 
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.num_heads, ctx.global_channels, ctx.block = inputs
+    *tensors, ctx.num_heads, ctx.global_channels, ctx.block, ctx.kernels = inputs
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _differentiate(ctx, dout, *_):
     saved = ctx.saved_tensors  # under activation checkpointing they can be taken once
-    gradients = _backward(dout, *saved, ctx.num_heads, ctx.global_channels, ctx.block)
-    return *(None if x is None else dx for x, dx in zip(saved, gradients, strict=False)), None, None, None
+    gradients = _backward(dout, *saved, ctx.num_heads, ctx.global_channels, ctx.block, ctx.kernels)
+    return *(None if x is None else dx for x, dx in zip(saved, gradients, strict=False)), None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def fused_lepe(v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+def fused_lepe(
+    v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, kernels: str
+) -> Tensor:
     """``residual + L(v)`` with 3×3 kernels, in the dtype of ``v``.
 
     Args:
@@ -138,61 +142,67 @@ def fused_lepe(v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
         weight: Kernels ``[C, 1, 3, 3]`` of any floating dtype, used in float32.
         bias: ``[C]`` or None.
         residual: ``[B, H, W, C]`` or None.
+        kernels: Which run it, ``triton`` or ``cpp``.
 
     Raises:
         ValueError: The kernels are not of this shape.
     """
     _check_lepe(weight, bias, v.shape[-1])
-    return _lepe(v, weight, bias, None if residual is None else residual.to(v.dtype))
+    return _lepe(v, weight, bias, None if residual is None else residual.to(v.dtype), kernels)
 
 
 @torch.library.custom_op(
-    "elfatt::lepe", mutates_args=(), schema="(Tensor v, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor"
+    "elfatt::lepe",
+    mutates_args=(),
+    schema="(Tensor v, Tensor weight, Tensor? bias, Tensor? residual, str kernels) -> Tensor",
 )
-def _lepe(v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    from elfatt.ops.triton import lepe
-
+def _lepe(v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, kernels: str) -> Tensor:
     out = v.new_empty(v.shape)
-    lepe(_evenly_strided(v), weight.contiguous(), _contiguous(bias), _contiguous(residual), out)
+    _module(kernels).lepe(_evenly_strided(v), weight.contiguous(), _contiguous(bias), _contiguous(residual), out)
     return out
 
 
 @_lepe.register_fake
-def _(v, weight, bias, residual):
+def _(v, weight, bias, residual, kernels):
     return v.new_empty(v.shape)
 
 
 @torch.library.custom_op(
     "elfatt::lepe_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor v, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor dout, Tensor v, Tensor weight, Tensor? bias, str kernels) -> (Tensor, Tensor, Tensor)",
 )
-def _lepe_backward(dout: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    from elfatt.ops.triton import lepe, lepe_sums
-
+def _lepe_backward(
+    dout: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, kernels: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    module = _module(kernels)
     dout, dv = dout.contiguous(), v.new_empty(v.shape)
-    lepe(dout, weight.contiguous(), None, None, dv, transposed=True)
-    return dv, *_unpack(lepe_sums(_evenly_strided(v), dout), weight, bias)
+    module.lepe(dout, weight.contiguous(), None, None, dv, transposed=True)
+    return dv, *_unpack(module.lepe_sums(_evenly_strided(v), dout), weight, bias)
 
 
 @_lepe_backward.register_fake
-def _(dout, v, weight, bias):
+def _(dout, v, weight, bias, kernels):
     return v.new_empty(v.shape), weight.new_empty(weight.shape), _like(bias, weight)
 
 
 def _keep_lepe(ctx, inputs, output):
-    *tensors, residual = inputs
+    *tensors, residual, ctx.kernels = inputs
     ctx.residual = residual is not None
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate_lepe(ctx, dout):
     v, weight, bias = ctx.saved_tensors
-    dv, dweight, dbias = _lepe_backward(dout, v, weight, bias)
-    return dv, dweight, None if bias is None else dbias, dout if ctx.residual else None
+    dv, dweight, dbias = _lepe_backward(dout, v, weight, bias, ctx.kernels)
+    return dv, dweight, None if bias is None else dbias, dout if ctx.residual else None, None
 
 
 _lepe.register_autograd(_differentiate_lepe, setup_context=_keep_lepe)
+
+
+def _module(kernels) -> ModuleType:
+    return importlib.import_module(f"elfatt.ops.{kernels}")
 
 
 def _check_lepe(weight, bias, channels):
@@ -210,12 +220,12 @@ def _unpack(sums, weight, bias):
     return dweight, sums.new_empty(0, dtype=weight.dtype) if bias is None else sums[9].to(bias.dtype, copy=True)
 
 
-def _empty(qkv, num_heads, global_channels, block):
-    """The forward pass's results; the scores' log-sum-exp, a value for each token and head, for large blocks alone."""
+def _empty(qkv, num_heads, global_channels, block, kernels):
+    """The forward pass's results; the scores' log-sum-exp, by token and head, where Triton's backward needs it."""
     b, h, w, packed = qkv.shape
     width = global_channels // num_heads[0] if global_channels else 0
     tokens = block[0] * block[1]
-    large = global_channels < packed // 3 and tokens > WHOLE_BLOCK
+    large = kernels == "triton" and global_channels < packed // 3 and tokens > WHOLE_BLOCK
     blocks = -(-h // block[0]) * -(-w // block[1]) if large else 0
     return (
         qkv.new_empty(b, h, w, packed // 3),

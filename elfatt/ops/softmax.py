@@ -65,4 +65,5 @@ _IMPLEMENTATIONS = {
     "sdpa": _sdpa,
     "flash_attn": _flash_attn,
     "triton": _sdpa,
+    "cpp": _sdpa,
 }

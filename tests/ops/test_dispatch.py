@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from elfatt import ops
+from elfatt.attention import create_attention
 from elfatt.ops import dispatch
+from elfatt.ops.cpp import build
 
 
 def test_the_default_is_auto():
@@ -104,13 +106,79 @@ def test_the_chosen_triton_backend_refuses_what_it_cannot_run(monkeypatch):
         ops.elfatt_attention(packed(), num_heads=(1, 1), global_channels=32, block_size=2)
 
 
-def test_auto_says_once_why_it_does_not_run_triton(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (packed(dtype=torch.float64).as_subclass(Cuda), "triton kernels: .*(float64|not installed)"),
+        (packed(dtype=torch.float64), "cpp kernels: it needs bfloat16 or float32, not float64"),
+    ],
+)
+def test_auto_says_once_why_it_runs_without_its_kernels(monkeypatch, caplog, x, reason):
     monkeypatch.setattr(dispatch, "_explained", set())
     for _ in range(2):
-        assert not dispatch.use_triton(packed(dtype=torch.float64).as_subclass(Cuda), (32, 32))
-        assert not dispatch.use_triton(packed(), (32, 32))  # a CPU needs no explanation
+        assert dispatch.fused_kernels(x, (32, 32)) is None
     assert len(caplog.records) == 1
-    assert re.search("without the Triton kernels: .*(float64|not installed)", caplog.text)
+    assert re.search(f"backend 'auto' runs without the {reason}", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (packed(device="meta"), "needs CPU tensors, not meta"),
+        (packed(dtype=torch.float16), "needs bfloat16 or float32, not float16"),
+    ],
+)
+def test_cpp_explains_each_refusal(x, reason):
+    assert not ops.can_run_cpp(x)
+    with (
+        ops.use_backend("cpp"),
+        pytest.raises(ValueError, match=f"cpp cannot run a map of shape .*{reason}; use 'sdpa'"),
+    ):
+        ops.elfatt_attention(x, num_heads=(1, 1), global_channels=32, block_size=2)
+
+
+@pytest.fixture
+def fresh_build(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    yield tmp_path
+    build.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/nowhere/c++", "cannot be run"), ("false", "the C.. compiler false failed"), (None, "no C.. compiler is found")],
+)
+def test_without_a_compiler_auto_runs_pytorch_and_cpp_says_why(monkeypatch, fresh_build, caplog, compiler, reason):
+    monkeypatch.setattr(dispatch, "_explained", set())
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    else:
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", str(fresh_build))
+    options = {"num_heads": (1, 1), "global_channels": 32, "block_size": 2}
+    out = ops.elfatt_attention(torch.zeros(1, 4, 4, 192), **options)
+    assert not out.any()
+    assert re.search(f"without the cpp kernels: .*{reason}", caplog.text)
+    with ops.use_backend("cpp"), pytest.raises(ValueError, match=f"{reason}.*; use 'sdpa'"):
+        ops.elfatt_attention(torch.zeros(1, 4, 4, 192), **options)
+
+
+def test_the_kernels_are_compiled_once(fresh_build, caplog):
+    if not ops.can_run_cpp(packed()):
+        pytest.skip("no C++ compiler")
+    build.library.cache_clear()
+    assert ops.can_run_cpp(packed())
+    assert [path.suffix for path in (fresh_build / "elfatt").iterdir()] == [".so"]
+    assert caplog.text.count("compiling the C++ kernels") == 1
+
+
+def test_what_is_exported_has_pytorch_s_operators_alone():
+    module = create_attention("elfatt", dim=32, num_heads=2, block_size=2).eval()
+    x = torch.randn(1, 4, 6, 32)
+    program = torch.export.export(module, (x,))
+    assert not [node.name for node in program.graph.nodes if str(node.target).startswith("elfatt")]
+    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-5)
 
 
 def test_triton_is_refused_when_it_is_missing(monkeypatch):

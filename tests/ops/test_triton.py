@@ -20,10 +20,10 @@ POINTERS = {FLOAT: "*fp32", HALF: "*fp16", BRAIN: "*bf16"}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_triton_kernels.py runs on the device")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_fused_kernels.py runs on the device")
 def test_the_kernels_in_the_interpreter():
     """A process of its own, for triton reads the switch when it is imported."""
-    kernels = Path(__file__).with_name("test_triton_kernels.py")
+    kernels = Path(__file__).with_name("test_fused_kernels.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(kernels)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -49,7 +49,7 @@ def recorded_launches(monkeypatch, shape, split, heads, block, dtype):
     weight_global, bias_global, weight_local, bias_local = (
         tensor(*size) for width in (split, c - split) for size in ((width, 1, 3, 3), (width,))
     )
-    kept = fused._empty(qkv, heads, split, block)
+    kept = fused._empty(qkv, heads, split, block, "triton")
     options = (heads, split, block)
     launch.forward(qkv, weight_global, bias_global, weight_local, bias_local, *kept, *options)
     launch.lepe(qkv[..., 2 * c :], tensor(c, 1, 3, 3), tensor(c), kept[0], kept[0])
@@ -119,7 +119,7 @@ def test_four_launches_forward(monkeypatch):
     calls = []
     monkeypatch.setattr(launch, "launch", lambda kernel, *_, **__: calls.append(kernel.__name__))
     qkv = torch.empty(1, 128, 512, 192, dtype=BRAIN, device="meta")
-    kept = fused._empty(qkv, (1, 1), 32, (14, 14))
+    kept = fused._empty(qkv, (1, 1), 32, (14, 14), "triton")
     launch.forward(qkv, None, None, None, None, *kept, (1, 1), 32, (14, 14))
     assert calls == ["context_kernel", "combine_kernel", "global_out_kernel", "local_out_kernel"]
 

@@ -1,10 +1,12 @@
-"""The Triton kernels against the float64 formula, output and every gradient.
+"""The Triton and the C++ kernels against the float64 formula, output and every gradient.
 
-Runs on a CUDA device, or without one in Triton's interpreter, which has to be chosen before triton is imported:
+Triton's run on a CUDA device, or without one in its interpreter, which has to be chosen before triton is imported:
 ``test_triton.py`` starts a process for that. The sizes are small because the interpreter runs one program at a time.
 """
 
+import importlib
 import os
+import sys
 
 import pytest
 import timm
@@ -16,14 +18,26 @@ from elfatt.ops import fused
 from elfatt.ops.depthwise import add_lepe
 
 CUDA = torch.cuda.is_available()
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no CUDA device; test_triton.py runs these in the interpreter", allow_module_level=True)
-
-DEVICE = "cuda" if CUDA else "cpu"
+PLACES = [("triton", "cpu")] if os.environ.get("TRITON_INTERPRET") == "1" else [("cpp", "cpu")]
+if CUDA:
+    PLACES.append(("triton", "cuda"))
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 # beside twice PyTorch's own error: float32 sums in another order, half precision rounds the result to 2^-9 or 2^-12
 SLACK = {FLOAT: 1e-6, HALF: 2.5e-4, BRAIN: 2e-3}
+KERNELS = DEVICE = ""  # of the test that runs
 NAMES = ("qkv", "weight_global", "bias_global", "weight_local", "bias_local")
+
+
+@pytest.fixture(params=PLACES, ids="-".join, autouse=True)
+def place(request, monkeypatch):
+    for name, value in zip(("KERNELS", "DEVICE"), request.param, strict=True):
+        monkeypatch.setattr(sys.modules[__name__], name, value)
+    if KERNELS == "cpp" and not ops.can_run_cpp(torch.empty(1, 1, 1, 1)):
+        pytest.skip("no C++ compiler")
+    if KERNELS == "cpp" and request.node.callspec.params.get("dtype") == HALF:
+        pytest.skip("the C++ kernels do not take float16")
+    if request.cls and DEVICE == "cpu":
+        pytest.skip("for the device")
 
 
 def tensors(shape, split, dtype, lepe=True, spread=1.0):
@@ -64,7 +78,7 @@ def check(given, split, heads, block):
     dtype = given["qkv"].dtype
     dout = torch.randn(b, h, w, packed // 3, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     truth = results("reference", {name: x.double() for name, x in given.items()}, dout, split, heads, block)
-    found = results("triton", given, dout, split, heads, block)
+    found = results(KERNELS, given, dout, split, heads, block)
     plain = given if dtype == FLOAT else {name: x.to(dtype) for name, x in given.items()}
     theirs = errors(results("math", plain, dout, split, heads, block), truth)
     for name, error in errors(found, truth).items():
@@ -116,25 +130,24 @@ def test_lepe_without_a_bias(block):
 
 def test_work_in_groups(monkeypatch):
     """Large inputs have programs that take several tiles or blocks in turn, the last of them fewer."""
-    from elfatt.ops.triton import launch
-
-    monkeypatch.setattr(launch, "PROGRAMS", 2)
+    launch = importlib.import_module(f"elfatt.ops.{KERNELS}.launch")
+    monkeypatch.setattr(launch, *{"triton": ("PROGRAMS", 2), "cpp": ("SPLIT", 50)}[KERNELS])
     check(tensors((1, 15, 21, 32), 16, FLOAT), 16, (1, 1), 7)
 
 
 def test_large_activations():
     """Softmax weights that are one or nothing, and a gradient scaled as far as float16 holds that of the scores."""
-    given = tensors((1, 5, 6, 64), 32, HALF, spread=100.0)
+    given = tensors((1, 5, 6, 64), 32, HALF if KERNELS == "triton" else FLOAT, spread=100.0)
     dout = torch.randn(1, 5, 6, 64).to(DEVICE) * 8
     truth = results("reference", {name: x.double() for name, x in given.items()}, dout, 32, (1, 1), 4)
-    found = results("triton", given, dout, 32, (1, 1), 4)
+    found = results(KERNELS, given, dout, 32, (1, 1), 4)
     assert all(x.isfinite().all() for x in found.values())
     assert max(errors(found, truth).values()) < 2e-3
 
 
 def test_the_same_input_gives_the_same_bits():
     given, dout = tensors((1, 5, 9, 64), 32, BRAIN), torch.randn(1, 5, 9, 64).to(DEVICE)
-    one, two = (results("triton", given, dout, 32, (1, 1), 4) for _ in range(2))
+    one, two = (results(KERNELS, given, dout, 32, (1, 1), 4) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -142,7 +155,7 @@ def test_any_strides():
     given = tensors((1, 5, 6, 32), 16, FLOAT)
     wide = torch.zeros(1, 5, 6, 192, device=DEVICE)
     wide[..., ::2] = given["qkv"]
-    with ops.use_backend("triton"):
+    with ops.use_backend(KERNELS):
         expected = attend(given, 16, (1, 1), 4)
         strided = attend({**given, "qkv": wide[..., ::2].requires_grad_()}, 16, (1, 1), 4)
     assert torch.equal(strided, expected)
@@ -152,13 +165,13 @@ def test_any_strides():
 @pytest.mark.parametrize("name", ["weight_global", "bias_local"])
 def test_kernels_of_another_shape_are_named(name):
     given = tensors((1, 3, 4, 32), 16, FLOAT)
-    with ops.use_backend("triton"), pytest.raises(ValueError, match="LePE of 16 channels needs kernels"):
+    with ops.use_backend(KERNELS), pytest.raises(ValueError, match="LePE of 16 channels needs kernels"):
         attend({**given, name: given[name][:8]}, 16, (1, 1), 2)
 
 
 def operator_arguments(split, lepe):
     given = {name: x.requires_grad_() for name, x in tensors((1, 3, 4, 32), split, FLOAT, lepe).items()}
-    return [given.get(name) for name in NAMES], ([1, 1], split, [2, 4])
+    return [given.get(name) for name in NAMES], ([1, 1], split, [2, 4], KERNELS)
 
 
 @pytest.mark.parametrize("lepe", [True, False])
@@ -186,9 +199,9 @@ def test_lepe_beside_other_attention(dtype, bias):
     leaves = lepe_leaves(dtype, bias=bias)
     dout = torch.randn(2, 5, 9, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     outcomes = []
-    for backend in ("triton", "reference"):
+    for backend in (KERNELS, "reference"):
         packed, weight, offset, residual = (
-            x if x is None or backend == "triton" else x.detach().double().requires_grad_() for x in leaves
+            x if x is None or backend == KERNELS else x.detach().double().requires_grad_() for x in leaves
         )
         with ops.use_backend(backend):
             out = add_lepe(residual, packed[..., 40:80], (weight, offset))
@@ -202,8 +215,8 @@ def test_lepe_beside_other_attention(dtype, bias):
 def test_lepe_registration():
     packed, weight, offset, residual = lepe_leaves(FLOAT)
     v, residual = (x.detach()[:1, :3].requires_grad_() for x in (packed[..., 40:80], residual))
-    torch.library.opcheck(fused._lepe, (v, weight, offset, residual))
-    torch.library.opcheck(fused._lepe_backward, tuple(x.detach() for x in (residual, v, weight, offset)))
+    torch.library.opcheck(fused._lepe, (v, weight, offset, residual, KERNELS))
+    torch.library.opcheck(fused._lepe_backward, (*(x.detach() for x in (residual, v, weight, offset)), KERNELS))
 
 
 @pytest.mark.parametrize("name", ["elfatt", "effatt", "vanilla"])
@@ -212,7 +225,7 @@ def test_compiles_without_a_break(name):
     module = create_attention(name, dim=64, num_heads=2, **({"block_size": 4} if name == "elfatt" else {})).to(DEVICE)
     x = torch.randn(1, 6, 5, 64, device=DEVICE)
     gradients = []
-    with ops.use_backend("triton"):
+    with ops.use_backend(KERNELS):
         for run in (module, torch.compile(module, fullgraph=True)):
             out = run(x)
             gradients.append([out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))])
@@ -223,7 +236,7 @@ def test_checkpointing():
     torch.manual_seed(0)
     module = create_attention("elfatt", dim=32, num_heads=2, block_size=4).to(DEVICE)
     x = torch.randn(1, 6, 5, 32, device=DEVICE, requires_grad=True)
-    with ops.use_backend("triton"):
+    with ops.use_backend(KERNELS):
         direct = torch.autograd.grad(module(x).square().sum(), x)
         out = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
         assert torch.equal(torch.autograd.grad(out.square().sum(), x)[0], direct[0])
@@ -236,7 +249,7 @@ def test_automatic_mixed_precision(dtype):
     x = torch.randn(1, 6, 5, 64, device=DEVICE)
     with ops.use_backend("reference"):
         truth = torch.autograd.grad(module.double()(x.double()).square().sum(), list(module.parameters()))
-    with ops.use_backend("triton"), torch.autocast(DEVICE, dtype):
+    with ops.use_backend(KERNELS), torch.autocast(DEVICE, dtype):
         out = module.float()(x)
         found = torch.autograd.grad(out.float().square().sum(), list(module.parameters()))
     assert out.dtype == dtype
@@ -253,7 +266,7 @@ def test_mechanisms_run_the_kernels(name, operator, monkeypatch):
     calls = []
     real = getattr(fused, operator)
     monkeypatch.setattr(fused, operator, lambda *args: calls.append(args) or real(*args))
-    with ops.use_backend("triton"), torch.no_grad():
+    with ops.use_backend(KERNELS), torch.no_grad():
         create_attention(name, dim=32, num_heads=2, lepe=True).to(DEVICE)(torch.randn(1, 3, 3, 32, device=DEVICE))
     assert len(calls) == 1
 
@@ -275,43 +288,44 @@ def test_gradients_of_a_whole_model(dtype):
         return torch.cat([x.double().flatten() for x in found])
 
     truth = gradients("reference", mixed=False)
-    found, theirs = (gradients(backend, mixed=True) for backend in ("triton", "sdpa"))
+    found, theirs = (gradients(backend, mixed=True) for backend in (KERNELS, "sdpa"))
     assert (found - truth).norm() <= 2 * (theirs - truth).norm()
 
 
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-class TestOnTheDevice:
-    """What the interpreter cannot show: sizes of real models, graphs, the choice of `auto`."""
+if CUDA:
 
-    @pytest.mark.parametrize("dtype", [FLOAT, HALF, BRAIN], ids=str)
-    @pytest.mark.parametrize(
-        ("shape", "split", "heads", "block"),
-        [
-            ((8, 56, 56, 64), 32, (1, 1), 7),
-            ((8, 28, 28, 128), 64, (2, 2), 14),
-            ((8, 14, 14, 256), 128, (4, 4), 14),
-            ((2, 96, 96, 96), 48, (1, 1), 24),
-            ((1, 128, 512, 64), 32, (1, 1), 14),
-            ((2, 50, 84, 96), 48, (2, 2), 14),
-            ((2, 40, 40, 128), 64, (1, 1), 14),
-        ],
-        ids=str,
-    )
-    def test_sizes_of_the_models(self, shape, split, heads, block, dtype):
-        check(tensors(shape, split, dtype), split, heads, block)
+    class TestOnTheDevice:
+        """What the interpreter cannot show: sizes of real models, graphs, the choice of `auto`."""
 
-    def test_auto_chooses_the_kernels(self, monkeypatch):
-        calls = []
-        real = fused._forward
-        monkeypatch.setattr(fused, "_forward", lambda *args: calls.append(args) or real(*args))
-        attend(tensors((1, 9, 9, 64), 32, BRAIN), 32, (1, 1), 4)
-        attend(tensors((1, 9, 9, 64), 32, torch.float64), 32, (1, 1), 4)
-        assert len(calls) == 1
+        @pytest.mark.parametrize("dtype", [FLOAT, HALF, BRAIN], ids=str)
+        @pytest.mark.parametrize(
+            ("shape", "split", "heads", "block"),
+            [
+                ((8, 56, 56, 64), 32, (1, 1), 7),
+                ((8, 28, 28, 128), 64, (2, 2), 14),
+                ((8, 14, 14, 256), 128, (4, 4), 14),
+                ((2, 96, 96, 96), 48, (1, 1), 24),
+                ((1, 128, 512, 64), 32, (1, 1), 14),
+                ((2, 50, 84, 96), 48, (2, 2), 14),
+                ((2, 40, 40, 128), 64, (1, 1), 14),
+            ],
+            ids=str,
+        )
+        def test_sizes_of_the_models(self, shape, split, heads, block, dtype):
+            check(tensors(shape, split, dtype), split, heads, block)
 
-    def test_cuda_graph(self):
-        module = create_attention("elfatt", dim=64, num_heads=2, block_size=7).to(DEVICE, HALF)
-        x = torch.randn(4, 56, 56, 64, device=DEVICE, dtype=HALF, requires_grad=True)
-        graphed = torch.cuda.make_graphed_callables(module, (x,))
-        fresh = torch.randn_like(x).requires_grad_()
-        found = torch.autograd.grad(graphed(fresh).float().sum(), fresh)
-        assert torch.equal(found[0], torch.autograd.grad(module(fresh).float().sum(), fresh)[0])
+        def test_auto_chooses_the_kernels(self, monkeypatch):
+            calls = []
+            real = fused._forward
+            monkeypatch.setattr(fused, "_forward", lambda *args: calls.append(args) or real(*args))
+            attend(tensors((1, 9, 9, 64), 32, BRAIN), 32, (1, 1), 4)
+            attend(tensors((1, 9, 9, 64), 32, torch.float64), 32, (1, 1), 4)
+            assert len(calls) == 1
+
+        def test_cuda_graph(self):
+            module = create_attention("elfatt", dim=64, num_heads=2, block_size=7).to(DEVICE, HALF)
+            x = torch.randn(4, 56, 56, 64, device=DEVICE, dtype=HALF, requires_grad=True)
+            graphed = torch.cuda.make_graphed_callables(module, (x,))
+            fresh = torch.randn_like(x).requires_grad_()
+            found = torch.autograd.grad(graphed(fresh).float().sum(), fresh)
+            assert torch.equal(found[0], torch.autograd.grad(module(fresh).float().sum(), fresh)[0])

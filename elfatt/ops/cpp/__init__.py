@@ -1,0 +1,5 @@
+"""C++ kernels of the ELFATT operation for CPUs, compiled when they first run."""
+
+from elfatt.ops.cpp.launch import backward, forward, lepe, lepe_sums
+
+__all__ = ["backward", "forward", "lepe", "lepe_sums"]

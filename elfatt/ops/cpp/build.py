@@ -1,0 +1,60 @@
+"""Compiles the C++ kernels for this CPU at first use and keeps the library in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_logger = logging.getLogger("elfatt")
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        RuntimeError: There is no compiler, or it failed.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        raise RuntimeError("no C++ compiler is found (g++ or clang++, or CXX)")
+    # the macros tell the compiler's version and what this CPU can do: a cache may be shared among machines
+    macros = _run(compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
+    texts = [path.read_text() for path in sorted(FOLDER.glob("*.[ch]*"))]
+    key = hashlib.sha256("".join([*texts, macros, *FLAGS]).encode()).hexdigest()[:16]
+    path = cache_folder() / f"kernels-{key}.so"
+    if not path.exists():
+        _logger.warning("compiling the C++ kernels for this CPU, once: %s", path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            compiled, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
+            _run(compiler, *FLAGS, "-c", str(FOLDER / "kernels.cpp"), "-o", compiled)
+            # not linked with OpenMP: the library uses the copy, and so the threads, that PyTorch has loaded
+            _run(compiler, "-shared", compiled, "-o", linked)
+            os.replace(linked, path)  # at once, should others compile too
+    return ctypes.CDLL(str(path))
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: ``elfatt`` in XDG_CACHE_HOME, by default ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elfatt"
+
+
+def _run(*command):
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"the C++ compiler {command[0]} cannot be run: {error}") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the C++ compiler {command[0]} failed: {last}")
+    return done.stdout

@@ -1,0 +1,148 @@
+// The ELFATT operation on a CPU, forward and backward: C++17 with vector extensions (GCC, Clang) and OpenMP.
+//
+// A task is one head of one image: a block, a strip of the map's rows or a split of its tokens. It reads its tokens into
+// rows of floats, padded with zeros to whole vectors, works in the cache and writes its slice of the result. What is
+// summed over tasks goes to a place of its own for each task, so that the same input gives the same bits on any number
+// of threads. This file walks over the tasks, on all threads, for elfatt/ops/cpp/launch.py.
+#include "global_branch.h"
+#include "local_branch.h"
+
+namespace {
+
+// One head of one part (a block, a strip, a split) of one image. Heads come first: they lie side by side in memory.
+struct Task {
+    int image, part, head;
+    int64_t index;
+};
+
+struct Sizes {
+    int images, height, width, channels, heads, d, first, rows;  // the branch's first channel; rows of a strip
+    int strips() const { return (height + rows - 1) / rows; }
+    Strip strip(Task t) const { return {t.part * rows, std::min(t.part * rows + rows, height)}; }
+    int blocks(int bh, int bw) const { return (height + bh - 1) / bh * Block::columns(width, bw); }
+    int64_t pair(Task t) const { return int64_t(t.image) * heads + t.head; }
+    template <typename T>
+    Map<T> map(T* data, int stride, Task t) const {
+        if (data) data += int64_t(t.image) * height * width * stride + first + t.head * d;
+        return {data, height, width, stride, width * stride};
+    }
+    template <typename T>
+    Head<T> head(T* qkv, Task t) const {
+        return {map(qkv, 3 * channels, t), map(qkv + channels, 3 * channels, t),
+                map(qkv + 2 * channels, 3 * channels, t)};
+    }
+    Kernels kernels(const float* lepe, Task t) const { return {lepe ? lepe + t.head * d : nullptr, heads * d}; }
+    float* sums(float* all, Task t) const { return all + t.index * (TAPS + 1) * d; }
+    template <typename Work>
+    void run(int parts, const Work& work) const {
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t i = 0; i < int64_t(images) * parts * heads; i++)
+            work(Task{int(i / heads / parts), int(i / heads % parts), int(i % heads), i});
+    }
+};
+
+template <typename T>
+void global_forward(Sizes s, const T* qkv, const float* lepe, T* out, float* context, float* key_lse, float* parts,
+                    int splits) {
+    const int64_t square = s.d * s.d;
+    s.run(splits, [&](Task t) {
+        context_part<T>(s.head(qkv, t), s.d, Tokens(s.height * s.width, splits, t.part), Part(parts, s.d, t.index));
+    });
+    s.run(1, [&](Task t) {
+        combine_parts(Part(parts, s.d, int64_t(t.image) * splits * s.heads + t.head), s.d, splits, s.heads,
+                      context + s.pair(t) * square, key_lse + s.pair(t) * s.d);
+    });
+    s.run(s.strips(), [&](Task t) {
+        global_out<T>(s.head(qkv, t), s.map(out, s.channels, t), s.d, s.strip(t), context + s.pair(t) * square,
+                      s.kernels(lepe, t));
+    });
+}
+
+template <typename T>
+void global_backward(Sizes s, const T* qkv, const T* dout, const float* lepe, const float* context,
+                     const float* key_lse, T* dqkv, float* parts, float* dcontext, float* sums, int splits) {
+    const int64_t square = s.d * s.d;
+    s.run(splits, [&](Task t) {
+        global_query_gradient<T>(s.head(qkv, t), s.map(dout, s.channels, t), s.head(dqkv, t), s.d,
+                                 Tokens(s.height * s.width, splits, t.part), context + s.pair(t) * square,
+                                 parts + t.index * square);
+    });
+    s.run(1, [&](Task t) {
+        float* total = dcontext + s.pair(t) * square;
+        std::fill_n(total, square, 0.f);
+        for (int split = 0; split < splits; split++) {
+            const float* part = parts + ((int64_t(t.image) * splits + split) * s.heads + t.head) * square;
+            for (int i = 0; i < square; i++) total[i] += part[i];
+        }
+    });
+    s.run(s.strips(), [&](Task t) {
+        global_key_value_gradient<T>(s.head(qkv, t), s.map(dout, s.channels, t), s.head(dqkv, t), s.d, s.strip(t),
+                                     context + s.pair(t) * square, dcontext + s.pair(t) * square,
+                                     key_lse + s.pair(t) * s.d, s.kernels(lepe, t), s.sums(sums, t));
+    });
+}
+
+template <typename T>
+void local_forward(Sizes s, const T* qkv, const float* lepe, T* out, int bh, int bw) {
+    s.run(s.blocks(bh, bw), [&](Task t) {
+        const Block block(s.height, s.width, bh, bw, t.part);
+        local_out<T>(block.of(s.head(qkv, t)), block.of(s.map(out, s.channels, t)), s.d, block.zeros,
+                     s.kernels(lepe, t));
+    });
+}
+
+template <typename T>
+void local_backward(Sizes s, const T* qkv, const T* dout, const float* lepe, T* dqkv, float* sums, int bh, int bw) {
+    s.run(s.blocks(bh, bw), [&](Task t) {
+        const Block block(s.height, s.width, bh, bw, t.part);
+        local_gradient<T>(block.of(s.head(qkv, t)), block.of(s.map(dout, s.channels, t)), block.of(s.head(dqkv, t)),
+                          s.d, block.zeros, s.kernels(lepe, t), s.sums(sums, t));
+    });
+}
+
+template <typename T>
+void lepe_forward(Sizes s, const T* v, int stride, const float* lepe, const T* residual, T* out, int transposed) {
+    s.run(s.strips(), [&](Task t) {
+        convolve<T>(s.map(v, stride, t), s.map(residual, s.channels, t), s.map(out, s.channels, t), s.d, s.strip(t),
+                    s.kernels(lepe, t), transposed);
+    });
+}
+
+template <typename T>
+void lepe_backward(Sizes s, const T* v, int stride, const T* dout, float* sums) {
+    s.run(s.strips(), [&](Task t) {
+        kernel_gradient<T>(s.map(v, stride, t), s.map(dout, s.channels, t), s.d, s.strip(t), s.sums(sums, t));
+    });
+}
+
+}  // namespace
+
+#define EXPORT(SUFFIX, T)                                                                                          \
+    void global_forward_##SUFFIX(Sizes s, const T* qkv, const float* lepe, T* out, float* context, float* key_lse, \
+                                 float* parts, int splits) {                                                       \
+        global_forward(s, qkv, lepe, out, context, key_lse, parts, splits);                                        \
+    }                                                                                                              \
+    void global_backward_##SUFFIX(Sizes s, const T* qkv, const T* dout, const float* lepe, const float* context,   \
+                                  const float* key_lse, T* dqkv, float* parts, float* dcontext, float* sums,       \
+                                  int splits) {                                                                    \
+        global_backward(s, qkv, dout, lepe, context, key_lse, dqkv, parts, dcontext, sums, splits);                \
+    }                                                                                                              \
+    void local_forward_##SUFFIX(Sizes s, const T* qkv, const float* lepe, T* out, int bh, int bw) {                \
+        local_forward(s, qkv, lepe, out, bh, bw);                                                                  \
+    }                                                                                                              \
+    void local_backward_##SUFFIX(Sizes s, const T* qkv, const T* dout, const float* lepe, T* dqkv, float* sums,    \
+                                 int bh, int bw) {                                                                 \
+        local_backward(s, qkv, dout, lepe, dqkv, sums, bh, bw);                                                    \
+    }                                                                                                              \
+    void lepe_forward_##SUFFIX(Sizes s, const T* v, int stride, const float* lepe, const T* residual, T* out,      \
+                               int transposed) {                                                                   \
+        lepe_forward(s, v, stride, lepe, residual, out, transposed);                                               \
+    }                                                                                                              \
+    void lepe_backward_##SUFFIX(Sizes s, const T* v, int stride, const T* dout, float* sums) {                     \
+        lepe_backward(s, v, stride, dout, sums);                                                                   \
+    }
+
+extern "C" {
+EXPORT(float32, float)
+EXPORT(bfloat16, Brain)
+}

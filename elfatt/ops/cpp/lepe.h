@@ -1,0 +1,128 @@
+// LePE: a 3x3 depthwise convolution, its transpose and the gradients of its kernels.
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+// LePE's kernels of one head, as rows of whole vectors; nothing where there is no LePE.
+struct Kernels {
+    const float* data;  // of [10, stride]
+    int stride;
+    const float* rows(Scratch& scratch, int d) const {
+        if (!data) return nullptr;
+        float* own = scratch.rows((TAPS + 1) * whole(d));
+        for (int tap = 0; tap <= TAPS; tap++) read(data + tap * stride, d, own + tap * whole(d));
+        return own;
+    }
+};
+
+// The rows of a map that a task walks over.
+struct Strip {
+    int first, last;
+};
+
+// Three rows of tokens in floats, from the first token of each; before it and behind the last one lie zeros.
+struct Neighbours {
+    const float* rows[3];
+};
+
+// Rows of a map, each of which is read once, from row `first` on.
+template <typename T>
+class Window {
+public:
+    Window(Scratch& scratch, Map<const T> map, int d, int first) : map_(map), d_(d), lanes_(whole(d)) {
+        for (auto& row : ring_) row = scratch.zeros(row_size());
+        zeros_ = scratch.zeros(row_size());
+        read_row(first - 1);
+        read_row(first);
+    }
+    Neighbours at(int y) {
+        read_row(y + 1);
+        return {{start(y - 1), start(y), start(y + 1)}};
+    }
+
+private:
+    size_t row_size() const { return size_t(map_.width + 2) * lanes_; }
+    bool holds(int y) const { return y >= 0 && y < map_.height; }
+    const float* start(int y) const { return (holds(y) ? ring_[y % 3] : zeros_) + lanes_; }
+    void read_row(int y) {
+        if (!holds(y)) return;
+        for (int x = 0; x < map_.width; x++) read(map_.at(y, x), d_, ring_[y % 3] + (x + 1) * lanes_);
+    }
+
+    Map<const T> map_;
+    int d_, lanes_;
+    float *ring_[3], *zeros_;
+};
+
+// out += L(v), or its transpose, for one row of tokens.
+template <int DIRECTION>
+void add_convolution(const Neighbours& near, int width, int lanes, const float* kernels, float* out) {
+    for (int i = 0; i < lanes; i += LANES) {
+        Vec kernel[TAPS];
+        for (int tap = 0; tap < TAPS; tap++) kernel[tap] = load(kernels + tap * lanes + i);
+        const Vec bias = DIRECTION > 0 ? load(kernels + TAPS * lanes + i) : Vec{};
+        for (int x = 0; x < width; x++) {
+            Vec total = load(out + x * lanes + i) + bias;
+            for (int tap = 0; tap < TAPS; tap++)
+                total += kernel[tap] *
+                         load(near.rows[1 + DIRECTION * (tap / 3 - 1)] + (x + DIRECTION * (tap % 3 - 1)) * lanes + i);
+            store(out + x * lanes + i, total);
+        }
+    }
+}
+
+// Adds the gradients of the kernels and of the bias from one row of v and three of the output's gradient.
+void add_kernel_gradient(const Neighbours& gradient, int width, int lanes, const float* v, float* sums) {
+    for (int i = 0; i < lanes; i += LANES) {
+        Vec totals[TAPS + 1];
+        for (int tap = 0; tap <= TAPS; tap++) totals[tap] = load(sums + tap * lanes + i);
+        for (int x = 0; x < width; x++) {
+            const Vec value = load(v + x * lanes + i);
+            for (int tap = 0; tap < TAPS; tap++)
+                totals[tap] += value * load(gradient.rows[2 - tap / 3] + (x + 1 - tap % 3) * lanes + i);
+            totals[TAPS] += load(gradient.rows[1] + x * lanes + i);
+        }
+        for (int tap = 0; tap <= TAPS; tap++) store(sums + tap * lanes + i, totals[tap]);
+    }
+}
+
+void write_sums(const float* totals, int d, float* sums) {
+    for (int tap = 0; tap <= TAPS; tap++) std::copy_n(totals + tap * whole(d), d, sums + tap * d);
+}
+
+template <typename T>
+void convolve(Map<const T> v, Map<const T> residual, Map<T> out, int d, Strip strip, Kernels lepe, bool transposed) {
+    const int lanes = whole(d), width = out.width;
+    Scratch scratch;
+    const float* kernels = lepe.rows(scratch, d);
+    float* row = scratch.rows(width * lanes);
+    Window<T> window(scratch, v, d, strip.first);
+    for (int y = strip.first; y < strip.last; y++) {
+        if (residual.data)
+            residual.row(y).read_to(row, d);
+        else
+            std::fill_n(row, width * lanes, 0.f);
+        if (transposed)
+            add_convolution<-1>(window.at(y), width, lanes, kernels, row);
+        else
+            add_convolution<1>(window.at(y), width, lanes, kernels, row);
+        out.row(y).write_from(row, d);
+    }
+}
+
+template <typename T>
+void kernel_gradient(Map<const T> v, Map<const T> dout, int d, Strip strip, float* sums) {
+    const int lanes = whole(d), width = v.width;
+    Scratch scratch;
+    float *totals = scratch.zeros((TAPS + 1) * lanes), *row = scratch.rows(width * lanes);
+    Window<T> window(scratch, dout, d, strip.first);
+    for (int y = strip.first; y < strip.last; y++) {
+        v.row(y).read_to(row, d);
+        add_kernel_gradient(window.at(y), width, lanes, row, totals);
+    }
+    write_sums(totals, d, sums);
+}
+
+}  // namespace

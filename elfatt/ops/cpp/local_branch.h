@@ -1,0 +1,93 @@
+// softmax(Q K^T / sqrt(d)) V + LePE inside a block.
+#pragma once
+
+#include "lepe.h"
+
+namespace {
+
+// What a map has of one block. The zeros that the block has beyond the map are keys whose score and value is zero.
+struct Block {
+    int y, x, height, width, zeros;
+    Block(int map_height, int map_width, int bh, int bw, int index)
+        : y(index / columns(map_width, bw) * bh),
+          x(index % columns(map_width, bw) * bw),
+          height(std::min(bh, map_height - y)),
+          width(std::min(bw, map_width - x)),
+          zeros(bh * bw - height * width) {}
+    static int columns(int map_width, int bw) { return (map_width + bw - 1) / bw; }
+    template <typename T>
+    Map<T> of(Map<T> map) const {
+        return map.part(y, x, height, width);
+    }
+    template <typename T>
+    Head<T> of(Head<T> head) const {
+        return {of(head.q), of(head.k), of(head.v)};
+    }
+};
+
+template <typename T>
+void local_out(const Head<const T>& in, Map<T> out, int d, int zeros, Kernels lepe) {
+    const int lanes = whole(d), width = out.width, n = out.height * width, columns = whole(n);
+    Scratch scratch;
+    const float* kernels = lepe.rows(scratch, d);
+    float *q = in.q.read_to(scratch.rows(n * lanes), d), *v = in.v.read_to(scratch.rows(n * lanes), d);
+    const float* keys = transpose(scratch, in.k.read_to(scratch.rows(n * lanes), d), n, d, lanes);
+    float *scores = scratch.rows(TOKENS * columns), *rows = scratch.rows(n * lanes), totals[TOKENS];
+    scale(q, n * lanes, LOG2_E / std::sqrt(float(d)));
+    for (int start = 0, count; start < n; start += count) {
+        count = next_tokens(start, n);
+        multiply(count, d, rows_of(q + start * lanes, lanes), keys, scores, columns);
+        for (int i = 0; i < count; i++) totals[i] = power_row(scores + i * columns, n, zeros);
+        multiply(count, n, rows_of(scores, columns), v, rows + start * lanes, lanes);
+        for (int i = 0; i < count; i++) scale(rows + (start + i) * lanes, lanes, 1 / totals[i]);
+    }
+    if (kernels) {
+        Window<T> window(scratch, in.v, d, 0);
+        for (int y = 0; y < out.height; y++)
+            add_convolution<1>(window.at(y), width, lanes, kernels, rows + y * width * lanes);
+    }
+    out.write_from(rows, d);
+}
+
+// dQ, dK, dV, and this block's sums for LePE's kernels.
+template <typename T>
+void local_gradient(const Head<const T>& in, Map<const T> dout, const Head<T>& out, int d, int zeros, Kernels lepe,
+                    float* sums) {
+    const int lanes = whole(d), width = dout.width, n = dout.height * width, columns = whole(n);
+    Scratch scratch;
+    const float* kernels = lepe.rows(scratch, d);
+    float *q = in.q.read_to(scratch.rows(n * lanes), d), *k = in.k.read_to(scratch.rows(n * lanes), d);
+    float *v = in.v.read_to(scratch.rows(n * lanes), d), *up = dout.read_to(scratch.rows(n * lanes), d);
+    const float *keys = transpose(scratch, k, n, d, lanes), *values = transpose(scratch, v, n, d, lanes);
+    float *dq = scratch.rows(n * lanes), *dk = scratch.zeros(n * lanes), *dv = scratch.zeros(n * lanes);
+    float *weights = scratch.rows(TOKENS * columns), *gradients = scratch.rows(TOKENS * columns);
+    scale(q, n * lanes, LOG2_E / std::sqrt(float(d)));
+    for (int start = 0, count; start < n; start += count) {
+        count = next_tokens(start, n);
+        const float *own = q + start * lanes, *upstream = up + start * lanes;
+        multiply(count, d, rows_of(own, lanes), keys, weights, columns);
+        softmax_rows(weights, count, n, zeros);
+        multiply(count, d, rows_of(upstream, lanes), values, gradients, columns);
+        multiply(n, count, columns_of(weights, columns), upstream, dv, lanes, true);
+        softmax_gradient_rows(weights, gradients, count, columns);
+        multiply(n, count, columns_of(gradients, columns), own, dk, lanes, true);
+        multiply(count, n, rows_of(gradients, columns), k, dq + start * lanes, lanes);
+    }
+    scale(dq, n * lanes, 1 / std::sqrt(float(d)));
+    scale(dk, n * lanes, 1 / LOG2_E);
+    if (kernels) {
+        float* totals = scratch.zeros((TAPS + 1) * lanes);
+        Window<T> window(scratch, dout, d, 0);
+        for (int y = 0; y < dout.height; y++) {
+            const Neighbours near = window.at(y);
+            add_convolution<-1>(near, width, lanes, kernels, dv + y * width * lanes);
+            add_kernel_gradient(near, width, lanes, v + y * width * lanes, totals);
+        }
+        write_sums(totals, d, sums);
+    }
+    out.q.write_from(dq, d);
+    out.k.write_from(dk, d);
+    out.v.write_from(dv, d);
+}
+
+}  // namespace
