@@ -91,32 +91,42 @@ private:
     size_t used_ = 0;
 };
 
-typedef uint16_t Brain;  // bfloat16
+typedef uint16_t Brain;  // bfloat16: the upper half of a float
+typedef Brain Brains __attribute__((vector_size(2 * LANES)));
 
-inline float widen(float x) { return x; }
-inline float widen(Brain x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
+inline Vec widen(const float* from) { return load(from); }
+inline Vec widen(const Brain* from) {
+    Brains x;
+    std::memcpy(&x, from, sizeof x);
+    return (Vec)(__builtin_convertvector(x, Int) << 16);
 }
 
-inline void narrow(float x, float& to) { to = x; }
-inline void narrow(float x, Brain& to) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    to = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-template <typename T>
-inline void read(const T* from, int d, float* to) {
-    for (int i = 0; i < d; i++) to[i] = widen(from[i]);
-    for (int i = d; i < whole(d); i++) to[i] = 0;
+inline void narrow(Vec x, float* to) { store(to, x); }
+inline void narrow(Vec x, Brain* to) {
+    const Int bits = (Int)x, odd = bits >> 16 & 1;
+    const Int rounded = (bits + 0x7fff + odd) >> 16;  // to even
+    const Brains y = __builtin_convertvector(x == x ? rounded : Int{} + 0x7fc0, Brains);
+    std::memcpy(to, &y, sizeof y);
 }
 
 template <typename T>
-inline void write(const float* from, int d, T* to) {
-    for (int i = 0; i < d; i++) narrow(from[i], to[i]);
+inline void read(const T* __restrict from, int d, float* __restrict to) {
+    int i = 0;
+    for (; i + LANES <= d; i += LANES) store(to + i, widen(from + i));
+    if (i == d) return;
+    T last[LANES] = {};
+    std::copy(from + i, from + d, last);
+    store(to + i, widen(last));
+}
+
+template <typename T>
+inline void write(const float* __restrict from, int d, T* __restrict to) {
+    int i = 0;
+    for (; i + LANES <= d; i += LANES) narrow(load(from + i), to + i);
+    if (i == d) return;
+    T last[LANES];
+    narrow(load(from + i), last);
+    std::copy(last, last + d - i, to + i);
 }
 
 inline void scale(float* row, int lanes, float factor) {
@@ -248,7 +258,6 @@ struct Map {
     Map part(int y, int x, int part_height, int part_width) const {
         return {at(y, x), part_height, part_width, stride, pitch};
     }
-    Map row(int y) const { return part(y, 0, 1, width); }
     // Of a whole map, read row by row.
     Map tokens(int start, int count) const { return {data + int64_t(start) * stride, 1, count, stride, 0}; }
     float* read_to(float* rows, int d) const {

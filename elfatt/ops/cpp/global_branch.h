@@ -75,19 +75,19 @@ const float* matrix_rows(Scratch& scratch, const float* matrix, int d) {
 }
 
 template <typename T>
-void global_out(const Head<const T>& in, Map<T> out, int d, Strip strip, const float* context, Kernels lepe) {
-    const int lanes = whole(d), width = out.width;
+void global_out(const Head<const T>& in, Map<T> out, int d, Tile tile, const float* context, Kernels lepe) {
+    const int lanes = whole(d), width = tile.width();
     Scratch scratch;
     const float *own = matrix_rows(scratch, context, d), *kernels = lepe.rows(scratch, d);
     float *q = scratch.rows(width * lanes), *row = scratch.rows(width * lanes);
-    Window<T> window(scratch, in.v, d, strip.first);
-    for (int y = strip.first; y < strip.last; y++) {
-        in.q.row(y).read_to(q, d);
+    Window<T> window(scratch, in.v, d, tile);
+    for (int y = tile.top; y < tile.bottom; y++) {
+        tile.row(in.q, y).read_to(q, d);
         scale(q, width * lanes, LOG2_E);
         softmax_rows(q, width, d);
         multiply(width, d, rows_of(q, lanes), own, row, lanes);
         if (kernels) add_convolution<1>(window.at(y), width, lanes, kernels, row);
-        out.row(y).write_from(row, d);
+        tile.row(out, y).write_from(row, d);
     }
 }
 
@@ -114,12 +114,12 @@ void global_query_gradient(const Head<const T>& in, Map<const T> dout, const Hea
     for (int i = 0; i < d; i++) std::copy_n(product + i * lanes, d, dcontext + i * d);
 }
 
-// dK, dV, and this strip's sums for LePE's kernels.
+// dK, dV, and this tile's sums for LePE's kernels.
 template <typename T>
-void global_key_value_gradient(const Head<const T>& in, Map<const T> dout, const Head<T>& out, int d, Strip strip,
+void global_key_value_gradient(const Head<const T>& in, Map<const T> dout, const Head<T>& out, int d, Tile tile,
                                const float* context, const float* dcontext, const float* key_lse, Kernels lepe,
                                float* sums) {
-    const int lanes = whole(d), width = dout.width;
+    const int lanes = whole(d), width = tile.width();
     Scratch scratch;
     const float *own = matrix_rows(scratch, dcontext, d), *turned = transpose(scratch, own, d, d, lanes);
     const float* kernels = lepe.rows(scratch, d);
@@ -129,10 +129,10 @@ void global_key_value_gradient(const Head<const T>& in, Map<const T> dout, const
         for (int j = 0; j < d; j++) mean[i] += context[i * d + j] * dcontext[i * d + j];
     float *k = scratch.rows(width * lanes), *v = scratch.rows(width * lanes);
     float *dk = scratch.rows(width * lanes), *dv = scratch.rows(width * lanes);
-    Window<T> window(scratch, dout, d, strip.first);
-    for (int y = strip.first; y < strip.last; y++) {
-        in.k.row(y).read_to(k, d);
-        in.v.row(y).read_to(v, d);
+    Window<T> window(scratch, dout, d, tile);
+    for (int y = tile.top; y < tile.bottom; y++) {
+        tile.row(in.k, y).read_to(k, d);
+        tile.row(in.v, y).read_to(v, d);
         for (int x = 0; x < width * lanes; x += lanes)
             for (int i = 0; i < lanes; i += LANES) store(k + x + i, exponential(load(k + x + i) - load(lse + i)));
         multiply(width, d, rows_of(v, lanes), turned, dk, lanes);
@@ -145,8 +145,8 @@ void global_key_value_gradient(const Head<const T>& in, Map<const T> dout, const
         for (int x = 0; x < width * lanes; x += lanes)
             for (int i = 0; i < lanes; i += LANES)
                 store(dk + x + i, load(k + x + i) * (load(dk + x + i) - load(mean + i)));
-        out.k.row(y).write_from(dk, d);
-        out.v.row(y).write_from(dv, d);
+        tile.row(out.k, y).write_from(dk, d);
+        tile.row(out.v, y).write_from(dv, d);
     }
     if (kernels) write_sums(totals, d, sums);
 }

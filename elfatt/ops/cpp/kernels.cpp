@@ -1,6 +1,6 @@
 // The ELFATT operation on a CPU, forward and backward: C++17 with vector extensions (GCC, Clang) and OpenMP.
 //
-// A task is one head of one image: a block, a strip of the map's rows or a split of its tokens. It reads its tokens into
+// A task is one head of one image: a block, a tile of the map or a split of its tokens. It reads its tokens into
 // rows of floats, padded with zeros to whole vectors, works in the cache and writes its slice of the result. What is
 // summed over tasks goes to a place of its own for each task, so that the same input gives the same bits on any number
 // of threads. This file walks over the tasks, on all threads, for elfatt/ops/cpp/launch.py.
@@ -9,17 +9,21 @@
 
 namespace {
 
-// One head of one part (a block, a strip, a split) of one image. Heads come first: they lie side by side in memory.
+// One head of one part (a block, a tile, a split) of one image. Heads come first: they lie side by side in memory.
 struct Task {
     int image, part, head;
     int64_t index;
 };
 
 struct Sizes {
-    int images, height, width, channels, heads, d, first, rows;  // the branch's first channel; rows of a strip
-    int strips() const { return (height + rows - 1) / rows; }
-    Strip strip(Task t) const { return {t.part * rows, std::min(t.part * rows + rows, height)}; }
-    int blocks(int bh, int bw) const { return (height + bh - 1) / bh * Block::columns(width, bw); }
+    int images, height, width, channels, heads, d, first;  // the branch's first channel
+    int part_height, part_width;                            // of a block or a tile
+    int parts() const { return (height + part_height - 1) / part_height * Block::columns(width, part_width); }
+    Block block(Task t) const { return {height, width, part_height, part_width, t.part}; }
+    Tile tile(Task t) const {
+        const Block part = block(t);
+        return {part.y, part.y + part.height, part.x, part.x + part.width};
+    }
     int64_t pair(Task t) const { return int64_t(t.image) * heads + t.head; }
     template <typename T>
     Map<T> map(T* data, int stride, Task t) const {
@@ -52,8 +56,8 @@ void global_forward(Sizes s, const T* qkv, const float* lepe, T* out, float* con
         combine_parts(Part(parts, s.d, int64_t(t.image) * splits * s.heads + t.head), s.d, splits, s.heads,
                       context + s.pair(t) * square, key_lse + s.pair(t) * s.d);
     });
-    s.run(s.strips(), [&](Task t) {
-        global_out<T>(s.head(qkv, t), s.map(out, s.channels, t), s.d, s.strip(t), context + s.pair(t) * square,
+    s.run(s.parts(), [&](Task t) {
+        global_out<T>(s.head(qkv, t), s.map(out, s.channels, t), s.d, s.tile(t), context + s.pair(t) * square,
                       s.kernels(lepe, t));
     });
 }
@@ -75,26 +79,26 @@ void global_backward(Sizes s, const T* qkv, const T* dout, const float* lepe, co
             for (int i = 0; i < square; i++) total[i] += part[i];
         }
     });
-    s.run(s.strips(), [&](Task t) {
-        global_key_value_gradient<T>(s.head(qkv, t), s.map(dout, s.channels, t), s.head(dqkv, t), s.d, s.strip(t),
+    s.run(s.parts(), [&](Task t) {
+        global_key_value_gradient<T>(s.head(qkv, t), s.map(dout, s.channels, t), s.head(dqkv, t), s.d, s.tile(t),
                                      context + s.pair(t) * square, dcontext + s.pair(t) * square,
                                      key_lse + s.pair(t) * s.d, s.kernels(lepe, t), s.sums(sums, t));
     });
 }
 
 template <typename T>
-void local_forward(Sizes s, const T* qkv, const float* lepe, T* out, int bh, int bw) {
-    s.run(s.blocks(bh, bw), [&](Task t) {
-        const Block block(s.height, s.width, bh, bw, t.part);
+void local_forward(Sizes s, const T* qkv, const float* lepe, T* out) {
+    s.run(s.parts(), [&](Task t) {
+        const Block block = s.block(t);
         local_out<T>(block.of(s.head(qkv, t)), block.of(s.map(out, s.channels, t)), s.d, block.zeros,
                      s.kernels(lepe, t));
     });
 }
 
 template <typename T>
-void local_backward(Sizes s, const T* qkv, const T* dout, const float* lepe, T* dqkv, float* sums, int bh, int bw) {
-    s.run(s.blocks(bh, bw), [&](Task t) {
-        const Block block(s.height, s.width, bh, bw, t.part);
+void local_backward(Sizes s, const T* qkv, const T* dout, const float* lepe, T* dqkv, float* sums) {
+    s.run(s.parts(), [&](Task t) {
+        const Block block = s.block(t);
         local_gradient<T>(block.of(s.head(qkv, t)), block.of(s.map(dout, s.channels, t)), block.of(s.head(dqkv, t)),
                           s.d, block.zeros, s.kernels(lepe, t), s.sums(sums, t));
     });
@@ -102,44 +106,41 @@ void local_backward(Sizes s, const T* qkv, const T* dout, const float* lepe, T* 
 
 template <typename T>
 void lepe_forward(Sizes s, const T* v, int stride, const float* lepe, const T* residual, T* out, int transposed) {
-    s.run(s.strips(), [&](Task t) {
-        convolve<T>(s.map(v, stride, t), s.map(residual, s.channels, t), s.map(out, s.channels, t), s.d, s.strip(t),
+    s.run(s.parts(), [&](Task t) {
+        convolve<T>(s.map(v, stride, t), s.map(residual, s.channels, t), s.map(out, s.channels, t), s.d, s.tile(t),
                     s.kernels(lepe, t), transposed);
     });
 }
 
 template <typename T>
 void lepe_backward(Sizes s, const T* v, int stride, const T* dout, float* sums) {
-    s.run(s.strips(), [&](Task t) {
-        kernel_gradient<T>(s.map(v, stride, t), s.map(dout, s.channels, t), s.d, s.strip(t), s.sums(sums, t));
+    s.run(s.parts(), [&](Task t) {
+        kernel_gradient<T>(s.map(v, stride, t), s.map(dout, s.channels, t), s.d, s.tile(t), s.sums(sums, t));
     });
 }
 
 }  // namespace
 
-#define EXPORT(SUFFIX, T)                                                                                          \
-    void global_forward_##SUFFIX(Sizes s, const T* qkv, const float* lepe, T* out, float* context, float* key_lse, \
-                                 float* parts, int splits) {                                                       \
-        global_forward(s, qkv, lepe, out, context, key_lse, parts, splits);                                        \
-    }                                                                                                              \
-    void global_backward_##SUFFIX(Sizes s, const T* qkv, const T* dout, const float* lepe, const float* context,   \
-                                  const float* key_lse, T* dqkv, float* parts, float* dcontext, float* sums,       \
-                                  int splits) {                                                                    \
-        global_backward(s, qkv, dout, lepe, context, key_lse, dqkv, parts, dcontext, sums, splits);                \
-    }                                                                                                              \
-    void local_forward_##SUFFIX(Sizes s, const T* qkv, const float* lepe, T* out, int bh, int bw) {                \
-        local_forward(s, qkv, lepe, out, bh, bw);                                                                  \
-    }                                                                                                              \
-    void local_backward_##SUFFIX(Sizes s, const T* qkv, const T* dout, const float* lepe, T* dqkv, float* sums,    \
-                                 int bh, int bw) {                                                                 \
-        local_backward(s, qkv, dout, lepe, dqkv, sums, bh, bw);                                                    \
-    }                                                                                                              \
-    void lepe_forward_##SUFFIX(Sizes s, const T* v, int stride, const float* lepe, const T* residual, T* out,      \
-                               int transposed) {                                                                   \
-        lepe_forward(s, v, stride, lepe, residual, out, transposed);                                               \
-    }                                                                                                              \
-    void lepe_backward_##SUFFIX(Sizes s, const T* v, int stride, const T* dout, float* sums) {                     \
-        lepe_backward(s, v, stride, dout, sums);                                                                   \
+#define EXPORT(DTYPE, T)                                                                                              \
+    void global_forward_##DTYPE(Sizes s, const T* qkv, const float* lepe, T* out, float* context, float* key_lse,     \
+                                float* parts, int splits) {                                                           \
+        global_forward(s, qkv, lepe, out, context, key_lse, parts, splits);                                           \
+    }                                                                                                                 \
+    void global_backward_##DTYPE(Sizes s, const T* qkv, const T* dout, const float* lepe, const float* context,       \
+                                 const float* key_lse, T* dqkv, float* parts, float* dcontext, float* sums,           \
+                                 int splits) {                                                                        \
+        global_backward(s, qkv, dout, lepe, context, key_lse, dqkv, parts, dcontext, sums, splits);                   \
+    }                                                                                                                 \
+    void local_forward_##DTYPE(Sizes s, const T* qkv, const float* lepe, T* out) { local_forward(s, qkv, lepe, out); } \
+    void local_backward_##DTYPE(Sizes s, const T* qkv, const T* dout, const float* lepe, T* dqkv, float* sums) {      \
+        local_backward(s, qkv, dout, lepe, dqkv, sums);                                                               \
+    }                                                                                                                 \
+    void lepe_forward_##DTYPE(Sizes s, const T* v, int stride, const float* lepe, const T* residual, T* out,          \
+                              int transposed) {                                                                       \
+        lepe_forward(s, v, stride, lepe, residual, out, transposed);                                                  \
+    }                                                                                                                 \
+    void lepe_backward_##DTYPE(Sizes s, const T* v, int stride, const T* dout, float* sums) {                         \
+        lepe_backward(s, v, stride, dout, sums);                                                                      \
     }
 
 extern "C" {

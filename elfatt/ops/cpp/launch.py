@@ -9,7 +9,7 @@ import torch
 
 from elfatt.ops.cpp.build import library
 
-ROWS = 8  # of the map in a task
+TILE = (8, 64)  # of the map in a task, so that its rows stay in the cache
 SPLIT = 512  # tokens that a task of their own is worth
 TASKS = 64  # enough for the threads of a large CPU to share
 GROUPS = (32, 48, 24, 16)  # channels of a task of LePE alone
@@ -32,14 +32,14 @@ def forward(
     """Fill ``out``, ``context`` and ``key_lse`` from the contiguous first five; ``row_lse`` is not needed."""
     b, h, w, channels = out.shape
     if global_channels:
-        sizes = _Sizes(b, h, w, channels, heads[0], global_channels // heads[0], 0, ROWS)
+        sizes = _Sizes(b, h, w, channels, heads[0], global_channels // heads[0], 0, *TILE)
         splits = _splits(sizes)
         parts = _floats(qkv, b * heads[0] * splits, sizes.d * (sizes.d + 2))
         lepe = _rows(weight_global, bias_global)
         _call("global_forward", qkv, sizes, qkv, lepe, out, context, key_lse, parts, splits)
     if global_channels < channels:
-        sizes = _Sizes(b, h, w, channels, heads[1], (channels - global_channels) // heads[1], global_channels, ROWS)
-        _call("local_forward", qkv, sizes, qkv, _rows(weight_local, bias_local), out, *block)
+        sizes = _Sizes(b, h, w, channels, heads[1], (channels - global_channels) // heads[1], global_channels, *block)
+        _call("local_forward", qkv, sizes, qkv, _rows(weight_local, bias_local), out)
 
 
 def backward(
@@ -58,18 +58,18 @@ def backward(
     dqkv, sums = torch.empty_like(qkv), [None, None]
     b, h, w, channels = dout.shape
     if global_channels:
-        sizes = _Sizes(b, h, w, channels, heads[0], global_channels // heads[0], 0, ROWS)
+        sizes = _Sizes(b, h, w, channels, heads[0], global_channels // heads[0], 0, *TILE)
         splits, lepe = _splits(sizes), _rows(weight_global, None)
         parts = _floats(qkv, b * heads[0] * splits, sizes.d**2)
         dcontext = torch.empty_like(context)
-        tasks = None if lepe is None else _floats(qkv, b, -(-h // ROWS), heads[0], 10, sizes.d)
+        tasks = None if lepe is None else _tasks(qkv, sizes)
         _call("global_backward", qkv, sizes, qkv, dout, lepe, context, key_lse, dqkv, parts, dcontext, tasks, splits)
         sums[0] = _add(tasks)
     if global_channels < channels:
-        sizes = _Sizes(b, h, w, channels, heads[1], (channels - global_channels) // heads[1], global_channels, ROWS)
-        lepe, blocks = _rows(weight_local, None), -(-h // block[0]) * -(-w // block[1])
-        tasks = None if lepe is None else _floats(qkv, b, blocks, heads[1], 10, sizes.d)
-        _call("local_backward", qkv, sizes, qkv, dout, lepe, dqkv, tasks, *block)
+        sizes = _Sizes(b, h, w, channels, heads[1], (channels - global_channels) // heads[1], global_channels, *block)
+        lepe = _rows(weight_local, None)
+        tasks = None if lepe is None else _tasks(qkv, sizes)
+        _call("local_backward", qkv, sizes, qkv, dout, lepe, dqkv, tasks)
         sums[1] = _add(tasks)
     return dqkv, *sums
 
@@ -91,14 +91,15 @@ def lepe(
 def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
     """Gradients ``[10, channels]`` in float32 of LePE's nine weights and bias."""
     sizes = _grouped(v)
-    tasks = _floats(v, sizes.images, -(-sizes.height // ROWS), sizes.heads, 10, sizes.d)
+    tasks = _tasks(v, sizes)
     _call("lepe_backward", v, sizes, v, v.stride(2), dout, tasks)
     return _add(tasks)
 
 
 class _Sizes(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int) for name in ("images", "height", "width", "channels", "heads", "d", "first", "rows")
+        (name, ctypes.c_int)
+        for name in ("images", "height", "width", "channels", "heads", "d", "first", "part_height", "part_width")
     ]
 
 
@@ -132,7 +133,13 @@ def _add(tasks):
 def _grouped(v):
     channels = v.shape[-1]
     d = next((d for d in GROUPS if channels % d == 0), channels)
-    return _Sizes(*v.shape, channels // d, d, 0, ROWS)
+    return _Sizes(*v.shape, channels // d, d, 0, *TILE)
+
+
+def _tasks(like, sizes):
+    """Room for each task's sums for LePE's kernels: ``[B, parts, heads, 10, d]``."""
+    parts = -(-sizes.height // sizes.part_height) * -(-sizes.width // sizes.part_width)
+    return _floats(like, sizes.images, parts, sizes.heads, 10, sizes.d)
 
 
 def _splits(sizes):

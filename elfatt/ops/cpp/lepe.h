@@ -17,25 +17,30 @@ struct Kernels {
     }
 };
 
-// The rows of a map that a task walks over.
-struct Strip {
-    int first, last;
+// What a task walks over of a map, row by row.
+struct Tile {
+    int top, bottom, left, right;
+    int width() const { return right - left; }
+    template <typename T>
+    Map<T> row(Map<T> map, int y) const {
+        return map.part(y, left, 1, width());
+    }
 };
 
-// Three rows of tokens in floats, from the first token of each; before it and behind the last one lie zeros.
+// Three rows of tokens in floats, from the first token of each; before it and behind the last one lie their neighbours.
 struct Neighbours {
     const float* rows[3];
 };
 
-// Rows of a map, each of which is read once, from row `first` on.
+// A tile's rows with their neighbours, each row read once; beyond the map lie zeros.
 template <typename T>
 class Window {
 public:
-    Window(Scratch& scratch, Map<const T> map, int d, int first) : map_(map), d_(d), lanes_(whole(d)) {
+    Window(Scratch& scratch, Map<const T> map, int d, Tile tile) : map_(map), tile_(tile), d_(d), lanes_(whole(d)) {
         for (auto& row : ring_) row = scratch.zeros(row_size());
         zeros_ = scratch.zeros(row_size());
-        read_row(first - 1);
-        read_row(first);
+        read_row(tile.top - 1);
+        read_row(tile.top);
     }
     Neighbours at(int y) {
         read_row(y + 1);
@@ -43,15 +48,17 @@ public:
     }
 
 private:
-    size_t row_size() const { return size_t(map_.width + 2) * lanes_; }
+    size_t row_size() const { return size_t(tile_.width() + 2) * lanes_; }
     bool holds(int y) const { return y >= 0 && y < map_.height; }
     const float* start(int y) const { return (holds(y) ? ring_[y % 3] : zeros_) + lanes_; }
     void read_row(int y) {
         if (!holds(y)) return;
-        for (int x = 0; x < map_.width; x++) read(map_.at(y, x), d_, ring_[y % 3] + (x + 1) * lanes_);
+        const int left = std::max(tile_.left - 1, 0), right = std::min(tile_.right + 1, map_.width);
+        map_.part(y, left, 1, right - left).read_to(ring_[y % 3] + (left - tile_.left + 1) * lanes_, d_);
     }
 
     Map<const T> map_;
+    Tile tile_;
     int d_, lanes_;
     float *ring_[3], *zeros_;
 };
@@ -93,33 +100,33 @@ void write_sums(const float* totals, int d, float* sums) {
 }
 
 template <typename T>
-void convolve(Map<const T> v, Map<const T> residual, Map<T> out, int d, Strip strip, Kernels lepe, bool transposed) {
-    const int lanes = whole(d), width = out.width;
+void convolve(Map<const T> v, Map<const T> residual, Map<T> out, int d, Tile tile, Kernels lepe, bool transposed) {
+    const int lanes = whole(d), width = tile.width();
     Scratch scratch;
     const float* kernels = lepe.rows(scratch, d);
     float* row = scratch.rows(width * lanes);
-    Window<T> window(scratch, v, d, strip.first);
-    for (int y = strip.first; y < strip.last; y++) {
+    Window<T> window(scratch, v, d, tile);
+    for (int y = tile.top; y < tile.bottom; y++) {
         if (residual.data)
-            residual.row(y).read_to(row, d);
+            tile.row(residual, y).read_to(row, d);
         else
             std::fill_n(row, width * lanes, 0.f);
         if (transposed)
             add_convolution<-1>(window.at(y), width, lanes, kernels, row);
         else
             add_convolution<1>(window.at(y), width, lanes, kernels, row);
-        out.row(y).write_from(row, d);
+        tile.row(out, y).write_from(row, d);
     }
 }
 
 template <typename T>
-void kernel_gradient(Map<const T> v, Map<const T> dout, int d, Strip strip, float* sums) {
-    const int lanes = whole(d), width = v.width;
+void kernel_gradient(Map<const T> v, Map<const T> dout, int d, Tile tile, float* sums) {
+    const int lanes = whole(d), width = tile.width();
     Scratch scratch;
     float *totals = scratch.zeros((TAPS + 1) * lanes), *row = scratch.rows(width * lanes);
-    Window<T> window(scratch, dout, d, strip.first);
-    for (int y = strip.first; y < strip.last; y++) {
-        v.row(y).read_to(row, d);
+    Window<T> window(scratch, dout, d, tile);
+    for (int y = tile.top; y < tile.bottom; y++) {
+        tile.row(v, y).read_to(row, d);
         add_kernel_gradient(window.at(y), width, lanes, row, totals);
     }
     write_sums(totals, d, sums);

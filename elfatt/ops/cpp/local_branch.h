@@ -42,7 +42,7 @@ void local_out(const Head<const T>& in, Map<T> out, int d, int zeros, Kernels le
         for (int i = 0; i < count; i++) scale(rows + (start + i) * lanes, lanes, 1 / totals[i]);
     }
     if (kernels) {
-        Window<T> window(scratch, in.v, d, 0);
+        Window<T> window(scratch, in.v, d, {0, out.height, 0, width});
         for (int y = 0; y < out.height; y++)
             add_convolution<1>(window.at(y), width, lanes, kernels, rows + y * width * lanes);
     }
@@ -77,7 +77,7 @@ void local_gradient(const Head<const T>& in, Map<const T> dout, const Head<T>& o
     scale(dk, n * lanes, 1 / LOG2_E);
     if (kernels) {
         float* totals = scratch.zeros((TAPS + 1) * lanes);
-        Window<T> window(scratch, dout, d, 0);
+        Window<T> window(scratch, dout, d, {0, dout.height, 0, width});
         for (int y = 0; y < dout.height; y++) {
             const Neighbours near = window.at(y);
             add_convolution<-1>(near, width, lanes, kernels, dv + y * width * lanes);
