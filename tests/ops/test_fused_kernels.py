@@ -296,6 +296,34 @@ def test_gradients_of_a_whole_model(dtype):
     assert (found - truth).norm() <= 2 * (theirs - truth).norm()
 
 
+@pytest.mark.slow
+def test_training_takes_the_same_course():
+    """200 steps on handwritten digits: every loss as with PyTorch's operators."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("half an hour in the interpreter")
+    images = torch.tensor(digits.images, dtype=FLOAT, device=DEVICE)[:, None].repeat(1, 3, 2, 2) / 8 - 1
+    labels = torch.tensor(digits.target, device=DEVICE)
+    small = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2), "block_size": (2, 2, 2)}
+
+    def losses(backend):
+        torch.manual_seed(0)
+        model = timm.create_model("cswin_nano_elfatt", num_classes=10, drop_path_rate=0.0, **small).to(DEVICE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(200):
+            batch = torch.arange(32 * step, 32 * step + 32, device=DEVICE) % len(images)
+            with ops.use_backend(backend):
+                loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    theirs = list(losses("sdpa"))
+    assert theirs[-1] < theirs[0] / 3
+    assert list(losses(KERNELS)) == pytest.approx(theirs, abs=1e-3)
+
+
 if CUDA:
 
     class TestOnTheDevice:
