@@ -43,8 +43,8 @@ for direction in "" --backward; do
 done
 analyse tables 1 --rows 'CSWin-T*' --measure counts speed memory "${speed[@]}"
 analyse tables 1 --rows 'CSWin-T*' --measure speed "${speed[@]}" --compile
-analyse scaling --models "${models[@]}" --sizes $dense --attention nfa fa sdpa "${speed[@]}" --batch-size 1 $graphs
-analyse scaling --models "${models[@]}" --sizes 224 --attention fa sdpa "${speed[@]}" --backward
+analyse scaling --models "${models[@]}" --sizes $dense --attention nfa fa sdpa plain "${speed[@]}" --batch-size 1 $graphs
+analyse scaling --models "${models[@]}" --sizes 224 --attention fa sdpa plain "${speed[@]}" --backward
 if has mmseg; then
     analyse tables 7 --rows CSWin-T24181-ELFATT CSWin-T24181-GLOBAL --measure speed --repeats "$repeats"
 fi

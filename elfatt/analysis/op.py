@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from elfatt.analysis.environment import describe_environment, machine_name
+from elfatt.analysis.plain import plain_elfatt
 from elfatt.analysis.results import RESULTS, save_rows, to_markdown
 from elfatt.analysis.tables import check_numbers
 from elfatt.analysis.timing import Inference, WrongOutput, compile_for_timing, record_graph, time_in_turns
@@ -67,37 +67,6 @@ def run(args: argparse.Namespace) -> None:
         rows += done
     print(format_rows(rows))
     print(f"\nadded to {path}", file=sys.stderr)
-
-
-def plain_elfatt(qkv, *, num_heads, global_channels, block_size, lepe_global, lepe_local) -> torch.Tensor:
-    """The baseline: ELFATT as one writes it down first, with reshapes, transposes and NCHW convolutions."""
-    b, h, w, c = *qkv.shape[:3], qkv.shape[3] // 3
-    c1, c2, s = global_channels, c - global_channels, block_size
-    q, k, v = qkv.reshape(b, h * w, 3, c).permute(2, 0, 1, 3)
-
-    def heads(x, n):
-        return x.reshape(*x.shape[:2], n, -1).transpose(1, 2)
-
-    def lepe(x, size, kernel):
-        image = x.transpose(1, 2).contiguous().view(x.shape[0], x.shape[2], *size)
-        return F.conv2d(image, *kernel, padding=1, groups=x.shape[2]).flatten(2).transpose(1, 2)
-
-    query, key, value = (heads(x[..., :c1], num_heads[0]) for x in (q, k, v))
-    out_global = query.softmax(-1) @ (key.softmax(-2).transpose(-2, -1) @ value)
-    out_global = out_global.transpose(1, 2).reshape(b, h * w, c1) + lepe(v[..., :c1], (h, w), lepe_global)
-
-    rows, columns = -(-h // s), -(-w // s)
-
-    def blocks(x):
-        x = F.pad(x[..., c1:].reshape(b, h, w, c2), (0, 0, 0, columns * s - w, 0, rows * s - h))
-        return x.reshape(b, rows, s, columns, s, c2).permute(0, 1, 3, 2, 4, 5).reshape(-1, s * s, c2)
-
-    q, k, v = (blocks(x) for x in (q, k, v))
-    out_local = F.scaled_dot_product_attention(*(heads(x, num_heads[1]) for x in (q, k, v)))
-    out_local = out_local.transpose(1, 2).reshape(-1, s * s, c2) + lepe(v, (s, s), lepe_local)
-    out_local = out_local.reshape(b, rows, columns, s, s, c2).permute(0, 1, 3, 2, 4, 5)
-    out_local = out_local.reshape(b, rows * s, columns * s, c2)[:, :h, :w]
-    return torch.cat([out_global.reshape(b, h, w, c1), out_local], dim=-1)
 
 
 def measure_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -29,7 +29,9 @@ from elfatt.backbones.zoo import ATTENTIONS
 
 DEFAULT_MODELS = [f"cswin_tiny_{name}" for name in ATTENTIONS]
 DEFAULT_SIZES = ["224", "384", "512", "768", "1024", "1536", "2048"]
-WAYS = {**BACKENDS, "sdpa": "sdpa"}  # the last: fused by PyTorch alone, without kernels of ours
+# the last two: fused by PyTorch alone, without kernels of ours; ELFATT as straightforward PyTorch
+WAYS = {**BACKENDS, "sdpa": "sdpa", "plain": "plain"}
+HELP = "softmax attention open (nfa), fused (fa), by PyTorch alone (sdpa); ELFATT unoptimised (plain)"
 KEY = ("model", "attention", "height", "width")
 
 
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", help="of timm (default: CSWin-T's attentions)")
     add("--baseline", metavar="NAME", help="over which speed-ups are given (default: vanilla attention, or the first)")
     add("--sizes", nargs="+", default=DEFAULT_SIZES, metavar="SIZE", help="side or HEIGHTxWIDTH in pixels")
-    add("--attention", nargs="+", choices=WAYS, default=list(BACKENDS), help="softmax attention open (nfa), fused (fa)")
+    add("--attention", nargs="+", choices=WAYS, default=list(BACKENDS), help=HELP)
     add("--backward", action="store_true", help="with the backward pass, as in training")
     add("--memory", action="store_true", help="measure peak memory, rather than count what is alive")
     add("--count-only", action="store_true", help="run no model: memory alone, counted")
@@ -127,12 +129,26 @@ def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace)
         timed = "images_per_s" in row and "images_per_s" in reference
         if timed and row["batch_size"] == reference["batch_size"]:
             row["speedup"] = row["images_per_s"] / reference["images_per_s"]
+    for (name, _), row in by_key.items():
+        plain = by_key.get((name, "plain"), {})
+        if "images_per_s" in row and plain.get("batch_size") == row["batch_size"]:
+            row["over_plain"] = row["images_per_s"] / plain["images_per_s"]
     return rows
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
     """Markdown, one line a model, attention and size."""
-    header = ["model", "size", "ms", "quartiles", "images/s", "speed-up", "peak memory, MiB", "counted, MiB"]
+    header = [
+        "model",
+        "size",
+        "ms",
+        "quartiles",
+        "images/s",
+        "speed-up",
+        "over plain",
+        "peak memory, MiB",
+        "counted, MiB",
+    ]
     lines = []
     for row in rows:
         low, high = row.get("latency_ms_quartiles", ("", ""))
@@ -144,6 +160,7 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
                 f"{figure(low)}–{figure(high)}" if low else "",
                 figure(row.get("images_per_s")),
                 f"{row['speedup']:.2f}" if "speedup" in row else "",
+                f"{row['over_plain']:.2f}" if "over_plain" in row else "",
                 figure(row.get("peak_memory_mib")),
                 figure(row.get("counted_memory_mib")),
             ]

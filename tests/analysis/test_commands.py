@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elfatt.analysis import edge, report
+from elfatt.analysis import edge, plain, report
 from elfatt.analysis.__main__ import COMMANDS, main
 from elfatt.analysis.results import load_runs
 
@@ -49,6 +49,18 @@ def test_scaling_runs_training_as_well(tmp_path):
         assert main([*argv, *extra, "--results", str(tmp_path / f"{number}.json")]) == 0
     forward, training = (rows_of(tmp_path / f"{number}.json")[0] for number in (0, 1))
     assert training["counted_memory_mib"] > 3 * forward["counted_memory_mib"]
+
+
+def test_scaling_measures_the_gain_over_plain_pytorch(tmp_path, monkeypatch):
+    calls = []
+    real = plain.plain_elfatt
+    monkeypatch.setattr(plain, "plain_elfatt", lambda *args, **options: calls.append(args) or real(*args, **options))
+    argv = ["scaling", "--models", "cswin_nano_elfatt", "--sizes", "48x80", "--attention", "fa", "plain", *FAST]
+    assert main([*argv, "--results", str(tmp_path / "r.json")]) == 0
+    fused, unoptimised = rows_of(tmp_path / "r.json")
+    assert calls
+    assert fused["over_plain"] == fused["images_per_s"] / unoptimised["images_per_s"]
+    assert unoptimised["over_plain"] == 1
 
 
 def test_counted_memory_is_quadratic_for_vanilla_attention_and_linear_for_elfatt(tmp_path):
