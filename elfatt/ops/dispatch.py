@@ -199,13 +199,9 @@ def _why_not_cpp(device: str, dtype: torch.dtype) -> str | None:
         return f"it needs CPU tensors, not {device}"
     if dtype not in (torch.bfloat16, torch.float32):
         return f"it needs bfloat16 or float32, not {str(dtype).removeprefix('torch.')}"
-    from elfatt.ops.cpp.build import library
+    from elfatt.ops.cpp.build import problem
 
-    try:
-        library()
-    except (RuntimeError, OSError) as error:
-        return str(error)
-    return None
+    return problem()
 
 
 @torch.compiler.assume_constant_result

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -18,17 +19,28 @@ _logger = logging.getLogger("elfatt")
 
 
 @lru_cache(maxsize=1)
+def problem() -> str | None:
+    """What stands against the kernels on this machine, asked once; where nothing does, they are compiled."""
+    try:
+        library()
+    except (RuntimeError, OSError) as error:
+        return str(error)
+    return None
+
+
+@lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
         RuntimeError: There is no compiler, or it failed.
+        OSError: The cache cannot be written or the library cannot be loaded.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++")]
+    if not compiler[0]:
         raise RuntimeError("no C++ compiler is found (g++ or clang++, or CXX)")
     # the macros tell the compiler's version and what this CPU can do: a cache may be shared among machines
-    macros = _run(compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
+    macros = _run(*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
     texts = [path.read_text() for path in sorted(FOLDER.glob("*.[ch]*"))]
     key = hashlib.sha256("".join([*texts, macros, *FLAGS]).encode()).hexdigest()[:16]
     path = cache_folder() / f"kernels-{key}.so"
@@ -37,9 +49,9 @@ def library() -> ctypes.CDLL:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             compiled, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
-            _run(compiler, *FLAGS, "-c", str(FOLDER / "kernels.cpp"), "-o", compiled)
+            _run(*compiler, *FLAGS, "-c", str(FOLDER / "kernels.cpp"), "-o", compiled)
             # not linked with OpenMP: the library uses the copy, and so the threads, that PyTorch has loaded
-            _run(compiler, "-shared", compiled, "-o", linked)
+            _run(*compiler, "-shared", compiled, "-o", linked)
             os.replace(linked, path)  # at once, should others compile too
     return ctypes.CDLL(str(path))
 
