@@ -155,6 +155,15 @@ def test_the_same_input_gives_the_same_bits():
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_an_empty_batch():
+    leaves = {name: x.requires_grad_() for name, x in tensors((0, 5, 9, 64), 32, FLOAT).items()}
+    with ops.use_backend(KERNELS):
+        out = attend(leaves, 32, (1, 1), 4)
+        out.sum().backward()
+    assert out.shape == (0, 5, 9, 64)
+    assert not leaves["weight_local"].grad.any()
+
+
 def test_any_strides():
     given = tensors((1, 5, 6, 32), 16, FLOAT)
     wide = torch.zeros(1, 5, 6, 192, device=DEVICE)

@@ -143,4 +143,4 @@ def _tasks(like, sizes):
 
 
 def _splits(sizes):
-    return max(1, min(sizes.height * sizes.width // SPLIT, TASKS // (sizes.images * sizes.heads)))
+    return max(1, min(sizes.height * sizes.width // SPLIT, TASKS // max(1, sizes.images * sizes.heads)))
