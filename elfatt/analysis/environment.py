@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import elfatt
-from elfatt.ops.dispatch import fused_kernels
+from elfatt.ops.dispatch import fused_backend
 
 PACKAGES = (
     "torch",
@@ -49,8 +49,8 @@ def describe_environment(device: str) -> dict[str, dict]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    kernels = fused_kernels(torch.empty(1, 1, 1, 1, device=device)) or "none"
-    flags = {"fused_kernels": kernels, "float32_matmul_precision": torch.get_float32_matmul_precision()}
+    flags = {"auto_backend": fused_backend(torch.empty(1, 1, 1, 1, device=device)) or "sdpa"}
+    flags |= {"float32_matmul_precision": torch.get_float32_matmul_precision()}
     if device == "cuda":
         versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         flags |= {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from elfatt.ops.dispatch import fused_kernels, is_slow_half, use_reference, without_autocast
+from elfatt.ops.dispatch import fused_backend, is_slow_half, use_reference, without_autocast
 from elfatt.ops.fused import fused_lepe
 
 Kernel = tuple[torch.Tensor, torch.Tensor | None]  # weight [C, 1, k, k] and bias [C]
@@ -26,8 +26,8 @@ def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     """
     if use_reference():
         return _reference(x, weight, bias)
-    if weight.shape[-1] == 3 and (kernels := fused_kernels(x)):
-        return fused_lepe(x, weight, bias, kernels=kernels)
+    if weight.shape[-1] == 3 and (backend := fused_backend(x)):
+        return fused_lepe(x, weight, bias, backend=backend)
     if is_slow_half(x):
         with without_autocast(x):
             return _convolve(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
@@ -38,8 +38,8 @@ def add_lepe(out: torch.Tensor, v: torch.Tensor, lepe: Kernel | None) -> torch.T
     """``out + L(v)`` on maps ``[B, H, W, C]``, or ``out`` where there is no LePE."""
     if lepe is None:
         return out
-    if lepe[0].shape[-1] == 3 and (kernels := fused_kernels(v)):
-        return fused_lepe(v, *lepe, residual=out, kernels=kernels)
+    if lepe[0].shape[-1] == 3 and (backend := fused_backend(v)):
+        return fused_lepe(v, *lepe, residual=out, backend=backend)
     # in place of the convolution's result, which no backward pass needs
     return depthwise_conv(v, *lepe).add_(out)
 

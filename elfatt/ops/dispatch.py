@@ -30,10 +30,8 @@ if torch.backends.mkldnn.is_available():
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():
         _SLOW_ON_THIS_CPU.remove(torch.float16)
 BACKENDS = ("auto", "reference", "math", "sdpa", "flash_attn", "triton", "cpp")
-FUSED = {
-    "cuda": "triton",
-    "cpu": "cpp",
-}  # the backends with kernels of our own, by the device that ``auto`` takes them on
+# the backends with kernels of our own, by the device that ``auto`` takes them on
+FUSED = {"cuda": "triton", "cpu": "cpp"}
 _active = "auto"
 _has_triton = importlib.util.find_spec("triton") is not None
 _explained: set[tuple[str, str]] = set()
@@ -141,10 +139,11 @@ def can_run_cpp(x: torch.Tensor, *, raise_error: bool = False) -> bool:
     return _can_run("cpp", x, (), raise_error)
 
 
-def fused_kernels(x: torch.Tensor, widths: tuple[int, ...] = ()) -> str | None:
+def fused_backend(x: torch.Tensor, widths: tuple[int, ...] = ()) -> str | None:
     """Which kernels of our own run this operation, ``triton`` or ``cpp``, or None for PyTorch's operators.
 
-    Under ``auto`` each reason why not is logged once; what is exported (ONNX, ``torch.export``) has PyTorch's alone.
+    Under ``auto`` each reason why not is logged once. What is exported or traced (``torch.export``, ONNX, TorchScript)
+    and what ``torch.func`` or forward-mode differentiation transforms has PyTorch's operators alone.
 
     Raises:
         ValueError: The backend was chosen by name and cannot run.
@@ -152,24 +151,28 @@ def fused_kernels(x: torch.Tensor, widths: tuple[int, ...] = ()) -> str | None:
     if _active in FUSED.values():
         _can_run(_active, x, widths, raise_error=True)
         return _active
-    kernels = FUSED.get(x.device.type)
-    if _active != "auto" or kernels is None or torch.compiler.is_exporting():
+    backend = FUSED.get(x.device.type)
+    if _active != "auto" or backend is None or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return None
-    if reason := _why_not(kernels, x, widths):
-        _explain_once(kernels, reason)
+    if _is_transformed():
         return None
-    return kernels
+    if reason := _why_not(backend, x, widths):
+        _explain_once(backend, reason)
+        return None
+    return backend
 
 
-def _can_run(kernels, x, widths, raise_error):
-    reason = _why_not(kernels, x, widths)
+def _can_run(backend, x, widths, raise_error):
+    reason = _why_not(backend, x, widths)
+    if reason is None and raise_error and _is_transformed():
+        reason = "its operators have a first derivative by backward() only, none for torch.func and forward mode"
     if reason and raise_error:
-        raise ValueError(f"{kernels} cannot run a map of shape {tuple(x.shape)}: {reason}; use 'sdpa'")
+        raise ValueError(f"{backend} cannot run a map of shape {tuple(x.shape)}: {reason}; use 'sdpa'")
     return not reason
 
 
-def _why_not(kernels, x, widths):
-    if kernels == "cpp":
+def _why_not(backend, x, widths):
+    if backend == "cpp":
         return _why_not_cpp(x.device.type, x.dtype)
     reason = _why_not_triton(x.device.type, x.device.index, x.dtype, widths)
     if reason is None and x.stride(0) >= 2**31:
@@ -205,10 +208,16 @@ def _why_not_cpp(device: str, dtype: torch.dtype) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _explain_once(kernels: str, reason: str) -> None:
-    if (kernels, reason) not in _explained:
-        _explained.add((kernels, reason))
-        _logger.warning("backend 'auto' runs without the %s kernels: %s", kernels, reason)
+def _is_transformed() -> bool:
+    """Whether derivatives are taken in a way that the fused operators would pass over, without an error or with one."""
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@torch.compiler.assume_constant_result
+def _explain_once(backend: str, reason: str) -> None:
+    if (backend, reason) not in _explained:
+        _explained.add((backend, reason))
+        _logger.warning("backend 'auto' runs without the %s kernels: %s", backend, reason)
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:

@@ -6,7 +6,7 @@ import torch
 
 from elfatt.ops.block import attend_blocks, block_attention
 from elfatt.ops.depthwise import Kernel, add_lepe
-from elfatt.ops.dispatch import fused_kernels
+from elfatt.ops.dispatch import fused_backend
 from elfatt.ops.efficient import efficient_attention
 from elfatt.ops.fused import fused_attention
 from elfatt.ops.geometry import cat_with_blocks, fit_block
@@ -40,6 +40,8 @@ def elfatt_attention(
     channels = qkv.shape[-1] // 3
     if qkv.ndim != 4 or qkv.shape[-1] % 3:
         raise ValueError(f"qkv must be [B, H, W, 3C], got {tuple(qkv.shape)}")
+    if 0 in qkv.shape[1:3]:
+        raise ValueError(f"the map has no tokens: {tuple(qkv.shape)}")
     if not 0 <= global_channels <= channels:
         raise ValueError(f"global_channels={global_channels} must lie between 0 and C={channels}")
     if block_size < 1:
@@ -51,10 +53,10 @@ def elfatt_attention(
 
     block = fit_block((block_size, block_size), qkv.shape[1:3])
     widths = tuple(width // heads for width, heads in zip(branch_channels, num_heads, strict=True) if width)
-    if kernels := fused_kernels(qkv, widths):
+    if backend := fused_backend(qkv, widths):
         return fused_attention(
             qkv,
-            kernels=kernels,
+            backend=backend,
             num_heads=num_heads,
             global_channels=global_channels,
             block=block,
@@ -74,10 +76,10 @@ def elfatt_attention(
 def global_branch(qkv: torch.Tensor, *, num_heads: int, lepe: Kernel | None) -> torch.Tensor:
     """Efficient attention over the whole map plus LePE; ``[B, H, W, 3, C]`` to ``[B, H, W, C]``."""
     channels = qkv.shape[-1]
-    if kernels := fused_kernels(qkv, (channels // num_heads,)):
+    if backend := fused_backend(qkv, (channels // num_heads,)):
         heads = (num_heads, num_heads)
         return fused_attention(
-            qkv.flatten(3), kernels=kernels, num_heads=heads, global_channels=channels, block=(1, 1), lepe_global=lepe
+            qkv.flatten(3), backend=backend, num_heads=heads, global_channels=channels, block=(1, 1), lepe_global=lepe
         )
     q, k, v = qkv.unbind(3)
     tokens = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)) for x in (q, k, v))

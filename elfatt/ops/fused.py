@@ -15,14 +15,14 @@ from torch import Tensor
 
 # written out, for older versions of torch cannot read them from these functions' types
 _KERNELS = "Tensor? weight_global, Tensor? bias_global, Tensor? weight_local, Tensor? bias_local"
-_OPTIONS = "SymInt[] num_heads, SymInt global_channels, SymInt[] block, str kernels"
+_OPTIONS = "SymInt[] num_heads, SymInt global_channels, SymInt[] block, str backend"
 WHOLE_BLOCK = 64  # tokens of a block up to which the backward pass needs nothing from the forward pass
 
 
 def fused_attention(
     qkv: Tensor,
     *,
-    kernels: str,
+    backend: str,
     num_heads: tuple[int, int],
     global_channels: int,
     block: tuple[int, int],
@@ -33,7 +33,7 @@ def fused_attention(
 
     Args:
         qkv: ``[B, H, W, 3C]``; copied when it is not contiguous.
-        kernels: Which run it, ``triton`` or ``cpp``.
+        backend: Whose kernels run it, ``triton`` or ``cpp``.
         num_heads: Heads of the global and of the local branch.
         global_channels: Channels of the global branch.
         block: Height and width of a block in tokens.
@@ -41,14 +41,16 @@ def fused_attention(
         lepe_local: Kernels and bias, or None.
 
     Raises:
-        ValueError: A branch's kernels are not ``[channels, 1, 3, 3]`` and ``[channels]``.
+        ValueError: A branch's kernels are not ``[channels, 1, 3, 3]`` and ``[channels]``, or on another device.
     """
     local_channels = qkv.shape[-1] // 3 - global_channels
+    lepes = []
     for lepe, channels in ((lepe_global, global_channels), (lepe_local, local_channels)):
-        if lepe is not None:
-            _check_lepe(*lepe, channels)
-    lepes = (*(lepe_global or (None, None)), *(lepe_local or (None, None)))
-    return _forward(qkv, *lepes, list(num_heads), global_channels, list(block), kernels)[0]
+        weight, bias = lepe if lepe is not None and channels else (None, None)
+        if weight is not None:
+            _check_lepe(qkv, weight, bias, channels)
+        lepes += (weight, bias)
+    return _forward(qkv, *lepes, list(num_heads), global_channels, list(block), backend)[0]
 
 
 @torch.library.custom_op(
@@ -65,18 +67,18 @@ def _forward(
     num_heads: Sequence[int],
     global_channels: int,
     block: Sequence[int],
-    kernels: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, and what the backward pass keeps: the context softmax(K)ᵀV, K's and the scores' log-sum-exp."""
     lepes = (_contiguous(x) for x in (weight_global, bias_global, weight_local, bias_local))
-    results = _empty(qkv, num_heads, global_channels, block, kernels)
-    _module(kernels).forward(qkv.contiguous(), *lepes, *results, num_heads, global_channels, block)
+    results = _empty(qkv, num_heads, global_channels, block, backend)
+    _module(backend).forward(qkv.contiguous(), *lepes, *results, num_heads, global_channels, block)
     return results
 
 
 @_forward.register_fake
-def _(qkv, weight_global, bias_global, weight_local, bias_local, num_heads, global_channels, block, kernels):
-    return _empty(qkv, num_heads, global_channels, block, kernels)
+def _(qkv, weight_global, bias_global, weight_local, bias_local, num_heads, global_channels, block, backend):
+    return _empty(qkv, num_heads, global_channels, block, backend)
 
 
 @torch.library.custom_op(
@@ -98,10 +100,10 @@ def _backward(
     num_heads: Sequence[int],
     global_channels: int,
     block: Sequence[int],
-    kernels: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv and of each kernel and bias; an empty tensor for what is None."""
-    dqkv, *sums = _module(kernels).backward(
+    dqkv, *sums = _module(backend).backward(
         dout.contiguous(), qkv.contiguous(), _contiguous(weight_global), _contiguous(weight_local),
         context, key_lse, row_lse, num_heads, global_channels, block,
     )  # fmt: skip
@@ -119,13 +121,13 @@ def _(dout, qkv, weight_global, bias_global, weight_local, bias_local, *_):
 
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.num_heads, ctx.global_channels, ctx.block, ctx.kernels = inputs
+    *tensors, ctx.num_heads, ctx.global_channels, ctx.block, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _differentiate(ctx, dout, *_):
     saved = ctx.saved_tensors  # under activation checkpointing they can be taken once
-    gradients = _backward(dout, *saved, ctx.num_heads, ctx.global_channels, ctx.block, ctx.kernels)
+    gradients = _backward(dout, *saved, ctx.num_heads, ctx.global_channels, ctx.block, ctx.backend)
     return *(None if x is None else dx for x, dx in zip(saved, gradients, strict=False)), None, None, None, None
 
 
@@ -133,7 +135,7 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 def fused_lepe(
-    v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, kernels: str
+    v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, backend: str
 ) -> Tensor:
     """``residual + L(v)`` with 3×3 kernels, in the dtype of ``v``.
 
@@ -142,76 +144,79 @@ def fused_lepe(
         weight: Kernels ``[C, 1, 3, 3]`` of any floating dtype, used in float32.
         bias: ``[C]`` or None.
         residual: ``[B, H, W, C]`` or None.
-        kernels: Which run it, ``triton`` or ``cpp``.
+        backend: Whose kernels run it, ``triton`` or ``cpp``.
 
     Raises:
-        ValueError: The kernels are not of this shape.
+        ValueError: The kernels are not of this shape, or on another device.
     """
-    _check_lepe(weight, bias, v.shape[-1])
-    return _lepe(v, weight, bias, None if residual is None else residual.to(v.dtype), kernels)
+    _check_lepe(v, weight, bias, v.shape[-1])
+    return _lepe(v, weight, bias, None if residual is None else residual.to(v.dtype), backend)
 
 
 @torch.library.custom_op(
     "elfatt::lepe",
     mutates_args=(),
-    schema="(Tensor v, Tensor weight, Tensor? bias, Tensor? residual, str kernels) -> Tensor",
+    schema="(Tensor v, Tensor weight, Tensor? bias, Tensor? residual, str backend) -> Tensor",
 )
-def _lepe(v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, kernels: str) -> Tensor:
+def _lepe(v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, backend: str) -> Tensor:
     out = v.new_empty(v.shape)
-    _module(kernels).lepe(_evenly_strided(v), weight.contiguous(), _contiguous(bias), _contiguous(residual), out)
+    _module(backend).lepe(_evenly_strided(v), weight.contiguous(), _contiguous(bias), _contiguous(residual), out)
     return out
 
 
 @_lepe.register_fake
-def _(v, weight, bias, residual, kernels):
+def _(v, weight, bias, residual, backend):
     return v.new_empty(v.shape)
 
 
 @torch.library.custom_op(
     "elfatt::lepe_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor v, Tensor weight, Tensor? bias, str kernels) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor dout, Tensor v, Tensor weight, Tensor? bias, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _lepe_backward(
-    dout: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, kernels: str
+    dout: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = _module(kernels)
+    module = _module(backend)
     dout, dv = dout.contiguous(), v.new_empty(v.shape)
     module.lepe(dout, weight.contiguous(), None, None, dv, transposed=True)
     return dv, *_unpack(module.lepe_sums(_evenly_strided(v), dout), weight, bias)
 
 
 @_lepe_backward.register_fake
-def _(dout, v, weight, bias, kernels):
+def _(dout, v, weight, bias, backend):
     return v.new_empty(v.shape), weight.new_empty(weight.shape), _like(bias, weight)
 
 
 def _keep_lepe(ctx, inputs, output):
-    *tensors, residual, ctx.kernels = inputs
+    *tensors, residual, ctx.backend = inputs
     ctx.residual = residual is not None
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate_lepe(ctx, dout):
     v, weight, bias = ctx.saved_tensors
-    dv, dweight, dbias = _lepe_backward(dout, v, weight, bias, ctx.kernels)
+    dv, dweight, dbias = _lepe_backward(dout, v, weight, bias, ctx.backend)
     return dv, dweight, None if bias is None else dbias, dout if ctx.residual else None, None
 
 
 _lepe.register_autograd(_differentiate_lepe, setup_context=_keep_lepe)
 
 
-def _module(kernels) -> ModuleType:
-    return importlib.import_module(f"elfatt.ops.{kernels}")
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f"elfatt.ops.{backend}")
 
 
-def _check_lepe(weight, bias, channels):
-    """The kernels read memory by these shapes."""
-    if tuple(weight.shape) != (channels, 1, 3, 3) or bias is not None and tuple(bias.shape) != (channels,):
-        shapes = " and ".join(str(tuple(x.shape)) for x in (weight, bias) if x is not None)
+def _check_lepe(x, weight, bias, channels):
+    """The kernels read memory by these shapes, on this device."""
+    given = [weight] if bias is None else [weight, bias]
+    if [tuple(y.shape) for y in given] != [(channels, 1, 3, 3), (channels,)][: len(given)]:
+        shapes = " and ".join(str(tuple(y.shape)) for y in given)
         raise ValueError(
             f"LePE of {channels} channels needs kernels [{channels}, 1, 3, 3] and [{channels}], got {shapes}"
         )
+    if other := next((y.device for y in given if y.device != x.device), None):
+        raise ValueError(f"LePE's kernels are on {other}, the map is on {x.device}: move the module")
 
 
 def _unpack(sums, weight, bias):
@@ -220,12 +225,12 @@ def _unpack(sums, weight, bias):
     return dweight, sums.new_empty(0, dtype=weight.dtype) if bias is None else sums[9].to(bias.dtype, copy=True)
 
 
-def _empty(qkv, num_heads, global_channels, block, kernels):
+def _empty(qkv, num_heads, global_channels, block, backend):
     """The forward pass's results; the scores' log-sum-exp, by token and head, where Triton's backward needs it."""
     b, h, w, packed = qkv.shape
     width = global_channels // num_heads[0] if global_channels else 0
     tokens = block[0] * block[1]
-    large = kernels == "triton" and global_channels < packed // 3 and tokens > WHOLE_BLOCK
+    large = backend == "triton" and global_channels < packed // 3 and tokens > WHOLE_BLOCK
     blocks = -(-h // block[0]) * -(-w // block[1]) if large else 0
     return (
         qkv.new_empty(b, h, w, packed // 3),

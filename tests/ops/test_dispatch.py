@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elfatt import ops
 from elfatt.attention import create_attention
@@ -116,7 +117,7 @@ def test_the_chosen_triton_backend_refuses_what_it_cannot_run(monkeypatch):
 def test_auto_says_once_why_it_runs_without_its_kernels(monkeypatch, caplog, x, reason):
     monkeypatch.setattr(dispatch, "_explained", set())
     for _ in range(2):
-        assert dispatch.fused_kernels(x, (32, 32)) is None
+        assert dispatch.fused_backend(x, (32, 32)) is None
     assert len(caplog.records) == 1
     assert re.search(f"backend 'auto' runs without the {reason}", caplog.text)
 
@@ -179,12 +180,40 @@ def test_the_kernels_are_compiled_once(fresh_build, caplog):
     assert caplog.text.count("compiling the C++ kernels") == 1
 
 
-def test_what_is_exported_has_pytorch_s_operators_alone():
+def test_what_is_exported_or_traced_has_pytorch_s_operators_alone():
     module = create_attention("elfatt", dim=32, num_heads=2, block_size=2).eval()
     x = torch.randn(1, 4, 6, 32)
     program = torch.export.export(module, (x,))
     assert not [node.name for node in program.graph.nodes if str(node.target).startswith("elfatt")]
-    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-5)
+    traced = torch.jit.trace(module, x)
+    assert "elfatt::" not in str(traced.inlined_graph)
+    for found in (program.module(), traced):
+        torch.testing.assert_close(found(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["elfatt", "effatt", "agent"])
+def test_transformed_functions_run_pytorch_s_operators(name):
+    """Custom operators have no forward-mode derivative, and PyTorch takes it for zero."""
+    module = create_attention(name, dim=32, num_heads=2)
+    x, tangent = torch.randn(2, 1, 4, 6, 32)
+
+    def derivatives():
+        along = torch.func.jvp(module, (x,), (tangent,))[1]
+        return along, torch.func.grad(lambda x: module(x).square().sum())(x)
+
+    with ops.use_backend("math"):
+        expected = derivatives()
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused one has no forward mode and says so
+        torch.testing.assert_close(derivatives(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_kernels_refuse_what_they_cannot_differentiate():
+    if not ops.can_run_cpp(packed()):
+        pytest.skip("no C++ compiler")
+    module = create_attention("elfatt", dim=32, num_heads=2)
+    x = torch.randn(1, 4, 6, 32)
+    with ops.use_backend("cpp"), pytest.raises(ValueError, match="none for torch.func and forward mode; use 'sdpa'"):
+        torch.func.jvp(module, (x,), (x,))
 
 
 def test_triton_is_refused_when_it_is_missing(monkeypatch):

@@ -56,6 +56,13 @@ def test_bad_values_are_named(change, words):
         ops.elfatt_attention(qkv, **{**options, **change})
 
 
+@pytest.mark.parametrize("shape", [(1, 0, 5, 24), (1, 3, 0, 24)])
+def test_a_map_without_tokens_is_named(shape):
+    _, options = arguments()
+    with pytest.raises(ValueError, match="the map has no tokens"):
+        ops.elfatt_attention(torch.zeros(shape), **options)
+
+
 def test_unpacked_qkv_is_named():
     _, options = arguments()
     with pytest.raises(ValueError, match=r"qkv must be \[B, H, W, 3C\], got \(1, 3, 5, 8\)"):

@@ -128,10 +128,16 @@ def test_lepe_without_a_bias(block):
     check({name: x for name, x in given.items() if "bias" not in name}, 24, (1, 1), block)
 
 
+def share_work(monkeypatch):
+    """Cut a small map as only large ones are."""
+    launch = importlib.import_module(f"elfatt.ops.{KERNELS}.launch")
+    for name, value in {"triton": {"PROGRAMS": 2}, "cpp": {"SPLIT": 20, "TILE": (4, 8)}}[KERNELS].items():
+        monkeypatch.setattr(launch, name, value)
+
+
 def test_work_in_groups(monkeypatch):
     """Large inputs have programs that take several tiles or blocks in turn, the last of them fewer."""
-    launch = importlib.import_module(f"elfatt.ops.{KERNELS}.launch")
-    monkeypatch.setattr(launch, *{"triton": ("PROGRAMS", 2), "cpp": ("SPLIT", 50)}[KERNELS])
+    share_work(monkeypatch)
     check(tensors((1, 15, 21, 32), 16, FLOAT), 16, (1, 1), 7)
 
 
@@ -142,17 +148,29 @@ def test_large_activations():
     truth = results("reference", {name: x.double() for name, x in given.items()}, dout, 32, (1, 1), 4)
     found = results(KERNELS, given, dout, 32, (1, 1), 4)
     assert all(x.isfinite().all() for x in found.values())
-    assert max(errors(found, truth).values()) < 2e-3
+    assert max(errors(found, truth).values()) < (2e-3 if KERNELS == "triton" else 2e-4)
 
 
-def test_the_same_input_gives_the_same_bits():
-    given, dout = tensors((1, 5, 9, 64), 32, BRAIN), torch.randn(1, 5, 9, 64).to(DEVICE)
+def test_the_same_input_gives_the_same_bits(monkeypatch):
+    share_work(monkeypatch)
+    given, dout = tensors((1, 5, 17, 64), 32, BRAIN), torch.randn(1, 5, 17, 64).to(DEVICE)
     one = results(KERNELS, given, dout, 32, (1, 1), 4)
     threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    two = results(KERNELS, given, dout, 32, (1, 1), 4)
-    torch.set_num_threads(threads)
+    try:
+        torch.set_num_threads(3)
+        two = results(KERNELS, given, dout, 32, (1, 1), 4)
+    finally:
+        torch.set_num_threads(threads)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_kernels_of_a_branch_without_channels_are_passed_over():
+    given = tensors((1, 3, 4, 32), 0, FLOAT)
+    none = torch.zeros(0, 1, 3, 3, device=DEVICE, requires_grad=True)
+    options = {"num_heads": (1, 1), "global_channels": 0, "block_size": 2, "lepe_global": (none, None)}
+    with ops.use_backend(KERNELS):
+        ops.elfatt_attention(given["qkv"].requires_grad_(), **options).sum().backward()
+    assert given["qkv"].grad.isfinite().all()
 
 
 def test_an_empty_batch():
@@ -200,24 +218,25 @@ def test_operator_registration(lepe):
 def lepe_leaves(dtype, bias=True):
     """V as the slice of a packed map that attention hands over, kernels, and attention's result."""
     generator = torch.Generator().manual_seed(0)
-    packed = torch.randn(2, 5, 9, 120, generator=generator).to(DEVICE, dtype).requires_grad_()
-    weight, offset = (torch.randn(*s, generator=generator).to(DEVICE).requires_grad_() for s in ((40, 1, 3, 3), (40,)))
-    residual = torch.randn(2, 5, 9, 40, generator=generator).to(DEVICE, dtype).requires_grad_()
+    packed = torch.randn(2, 5, 9, 192, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weight, offset = (torch.randn(*s, generator=generator).to(DEVICE).requires_grad_() for s in ((64, 1, 3, 3), (64,)))
+    residual = torch.randn(2, 5, 9, 64, generator=generator).to(DEVICE, dtype).requires_grad_()
     return packed, weight, offset if bias else None, residual
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, BRAIN], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_lepe_beside_other_attention(dtype, bias):
+def test_lepe_beside_other_attention(dtype, bias, monkeypatch):
+    share_work(monkeypatch)
     leaves = lepe_leaves(dtype, bias=bias)
-    dout = torch.randn(2, 5, 9, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    dout = torch.randn(2, 5, 9, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     outcomes = []
     for backend in (KERNELS, "reference"):
         packed, weight, offset, residual = (
             x if x is None or backend == KERNELS else x.detach().double().requires_grad_() for x in leaves
         )
         with ops.use_backend(backend):
-            out = add_lepe(residual, packed[..., 40:80], (weight, offset))
+            out = add_lepe(residual, packed[..., 64:128], (weight, offset))
         inputs = [x for x in (packed, weight, offset, residual) if x is not None]
         outcomes.append([out, *torch.autograd.grad(out, inputs, dout.to(out.dtype))])
     for found, truth in zip(*outcomes, strict=True):
@@ -227,7 +246,7 @@ def test_lepe_beside_other_attention(dtype, bias):
 
 def test_lepe_registration():
     packed, weight, offset, residual = lepe_leaves(FLOAT)
-    v, residual = (x.detach()[:1, :3].requires_grad_() for x in (packed[..., 40:80], residual))
+    v, residual = (x.detach()[:1, :3].requires_grad_() for x in (packed[..., 64:128], residual))
     torch.library.opcheck(fused._lepe, (v, weight, offset, residual, KERNELS))
     torch.library.opcheck(fused._lepe_backward, (*(x.detach() for x in (residual, v, weight, offset)), KERNELS))
 

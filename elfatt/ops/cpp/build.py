@@ -23,8 +23,10 @@ def problem() -> str | None:
     """What stands against the kernels on this machine, asked once; where nothing does, they are compiled."""
     try:
         library()
-    except (RuntimeError, OSError) as error:
+    except RuntimeError as error:
         return str(error)
+    except OSError as error:
+        return f"{error} (remove it, or choose another cache folder with XDG_CACHE_HOME)"
     return None
 
 
@@ -36,13 +38,13 @@ def library() -> ctypes.CDLL:
         RuntimeError: There is no compiler, or it failed.
         OSError: The cache cannot be written or the library cannot be loaded.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++")]
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++")]
     if not compiler[0]:
-        raise RuntimeError("no C++ compiler is found (g++ or clang++, or CXX)")
+        raise RuntimeError("no C++ compiler is found: install g++, or name one in CXX")
     # the macros tell the compiler's version and what this CPU can do: a cache may be shared among machines
     macros = _run(*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
-    texts = [path.read_text() for path in sorted(FOLDER.glob("*.[ch]*"))]
-    key = hashlib.sha256("".join([*texts, macros, *FLAGS]).encode()).hexdigest()[:16]
+    texts = [path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*"))]
+    key = hashlib.sha256(b"".join([*texts, macros.encode(), repr(FLAGS).encode()])).hexdigest()[:16]
     path = cache_folder() / f"kernels-{key}.so"
     if not path.exists():
         _logger.warning("compiling the C++ kernels for this CPU, once: %s", path)
@@ -67,6 +69,6 @@ def _run(*command):
     except OSError as error:
         raise RuntimeError(f"the C++ compiler {command[0]} cannot be run: {error}") from None
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"the C++ compiler {command[0]} failed: {last}")
+        message = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+        raise RuntimeError(f"the C++ compiler {command[0]} failed: {message}")
     return done.stdout

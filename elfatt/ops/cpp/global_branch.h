@@ -75,7 +75,7 @@ const float* matrix_rows(Scratch& scratch, const float* matrix, int d) {
 }
 
 template <typename T>
-void global_out(const Head<const T>& in, Map<T> out, int d, Tile tile, const float* context, Kernels lepe) {
+void global_out(const Head<const T>& in, Map<T> out, int d, Tile tile, const float* context, Lepe lepe) {
     const int lanes = whole(d), width = tile.width();
     Scratch scratch;
     const float *own = matrix_rows(scratch, context, d), *kernels = lepe.rows(scratch, d);
@@ -117,7 +117,7 @@ void global_query_gradient(const Head<const T>& in, Map<const T> dout, const Hea
 // dK, dV, and this tile's sums for LePE's kernels.
 template <typename T>
 void global_key_value_gradient(const Head<const T>& in, Map<const T> dout, const Head<T>& out, int d, Tile tile,
-                               const float* context, const float* dcontext, const float* key_lse, Kernels lepe,
+                               const float* context, const float* dcontext, const float* key_lse, Lepe lepe,
                                float* sums) {
     const int lanes = whole(d), width = tile.width();
     Scratch scratch;

@@ -1,4 +1,4 @@
-// The ELFATT operation on a CPU, forward and backward: C++17 with vector extensions (GCC, Clang) and OpenMP.
+// The ELFATT operation on a CPU, forward and backward: C++17 with GCC's vector extensions and OpenMP.
 //
 // A task is one head of one image: a block, a tile of the map or a split of its tokens. It reads its tokens into
 // rows of floats, padded with zeros to whole vectors, works in the cache and writes its slice of the result. What is
@@ -17,7 +17,7 @@ struct Task {
 
 struct Sizes {
     int images, height, width, channels, heads, d, first;  // the branch's first channel
-    int part_height, part_width;                            // of a block or a tile
+    int part_height, part_width, threads;                   // of a block or a tile; of the CPU
     int parts() const { return (height + part_height - 1) / part_height * Block::columns(width, part_width); }
     Block block(Task t) const { return {height, width, part_height, part_width, t.part}; }
     Tile tile(Task t) const {
@@ -35,11 +35,11 @@ struct Sizes {
         return {map(qkv, 3 * channels, t), map(qkv + channels, 3 * channels, t),
                 map(qkv + 2 * channels, 3 * channels, t)};
     }
-    Kernels kernels(const float* lepe, Task t) const { return {lepe ? lepe + t.head * d : nullptr, heads * d}; }
+    Lepe kernels(const float* lepe, Task t) const { return {lepe ? lepe + t.head * d : nullptr, heads * d}; }
     float* sums(float* all, Task t) const { return all + t.index * (TAPS + 1) * d; }
     template <typename Work>
     void run(int parts, const Work& work) const {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
         for (int64_t i = 0; i < int64_t(images) * parts * heads; i++)
             work(Task{int(i / heads / parts), int(i / heads % parts), int(i % heads), i});
     }

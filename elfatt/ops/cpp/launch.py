@@ -99,13 +99,25 @@ def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
 class _Sizes(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int)
-        for name in ("images", "height", "width", "channels", "heads", "d", "first", "part_height", "part_width")
+        for name in (
+            "images",
+            "height",
+            "width",
+            "channels",
+            "heads",
+            "d",
+            "first",
+            "part_height",
+            "part_width",
+            "threads",
+        )
     ]
 
 
 def _call(name, like, sizes, *arguments):
     """Tensors are passed by address; those made in an argument list live until the call returns."""
     function = getattr(library(), f"{name}_{str(like.dtype).removeprefix('torch.')}")
+    sizes.threads = torch.get_num_threads()  # those of this Python thread
     function(sizes, *(ctypes.c_int(x) if isinstance(x, int) else _address(x) for x in arguments))
 
 

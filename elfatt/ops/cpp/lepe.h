@@ -6,7 +6,7 @@
 namespace {
 
 // LePE's kernels of one head, as rows of whole vectors; nothing where there is no LePE.
-struct Kernels {
+struct Lepe {
     const float* data;  // of [10, stride]
     int stride;
     const float* rows(Scratch& scratch, int d) const {
@@ -100,7 +100,7 @@ void write_sums(const float* totals, int d, float* sums) {
 }
 
 template <typename T>
-void convolve(Map<const T> v, Map<const T> residual, Map<T> out, int d, Tile tile, Kernels lepe, bool transposed) {
+void convolve(Map<const T> v, Map<const T> residual, Map<T> out, int d, Tile tile, Lepe lepe, bool transposed) {
     const int lanes = whole(d), width = tile.width();
     Scratch scratch;
     const float* kernels = lepe.rows(scratch, d);

@@ -26,7 +26,7 @@ struct Block {
 };
 
 template <typename T>
-void local_out(const Head<const T>& in, Map<T> out, int d, int zeros, Kernels lepe) {
+void local_out(const Head<const T>& in, Map<T> out, int d, int zeros, Lepe lepe) {
     const int lanes = whole(d), width = out.width, n = out.height * width, columns = whole(n);
     Scratch scratch;
     const float* kernels = lepe.rows(scratch, d);
@@ -51,7 +51,7 @@ void local_out(const Head<const T>& in, Map<T> out, int d, int zeros, Kernels le
 
 // dQ, dK, dV, and this block's sums for LePE's kernels.
 template <typename T>
-void local_gradient(const Head<const T>& in, Map<const T> dout, const Head<T>& out, int d, int zeros, Kernels lepe,
+void local_gradient(const Head<const T>& in, Map<const T> dout, const Head<T>& out, int d, int zeros, Lepe lepe,
                     float* sums) {
     const int lanes = whole(d), width = dout.width, n = dout.height * width, columns = whole(n);
     Scratch scratch;
