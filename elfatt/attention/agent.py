@@ -9,7 +9,7 @@ from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
 from elfatt.layers.lepe import LePE, kernel_of
 from elfatt.layers.positions import resize_positions
-from elfatt.ops import agent_attention, depthwise_conv
+from elfatt.ops import add_lepe, agent_attention
 
 GRID = 7  # side of the coarse bias maps, as published
 
@@ -74,7 +74,7 @@ class AgentAttention(QKVAttention):
             gather_bias=gather,
             broadcast_bias=broadcast.transpose(1, 2),
         )
-        return out if self.lepe is None else out + depthwise_conv(v, *kernel_of(self.lepe))
+        return add_lepe(out, v, kernel_of(self.lepe))
 
     def _bias(self, grid: torch.Tensor, axes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Sum of a coarse map and of the biases per row and column: ``[heads, agents², H * W]``."""

@@ -9,7 +9,7 @@ from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
 from elfatt.layers.lepe import LePE, kernel_of
 from elfatt.layers.positions import resize_positions
-from elfatt.ops import depthwise_conv, focused_attention
+from elfatt.ops import add_lepe, focused_attention
 
 
 @register_attention("flatten")
@@ -54,5 +54,5 @@ class FocusedLinearAttention(QKVAttention):
         tokens = (x.flatten(1, 2) for x in (q, k, v))
         q, k, values = tokens
         out = focused_attention(q, k + positions, values, self.scale, num_heads=self.num_heads).view(v.shape)
-        out = out + depthwise_conv(v, *(x.repeat(self.num_heads, *[1] * (x.ndim - 1)) for x in self.dwc.kernel))
-        return out if self.lepe is None else out + depthwise_conv(v, *kernel_of(self.lepe))
+        every_head = tuple(x.repeat(self.num_heads, *[1] * (x.ndim - 1)) for x in self.dwc.kernel)
+        return add_lepe(add_lepe(out, v, every_head), v, kernel_of(self.lepe))

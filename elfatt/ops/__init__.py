@@ -2,7 +2,7 @@
 
 from elfatt.ops.agent import agent_attention
 from elfatt.ops.block import block_attention
-from elfatt.ops.depthwise import depthwise_conv
+from elfatt.ops.depthwise import add_lepe, depthwise_conv
 from elfatt.ops.dispatch import (
     BACKENDS,
     active_backend,
@@ -22,6 +22,7 @@ from elfatt.ops.softmax import softmax_attention
 __all__ = [
     "BACKENDS",
     "active_backend",
+    "add_lepe",
     "agent_attention",
     "block_attention",
     "can_run_cpp",
