@@ -30,16 +30,13 @@ def forward(
     block: Sequence[int],
 ) -> None:
     """Fill ``out``, ``context`` and ``key_lse`` from the contiguous first five; ``row_lse`` is not needed."""
-    b, h, w, channels = out.shape
-    if global_channels:
-        sizes = _Sizes(b, h, w, channels, heads[0], global_channels // heads[0], 0, *TILE)
-        splits = _splits(sizes)
-        parts = _floats(qkv, b * heads[0] * splits, sizes.d * (sizes.d + 2))
-        lepe = _rows(weight_global, bias_global)
-        _call("global_forward", qkv, sizes, qkv, lepe, out, context, key_lse, parts, splits)
-    if global_channels < channels:
-        sizes = _Sizes(b, h, w, channels, heads[1], (channels - global_channels) // heads[1], global_channels, *block)
-        _call("local_forward", qkv, sizes, qkv, _rows(weight_local, bias_local), out)
+    map_sizes, block_sizes = _branches(out, heads, global_channels, block)
+    if map_sizes:
+        splits, lepe = _splits(map_sizes), _rows(weight_global, bias_global)
+        parts = _floats(qkv, map_sizes.images * heads[0] * splits, map_sizes.d * (map_sizes.d + 2))
+        _call("global_forward", qkv, map_sizes, qkv, lepe, out, context, key_lse, parts, splits)
+    if block_sizes:
+        _call("local_forward", qkv, block_sizes, qkv, _rows(weight_local, bias_local), out)
 
 
 def backward(
@@ -56,20 +53,20 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of qkv and, ``[10, channels]`` in float32 for each branch with LePE, of its nine weights and bias."""
     dqkv, sums = torch.empty_like(qkv), [None, None]
-    b, h, w, channels = dout.shape
-    if global_channels:
-        sizes = _Sizes(b, h, w, channels, heads[0], global_channels // heads[0], 0, *TILE)
-        splits, lepe = _splits(sizes), _rows(weight_global, None)
-        parts = _floats(qkv, b * heads[0] * splits, sizes.d**2)
+    map_sizes, block_sizes = _branches(dout, heads, global_channels, block)
+    if map_sizes:
+        splits, lepe = _splits(map_sizes), _rows(weight_global, None)
+        parts = _floats(qkv, map_sizes.images * heads[0] * splits, map_sizes.d**2)
         dcontext = torch.empty_like(context)
-        tasks = None if lepe is None else _tasks(qkv, sizes)
-        _call("global_backward", qkv, sizes, qkv, dout, lepe, context, key_lse, dqkv, parts, dcontext, tasks, splits)
+        tasks = None if lepe is None else _tasks(qkv, map_sizes)
+        _call(
+            "global_backward", qkv, map_sizes, qkv, dout, lepe, context, key_lse, dqkv, parts, dcontext, tasks, splits
+        )  # fmt: skip
         sums[0] = _add(tasks)
-    if global_channels < channels:
-        sizes = _Sizes(b, h, w, channels, heads[1], (channels - global_channels) // heads[1], global_channels, *block)
+    if block_sizes:
         lepe = _rows(weight_local, None)
-        tasks = None if lepe is None else _tasks(qkv, sizes)
-        _call("local_backward", qkv, sizes, qkv, dout, lepe, dqkv, tasks)
+        tasks = None if lepe is None else _tasks(qkv, block_sizes)
+        _call("local_backward", qkv, block_sizes, qkv, dout, lepe, dqkv, tasks)
         sums[1] = _add(tasks)
     return dqkv, *sums
 
@@ -112,6 +109,15 @@ class _Sizes(ctypes.Structure):
             "threads",
         )
     ]
+
+
+def _branches(x, heads, global_channels, block):
+    """Sizes of the global and of the local branch of a map ``[B, H, W, C]``; None for one without channels."""
+    widths = (global_channels, x.shape[-1] - global_channels)
+    return tuple(
+        _Sizes(*x.shape, branch_heads, width // branch_heads, first, *part) if width else None
+        for width, branch_heads, first, part in zip(widths, heads, (0, global_channels), (TILE, block), strict=True)
+    )
 
 
 def _call(name, like, sizes, *arguments):
