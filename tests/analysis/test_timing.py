@@ -43,7 +43,7 @@ def test_a_model_without_one_of_its_branches_is_refused(monkeypatch, precision):
     model = timm.create_model("cswin_nano_elfatt", num_classes=10)
     monkeypatch.setattr(op, "efficient_attention", mean_of_v)
     with pytest.raises(WrongOutput, match="in float32"):
-        check_numerics("it", model, (1, 3, 32, 48), Inference("cpu", precision))
+        check_numerics("it", model, (1, 3, 32, 48), Inference("cpu", precision, "sdpa"))
 
 
 def test_a_wrong_model_is_refused():
