@@ -130,11 +130,12 @@ def test_the_split_is_the_classifiers(tmp_path):
     from digits import COPIES, write_digits
 
     write_digits(tmp_path / "digits")
+    target = load_digits().target
     for split, part in load_material().items():
         files = list((tmp_path / "digits" / split).glob("*/*.png"))
         assert {int(file.stem[:4]) for file in files} == set(part.indices)
         assert len(files) == len(part.indices) * (1 + COPIES if split == "train" else 1)
-        assert all(file.parent.name.startswith(f"{load_digits().target[int(file.stem[:4])]}_") for file in files)
+        assert all(file.parent.name.startswith(f"{target[int(file.stem[:4])]}_") for file in files)
 
 
 def test_paint_cuts_at_the_borders():
