@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 from elfatt.ops.triton.common import LOG2_E, dot, load_tile, store_tile
-from elfatt.ops.triton.lepe import lepe
+from elfatt.ops.triton.lepe import lepe, map_tile, strip_tokens
 
 
 @triton.jit
 def feature_softmax(q, lanes):
-    q = tl.where(lanes[None, :], q.to(tl.float32) * LOG2_E, float("-inf"))
-    p = tl.exp2(q - tl.max(q, axis=1)[:, None])
-    return p / tl.sum(p, axis=1)[:, None]
+    q = tl.where(lanes[None, :], q.to(tl.float32), float("-inf"))
+    p = tl.exp2(q * LOG2_E - (tl.max(q, axis=1) * LOG2_E)[:, None])
+    return p * (1 / tl.sum(p, axis=1))[:, None]
 
 
 @triton.jit
@@ -41,22 +41,23 @@ def context_kernel(
     stride = 3 * channels
     k_base = qkv + image * tokens * stride + channels + head * D
     largest = tl.full([BLOCK_D], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     start = (split * STEPS * BLOCK_N).to(tl.int32)
     for step in range(STEPS):
         token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (token < tokens)[:, None] & lanes[None, :]
         v = load_tile(k_base + channels, token, stride, lane, mask)
-        k = load_tile(k_base, token, stride, lane, mask).to(tl.float32) * LOG2_E
+        k = load_tile(k_base, token, stride, lane, mask).to(tl.float32)
         k = tl.where((token < tokens)[:, None], k, float("-inf"))
         # online softmax; the first step of a split has a token, so the maximum is finite from there on
-        larger = tl.maximum(largest, tl.max(k, axis=0))
-        p = tl.exp2(k - larger[None, :])
+        larger = tl.maximum(largest, tl.max(k, axis=0) * LOG2_E)
+        p = tl.exp2(k * LOG2_E - larger[None, :])
         shrink = tl.exp2(largest - larger)
-        total = total * shrink + tl.sum(p, axis=0)
+        total = total * shrink[None, :] + p  # added up across threads once, at the end
         acc = dot(tl.trans(p).to(v.dtype), v, acc * shrink[:, None], PRECISION)
         largest = larger
+    total = tl.sum(total, axis=0)
     square = lane[:, None] * D + lane[None, :]
     tl.store(context + pid * D * D + square, acc / total[:, None], mask=lanes[:, None] & lanes[None, :])
     tl.store(key_lse + pid * D + lane, largest + tl.log2(total), mask=lanes)
@@ -109,18 +110,17 @@ def global_out_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SIDE: tl.constexpr,
+    ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
     tile, head, image = pid % tiles, pid // tiles % heads, (pid // tiles // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    columns = tl.cdiv(width, SIDE)
-    place = tl.arange(0, SIDE * SIDE)
-    y = tile // columns * SIDE + place // SIDE
-    x = tile % columns * SIDE + place % SIDE
-    token = y * width + x
-    mask = ((y < height) & (x < width))[:, None] & lanes[None, :]
+    top, left = map_tile(tile, width, SIDE)
+    y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
+    token = (top + y) * width + left + x
+    mask = ((top + y < height) & (left + x < width))[:, None] & lanes[None, :]
     stride = 3 * channels
     q_base = qkv + image * height * width * stride + head * D
     p = feature_softmax(load_tile(q_base, token, stride, lane, mask), lanes)
@@ -131,7 +131,9 @@ def global_out_kernel(
         v_base = q_base + 2 * channels
         if bias is not None:
             bias += head * D
-        acc += lepe(v_base, stride, y, x, 0, 0, height, width, width, weight + head * D * 9, bias, lane, lanes)
+        y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
+        weight += head * D * 9
+        acc += lepe(v_base, stride, top + y, left + x, 0, 0, height, width, width, weight, bias, lane, lanes, ROWS)
     store_tile(out + image * height * width * channels + head * D, token, channels, lane, mask, acc)
 
 
@@ -192,14 +194,13 @@ def global_key_value_gradient_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SIDE: tl.constexpr,
+    ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
     tile, head, image = pid % tiles, pid // tiles % heads, (pid // tiles // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    columns = tl.cdiv(width, SIDE)
-    place = tl.arange(0, SIDE * SIDE)
     stride = 3 * channels
     square = lanes[:, None] & lanes[None, :]
     which = image * heads + head
@@ -212,10 +213,10 @@ def global_key_value_gradient_kernel(
     # dA sums over every token and N is about one over their number: both leave the range of float16
     half: tl.constexpr = qkv.dtype.element_ty
     wide: tl.constexpr = tl.float32 if half == tl.float16 else half
-    y = tile // columns * SIDE + place // SIDE
-    x = tile % columns * SIDE + place % SIDE
-    token = y * width + x
-    mask = ((y < height) & (x < width))[:, None] & lanes[None, :]
+    top, left = map_tile(tile, width, SIDE)
+    y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
+    token = (top + y) * width + left + x
+    mask = ((top + y < height) & (left + x < width))[:, None] & lanes[None, :]
     k = load_tile(qkv + k_offset, token, stride, lane, mask).to(tl.float32)
     v = load_tile(qkv + k_offset + channels, token, stride, lane, mask).to(tl.float32)
     n = tl.where(mask, tl.exp2(k * LOG2_E - lse[None, :]), 0.0)
@@ -223,6 +224,10 @@ def global_key_value_gradient_kernel(
     dn = dot(v.to(wide), tl.trans(da).to(wide), zero, PRECISION)
     dv = dot(n.to(wide), da.to(wide), zero, PRECISION)
     if weight is not None:
-        dv += lepe(do_base, channels, y, x, 0, 0, height, width, width, weight + head * D * 9, None, lane, lanes, True)
+        y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
+        weight += head * D * 9
+        dv += lepe(
+            do_base, channels, top + y, left + x, 0, 0, height, width, width, weight, None, lane, lanes, ROWS, True
+        )
     store_tile(dqkv + k_offset, token, stride, lane, mask, n * (dn - column_sum[None, :]))
     store_tile(dqkv + k_offset + channels, token, stride, lane, mask, dv)

@@ -18,6 +18,8 @@ from elfatt.ops.triton.lepe import lepe_kernel, lepe_weight_gradient_kernel
 
 TILE = 64  # tokens summed at a time
 SIDE = 8  # of the square tiles with LePE over the map: the neighbourhoods of a square's tokens overlap most
+ROWS = 4  # tokens of the strips that a thread sums LePE over
+WARPS = 4  # 8 repeat more work than they hide waiting, 2 leave too few registers; counted in compiled code
 LANES = 32  # channels of a program that knows no heads
 PROGRAMS = 512  # enough to fill the largest GPUs of today a few times over; work is grouped only beyond it
 
@@ -89,7 +91,7 @@ def lepe(
     with _device(v):
         launch(
             lepe_kernel, b * triton.cdiv(channels, LANES) * tiles, v, residual, weight, bias, out, h, w, channels,
-            v.stride(2), tiles, SIDE=SIDE, LANES=LANES, TRANSPOSED=transposed, num_warps=4,
+            v.stride(2), tiles, SIDE=SIDE, ROWS=ROWS, LANES=LANES, TRANSPOSED=transposed,
         )  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
 
 def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -> None:
     """Every launch goes through here."""
-    kernel[(programs,)](*arguments, **constants)
+    kernel[(programs,)](*arguments, **{"num_warps": WARPS} | constants)
 
 
 def _context(qkv, context, key_lse, heads):
@@ -127,7 +129,7 @@ def _global_out(qkv, context, weight, bias, out, heads):
     tiles = triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE)
     launch(
         global_branch.global_out_kernel, b * heads * tiles, qkv, context, weight, bias, out, h, w, packed // 3, heads,
-        tiles, SIDE=SIDE, **_head(qkv, width),
+        tiles, SIDE=SIDE, ROWS=ROWS, **_head(qkv, width),
     )  # fmt: skip
 
 
@@ -143,30 +145,30 @@ def _global_gradients(qkv, dout, context, key_lse, weight, dqkv, heads):
     tiles = triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE)
     launch(
         global_branch.global_key_value_gradient_kernel, b * heads * tiles, qkv, dout, context, dcontext, key_lse,
-        weight, dqkv, h, w, packed // 3, heads, tiles, SIDE=SIDE, **_head(qkv, width),
+        weight, dqkv, h, w, packed // 3, heads, tiles, SIDE=SIDE, ROWS=ROWS, **_head(qkv, width),
     )  # fmt: skip
 
 
 def _local_out(qkv, weight, bias, out, row_lse, heads, first, block):
-    tokens, blocks, sizes, constants = _local(qkv, heads, first, block)
-    own, walked = _block_tiles(tokens, constants["num_warps"])
+    places, blocks, sizes, constants = _local(qkv, heads, first, block)
+    own, walked = _block_tiles(qkv, places, constants["BLOCK_D"])
     launch(
-        local_branch.local_out_kernel, qkv.shape[0] * heads * blocks * triton.cdiv(tokens, own), qkv, weight, bias, out,
+        local_branch.local_out_kernel, qkv.shape[0] * heads * blocks * triton.cdiv(places, own), qkv, weight, bias, out,
         row_lse if row_lse.numel() else None, *sizes, BLOCK_M=own, BLOCK_N=walked, **constants,
     )  # fmt: skip
 
 
 def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
-    tokens, blocks, sizes, constants = _local(qkv, heads, first, block)
+    places, blocks, sizes, constants = _local(qkv, heads, first, block)
     programs = qkv.shape[0] * blocks * heads
-    if tokens <= WHOLE_BLOCK:
+    if block[0] * block[1] <= WHOLE_BLOCK:
         launch(
-            local_branch.local_gradient_kernel, programs, qkv, dout, weight, dqkv, *sizes, BLOCK_T=_padded(tokens),
+            local_branch.local_gradient_kernel, programs, qkv, dout, weight, dqkv, *sizes, BLOCK_T=_padded(places),
             **constants,
         )  # fmt: skip
         return
-    own, walked = _block_tiles(tokens, constants["num_warps"])
-    programs *= triton.cdiv(tokens, own)
+    own, walked = _block_tiles(qkv, places, constants["BLOCK_D"])
+    programs *= triton.cdiv(places, own)
     row_sum = torch.empty_like(row_lse)
     launch(
         local_branch.local_query_gradient_kernel, programs, qkv, dout, row_lse, row_sum, dqkv, *sizes, BLOCK_M=own,
@@ -180,13 +182,17 @@ def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
 
 def _lepe_sums(v, v_first, dout, dout_first, channels, block):
     b, h, w, _ = v.shape
-    tiles, parts = triton.cdiv(h, 4) * triton.cdiv(w, 8), triton.cdiv(channels, LANES)
-    group = _group(b * parts, tiles)
-    groups = triton.cdiv(tiles, group)
+    block = min(block[0], h), min(block[1], w)
+    rows = _rows(block[0])
+    strips = triton.cdiv(h, block[0]) * triton.cdiv(block[0], rows)
+    across, down = 8, 2
+    tiles, parts = triton.cdiv(strips, down) * triton.cdiv(w, across), triton.cdiv(channels, LANES)
+    groups = triton.cdiv(tiles, _group(b * parts, tiles))
     sums = v.new_empty(b * groups, 10, channels, dtype=torch.float32)
     launch(
         lepe_weight_gradient_kernel, b * groups * parts, v, dout, sums, h, w, channels, v_first, v.stride(2),
-        dout_first, dout.stride(2), groups, *block, SIDE_H=4, SIDE_W=8, LANES=LANES, GROUP=group, num_warps=4,
+        dout_first, dout.stride(2), groups, *block, ACROSS=across, DOWN=down, ROWS=rows, LANES=LANES,
+        GROUP=triton.cdiv(tiles, groups),
     )  # fmt: skip
     return sums.sum(0)
 
@@ -196,34 +202,37 @@ def _local(qkv, heads, first, block):
     width = (packed // 3 - first) // heads
     blocks = triton.cdiv(h, block[0]) * triton.cdiv(w, block[1])
     sizes = (h, w, packed // 3, first, heads, blocks, width**-0.5)
-    return block[0] * block[1], blocks, sizes, {"BH": block[0], "BW": block[1], **_head(qkv, width)}
+    rows = _rows(block[0])
+    places = triton.cdiv(block[0], rows) * rows * block[1]
+    return places, blocks, sizes, {"BH": block[0], "BW": block[1], "ROWS": rows, **_head(qkv, width)}
 
 
 def _head(qkv, width):
-    """What every kernel is told of a head. Warps share the registers of wide rows: 8 spill less, found by compiling."""
-    lanes = _padded(width)
-    warps = 4 if lanes * qkv.element_size() <= 64 else 8
-    return {"D": width, "BLOCK_D": lanes, "PRECISION": _precision(qkv), "num_warps": warps}
+    return {"D": width, "BLOCK_D": _padded(width), "PRECISION": _precision(qkv)}
 
 
-def _block_tiles(tokens, warps):
-    """Tokens of a block that a program owns, and that it walks over at a time."""
-    if tokens <= WHOLE_BLOCK:
-        return _padded(tokens), _padded(tokens)
+def _rows(height):
+    return min(ROWS, triton.next_power_of_2(height))
+
+
+def _block_tiles(qkv, places, lanes):
+    """Places of a block that a program owns, and that it walks over at a time."""
+    if places <= WHOLE_BLOCK:
+        return _padded(places), _padded(places)
     # 128 read the block half as often, where they waste no more of their last tile and registers allow
-    return 128 if triton.cdiv(tokens, 64) % 2 == 0 and warps == 4 else 64, 32
+    return 128 if triton.cdiv(places, 64) % 2 == 0 and lanes * qkv.element_size() <= 64 else 64, 32
 
 
 def _splits(qkv, heads):
     """Among how many programs the tokens are split, and how many tiles each sums over."""
     b, h, w, _ = qkv.shape
     tiles = triton.cdiv(h * w, TILE)
-    steps = _group(b * heads, tiles)
-    return triton.cdiv(tiles, steps), steps
+    splits = triton.cdiv(tiles, _group(b * heads, tiles))
+    return splits, triton.cdiv(tiles, splits)
 
 
 def _group(outer, inner):
-    """Power of two of inner items that one program takes in turn, as long as ``PROGRAMS`` programs remain."""
+    """Most inner items, a power of two, that one program may take in turn while ``PROGRAMS`` programs remain."""
     group = 1
     while group < min(16, inner) and outer * triton.cdiv(inner, 2 * group) >= PROGRAMS:
         group *= 2

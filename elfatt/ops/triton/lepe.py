@@ -7,24 +7,75 @@ from elfatt.ops.triton.common import load_tile, store_tile
 
 
 @triton.jit
-def lepe(v, stride, y, x, top, left, bottom, right, width, weight, bias, lane, lanes, TRANSPOSED: tl.constexpr = False):
-    """``L(v)`` for the tokens (y, x), or ``Lᵀ(v)``, where V is zero outside the area [top, bottom) × [left, right).
+def strip_tokens(index, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Row and column of tokens ``index`` of a tile, in the order of its strips of ROWS tokens, COLUMNS side by side."""
+    strip = index // ROWS
+    return strip // COLUMNS * ROWS + index % ROWS, strip % COLUMNS
 
-    The nine shifted reads of V come from the cache: neighbouring tokens share them. They are summed apart from the
-    attention, whose registers are laid out for the tensor cores: so one sum is laid out anew and not nine tiles. A
-    loop over the rows keeps the reads in flight to three, which halves the registers.
+
+@triton.jit
+def lepe(
+    v, stride, y, x, top, left, bottom, right, width, weight, bias, lane, lanes,
+    ROWS: tl.constexpr, TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
+    """``L(v)``, or ``Lᵀ(v)``, for strips of ROWS tokens, the first of them (y, x), each below the one before.
+
+    V is zero outside the area [top, bottom) × [left, right). A thread sums whole strips, so that a read serves up to
+    three of its tokens: else addresses and conversions take longer than memory does. The sums are apart from those
+    of the attention, whose registers are laid out for the tensor cores: one sum is laid out anew, not nine tiles.
     """
-    out = tl.zeros([y.shape[0], lane.shape[0]], tl.float32)
-    for dy in range(3):
-        for dx in tl.static_range(3):
-            ys, xs, tap = y + (dy - 1), x + (dx - 1), dy * 3 + dx
-            inside = (ys >= top) & (ys < bottom) & (xs >= left) & (xs < right)
-            shifted = load_tile(v, ys * width + xs, stride, lane, inside[:, None] & lanes[None, :])
-            w = tl.load(weight + lane * 9 + (8 - tap if TRANSPOSED else tap), mask=lanes, other=0.0)
-            out += shifted.to(tl.float32) * w.to(tl.float32)[None, :]
+    zero = tl.zeros([y.shape[0], lane.shape[0]], tl.float32)
     if bias is not None:
-        out += tl.load(bias + lane, mask=lanes, other=0.0).to(tl.float32)[None, :]
-    return out
+        zero += tl.load(bias + lane, mask=lanes, other=0.0).to(tl.float32)[None, :]
+    out = (zero,) * ROWS
+    for dx in tl.range(3, loop_unroll_factor=1):
+        xs = x + (dx - 1)
+        column = (xs >= left) & (xs < right)
+        above = strip_row(v, stride, y - 1, xs, column, top, bottom, width, lane, lanes)
+        here = strip_row(v, stride, y, xs, column, top, bottom, width, lane, lanes)
+        w_above = tap_weights(weight, dx, lane, lanes, TRANSPOSED)
+        w_here = tap_weights(weight, 3 + dx, lane, lanes, TRANSPOSED)
+        w_below = tap_weights(weight, 6 + dx, lane, lanes, TRANSPOSED)
+        grown = ()
+        for row in tl.static_range(ROWS):
+            below = strip_row(v, stride, y + (row + 1), xs, column, top, bottom, width, lane, lanes)
+            grown = grown + (out[row] + above * w_above + here * w_here + below * w_below,)
+            above, here = here, below
+        out = grown
+    return stack(out, ROWS)
+
+
+@triton.jit
+def strip_row(v, stride, y, x, column, top, bottom, width, lane, lanes):
+    mask = (column & (y >= top) & (y < bottom))[:, None] & lanes[None, :]
+    return load_tile(v, y * width + x, stride, lane, mask).to(tl.float32)
+
+
+@triton.jit
+def tap_weights(weight, tap, lane, lanes, TRANSPOSED: tl.constexpr):
+    w = tl.load(weight + lane * 9 + (8 - tap if TRANSPOSED else tap), mask=lanes, other=0.0)
+    return w.to(tl.float32)[None, :]
+
+
+@triton.jit
+def map_tile(tile, width, SIDE: tl.constexpr):
+    """Top and left of a square tile of the map."""
+    columns = tl.cdiv(width, SIDE)
+    return tile // columns * SIDE, tile % columns * SIDE
+
+
+@triton.jit
+def stack(rows, ROWS: tl.constexpr):
+    """One tile of the rows [strips, lanes] of its strips, by registers alone."""
+    if ROWS == 1:
+        tile = rows[0]
+    elif ROWS == 2:
+        tile = tl.join(rows[0], rows[1])
+    else:
+        tile = tl.join(tl.join(rows[0], rows[2]), tl.join(rows[1], rows[3]))
+    strips: tl.constexpr = rows[0].shape[0]
+    width: tl.constexpr = rows[0].shape[1]
+    return tile.reshape(strips, width, ROWS).permute(0, 2, 1).reshape(strips * ROWS, width)
 
 
 @triton.jit
@@ -40,6 +91,7 @@ def lepe_kernel(
     v_stride,
     tiles,
     SIDE: tl.constexpr,
+    ROWS: tl.constexpr,
     LANES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
@@ -49,18 +101,19 @@ def lepe_kernel(
     tile, part, image = pid % tiles, pid // tiles % parts, (pid // tiles // parts).to(tl.int64)
     lane = part * LANES + tl.arange(0, LANES)
     lanes = lane < channels
-    columns = tl.cdiv(width, SIDE)
-    place = tl.arange(0, SIDE * SIDE)
-    y = tile // columns * SIDE + place // SIDE
-    x = tile % columns * SIDE + place % SIDE
-    token = y * width + x
-    mask = ((y < height) & (x < width))[:, None] & lanes[None, :]
+    top, left = map_tile(tile, width, SIDE)
+    y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
     v_base = v + image * height * width * v_stride
-    acc = lepe(v_base, v_stride, y, x, 0, 0, height, width, width, weight, bias, lane, lanes, TRANSPOSED)
+    acc = lepe(
+        v_base, v_stride, top + y, left + x, 0, 0, height, width, width, weight, bias, lane, lanes, ROWS, TRANSPOSED
+    )
+    y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
+    y, x = top + y, left + x
+    mask = ((y < height) & (x < width))[:, None] & lanes[None, :]
     start = image * height * width * channels
     if residual is not None:
-        acc += load_tile(residual + start, token, channels, lane, mask).to(tl.float32)
-    store_tile(out + start, token, channels, lane, mask, acc)
+        acc += load_tile(residual + start, y * width + x, channels, lane, mask).to(tl.float32)
+    store_tile(out + start, y * width + x, channels, lane, mask, acc)
 
 
 @triton.jit
@@ -78,12 +131,13 @@ def lepe_weight_gradient_kernel(
     groups,
     block_height,
     block_width,
-    SIDE_H: tl.constexpr,
-    SIDE_W: tl.constexpr,
+    ACROSS: tl.constexpr,
+    DOWN: tl.constexpr,
+    ROWS: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Sums over GROUP tiles of tokens; heads do not matter here, and LePE over the map is LePE in one block.
+    """Sums over GROUP tiles of ACROSS × DOWN strips, each inside one block; LePE over the map is LePE in one block.
 
     A kernel of its own, although it reads V and the gradient once more: ten running sums would take the registers of
     the attention's gradients, and adding them up across threads, here done once at the end, costs as much as a tile.
@@ -93,27 +147,41 @@ def lepe_weight_gradient_kernel(
     part, group, image = pid % parts, pid // parts % groups, (pid // parts // groups).to(tl.int64)
     lane = part * LANES + tl.arange(0, LANES)
     lanes = lane < channels
-    columns = tl.cdiv(width, SIDE_W)
-    place = tl.arange(0, SIDE_H * SIDE_W)
+    columns = tl.cdiv(width, ACROSS)
+    in_block = tl.cdiv(block_height, ROWS)  # strips below one another
+    place = tl.arange(0, ACROSS * DOWN)
     v_base = v + image * height * width * v_stride + v_first
     do_base = dout + image * height * width * dout_stride + dout_first
-    zero = tl.zeros([SIDE_H * SIDE_W, LANES], tl.float32)
-    found = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    zero = tl.zeros([ACROSS * DOWN, LANES], tl.float32)
+    found = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    total = zero
     for step in range(GROUP):
         tile = group * GROUP + step  # past the last tile, y is past the last row
-        y = tile // columns * SIDE_H + place // SIDE_W
-        x = tile % columns * SIDE_W + place % SIDE_W
-        top, left = y // block_height * block_height, x // block_width * block_width
+        strip = tile // columns * DOWN + place // ACROSS
+        x = tile % columns * ACROSS + place % ACROSS
+        top, left = strip // in_block * block_height, x // block_width * block_width
         bottom, right = tl.minimum(top + block_height, height), tl.minimum(left + block_width, width)
-        exists = (y < height) & (x < width)
-        do = load_tile(do_base, y * width + x, dout_stride, lane, exists[:, None] & lanes[None, :]).to(tl.float32)
+        y = top + strip % in_block * ROWS
+        dos = ()
+        for row in tl.static_range(ROWS):
+            dos = dos + (strip_row(do_base, dout_stride, y + row, x, x < width, top, bottom, width, lane, lanes),)
+            total += dos[row]
         grown = ()
-        for tap in tl.static_range(9):
-            ys, xs = y + (tap // 3 - 1), x + (tap % 3 - 1)
-            inside = exists & (ys >= top) & (ys < bottom) & (xs >= left) & (xs < right)
-            shifted = load_tile(v_base, ys * width + xs, v_stride, lane, inside[:, None] & lanes[None, :])
-            grown = grown + (found[tap] + do * shifted.to(tl.float32),)
-        found = grown + (found[9] + do,)
-    sums += (image * groups + group) * 10 * channels
-    for row in tl.static_range(10):
-        tl.store(sums + row * channels + lane, tl.sum(found[row], axis=0), mask=lanes)
+        for dx in tl.static_range(3):
+            xs = x + (dx - 1)
+            column = (x < width) & (xs >= left) & (xs < right)
+            above = strip_row(v_base, v_stride, y - 1, xs, column, top, bottom, width, lane, lanes)
+            here = strip_row(v_base, v_stride, y, xs, column, top, bottom, width, lane, lanes)
+            d_above, d_here, d_below = found[3 * dx], found[3 * dx + 1], found[3 * dx + 2]
+            for row in tl.static_range(ROWS):
+                below = strip_row(v_base, v_stride, y + (row + 1), xs, column, top, bottom, width, lane, lanes)
+                d_above += dos[row] * above
+                d_here += dos[row] * here
+                d_below += dos[row] * below
+                above, here = here, below
+            grown = grown + (d_above, d_here, d_below)
+        found = grown
+    sums += (image * groups + group) * 10 * channels + lane
+    for tap in tl.static_range(9):
+        tl.store(sums + (tap % 3 * 3 + tap // 3) * channels, tl.sum(found[tap], axis=0), mask=lanes)
+    tl.store(sums + 9 * channels, tl.sum(total, axis=0), mask=lanes)

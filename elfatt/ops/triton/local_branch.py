@@ -9,16 +9,30 @@ import triton
 import triton.language as tl
 
 from elfatt.ops.triton.common import LOG2_E, dot, load_tile, store_tile
-from elfatt.ops.triton.lepe import lepe
+from elfatt.ops.triton.lepe import lepe, strip_tokens
 
 
 @triton.jit
-def block_tokens(index, block, height, width, BH: tl.constexpr, BW: tl.constexpr):
-    """Row and column of a block's tokens in the map, their number there, and which of them exist."""
+def block_tokens(index, block, height, width, BH: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr):
+    """Of the places ``index`` of a block, in the order of its strips: the token in the map and whether it exists there,
+    whether it exists in the block and the token there."""
     columns = tl.cdiv(width, BW)
-    y = block // columns * BH + index // BW
-    x = block % columns * BW + index % BW
-    return y, x, y * width + x, (index < BH * BW) & (y < height) & (x < width)
+    row, column = strip_tokens(index, BW, ROWS)
+    y, x = block // columns * BH + row, block % columns * BW + column
+    return y * width + x, (row < BH) & (y < height) & (x < width), row < BH, row * BW + column
+
+
+@triton.jit
+def block_lepe(
+    v, stride, start, block, height, width, weight, bias, lane, lanes,
+    BH: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
+    """LePE of a block's PLACES places from ``start`` on."""
+    top, left, bottom, right = block_area(block, height, width, BH, BW)
+    y, x = strip_tokens(start + tl.arange(0, PLACES // ROWS) * ROWS, BW, ROWS)
+    return lepe(
+        v, stride, top + y, left + x, top, left, bottom, right, width, weight, bias, lane, lanes, ROWS, TRANSPOSED
+    )
 
 
 @triton.jit
@@ -30,10 +44,10 @@ def block_area(block, height, width, BH: tl.constexpr, BW: tl.constexpr):
 
 
 @triton.jit
-def scores(q, k, index, scale, T: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores in base 2 of all queries and the keys ``index``, of which those past the block's T tokens do not exist."""
-    s = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), PRECISION) * (scale * LOG2_E)
-    return tl.where((index < T)[None, :], s, float("-inf"))
+def scores(q, k, inside, PRECISION: tl.constexpr):
+    """Scores, not yet scaled, of all queries and the keys, of which only those ``inside`` the block exist."""
+    s = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), PRECISION)
+    return tl.where(inside[None, :], s, float("-inf"))
 
 
 @triton.jit
@@ -52,50 +66,55 @@ def local_out_kernel(
     scale,
     BH: tl.constexpr,
     BW: tl.constexpr,
+    ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    T: tl.constexpr = BH * BW
-    TILES: tl.constexpr = (T + BLOCK_M - 1) // BLOCK_M
+    PLACES: tl.constexpr = BW * ((BH + ROWS - 1) // ROWS * ROWS)
+    TILES: tl.constexpr = (PLACES + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     query_tile, block, head = pid % TILES, pid // TILES % blocks, pid // TILES // blocks % heads
     image = (pid // TILES // blocks // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
     stride = 3 * channels
+    base2 = scale * LOG2_E
     q_base = qkv + image * height * width * stride + first + head * D
     v_base = q_base + 2 * channels
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    y, x, token, exists = block_tokens(row, block, height, width, BH, BW)
+    token, exists, q_inside, number = block_tokens(row, block, height, width, BH, BW, ROWS)
     mask = exists[:, None] & lanes[None, :]
     q = load_tile(q_base, token, stride, lane, mask)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, T, BLOCK_N):
+    for start in range(0, PLACES, BLOCK_N):
         index = start + tl.arange(0, BLOCK_N)
-        _, _, other, there = block_tokens(index, block, height, width, BH, BW)
+        other, there, k_inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
         k = load_tile(q_base + channels, other, stride, lane, there[:, None] & lanes[None, :])
         v = load_tile(v_base, other, stride, lane, there[:, None] & lanes[None, :])
-        s = scores(q, k, index, scale, T, PRECISION)
-        larger = tl.maximum(largest, tl.max(s, axis=1))
-        p = tl.exp2(s - larger[:, None])
+        s = scores(q, k, k_inside, PRECISION)
+        larger = tl.maximum(largest, tl.max(s, axis=1) * base2)
+        p = tl.exp2(s * base2 - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(p, axis=1)
         acc = dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
         largest = larger
-    acc = acc / total[:, None]
+    acc = acc * (1 / total)[:, None]
     if row_lse is not None:
-        lse_base = row_lse + ((image * heads + head) * blocks + block) * T
-        tl.store(lse_base + row, largest + tl.log2(total), mask=row < T)
+        lse_base = row_lse + ((image * heads + head) * blocks + block) * BH * BW
+        tl.store(lse_base + number, largest + tl.log2(total), mask=q_inside)
     if weight is not None:
-        top, left, bottom, right = block_area(block, height, width, BH, BW)
+        weight += head * D * 9
         if bias is not None:
             bias += head * D
-        acc += lepe(v_base, stride, y, x, top, left, bottom, right, width, weight + head * D * 9, bias, lane, lanes)
+        acc += block_lepe(
+            v_base, stride, query_tile * BLOCK_M, block, height, width, weight, bias, lane, lanes,
+            BH, BW, ROWS, BLOCK_M,
+        )  # fmt: skip
     store_tile(out + image * height * width * channels + first + head * D, token, channels, lane, mask, acc)
 
 
@@ -114,31 +133,32 @@ def local_gradient_kernel(
     scale,
     BH: tl.constexpr,
     BW: tl.constexpr,
+    ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,  # the block's tokens, to the next power of two
     PRECISION: tl.constexpr,
 ):
     """The whole gradient of one block and head; softmax is recomputed, nothing kept from the forward pass."""
-    T: tl.constexpr = BH * BW
     pid = tl.program_id(0)
     head, block, image = pid % heads, pid // heads % blocks, (pid // heads // blocks).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
     stride = 3 * channels
+    base2 = scale * LOG2_E
     half = qkv.dtype.element_ty
     q_offset = image * height * width * stride + first + head * D
     do_base = dout + image * height * width * channels + first + head * D
     index = tl.arange(0, BLOCK_T)
-    y, x, token, exists = block_tokens(index, block, height, width, BH, BW)
+    token, exists, inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
     mask = exists[:, None] & lanes[None, :]
     q = load_tile(qkv + q_offset, token, stride, lane, mask)
     k = load_tile(qkv + q_offset + channels, token, stride, lane, mask)
     v = load_tile(qkv + q_offset + 2 * channels, token, stride, lane, mask)
     do = load_tile(do_base, token, channels, lane, mask)
-    s = scores(q, k, index, scale, T, PRECISION)
-    p = tl.exp2(s - tl.max(s, axis=1)[:, None])
-    p = p / tl.sum(p, axis=1)[:, None]
+    s = scores(q, k, inside, PRECISION)
+    p = tl.exp2(s * base2 - (tl.max(s, axis=1) * base2)[:, None])
+    p = p * (1 / tl.sum(p, axis=1))[:, None]
     zero = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     dp = dot(do, tl.trans(v), tl.zeros([BLOCK_T, BLOCK_T], tl.float32), PRECISION)
     ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(half)
@@ -146,10 +166,10 @@ def local_gradient_kernel(
     store_tile(dqkv + q_offset + channels, token, stride, lane, mask, dot(tl.trans(ds), q, zero, PRECISION) * scale)
     dv = dot(tl.trans(p.to(half)), do, zero, PRECISION)
     if weight is not None:
-        top, left, bottom, right = block_area(block, height, width, BH, BW)
-        dv += lepe(
-            do_base, channels, y, x, top, left, bottom, right, width, weight + head * D * 9, None, lane, lanes, True
-        )
+        dv += block_lepe(
+            do_base, channels, 0, block, height, width, weight + head * D * 9, None, lane, lanes,
+            BH, BW, ROWS, BLOCK_T, True,
+        )  # fmt: skip
     store_tile(dqkv + q_offset + 2 * channels, token, stride, lane, mask, dv)
 
 
@@ -169,53 +189,55 @@ def local_query_gradient_kernel(
     scale,
     BH: tl.constexpr,
     BW: tl.constexpr,
+    ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    T: tl.constexpr = BH * BW
-    TILES: tl.constexpr = (T + BLOCK_M - 1) // BLOCK_M
+    PLACES: tl.constexpr = BW * ((BH + ROWS - 1) // ROWS * ROWS)
+    TILES: tl.constexpr = (PLACES + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     query_tile, block, head = pid % TILES, pid // TILES % blocks, pid // TILES // blocks % heads
     image = (pid // TILES // blocks // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
     stride = 3 * channels
+    base2 = scale * LOG2_E
     q_offset = image * height * width * stride + first + head * D
     k_base = qkv + q_offset + channels
     do_base = dout + image * height * width * channels + first + head * D
-    rows = ((image * heads + head) * blocks + block) * T
+    rows = ((image * heads + head) * blocks + block) * BH * BW
     row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    _, _, token, exists = block_tokens(row, block, height, width, BH, BW)
+    token, exists, q_inside, number = block_tokens(row, block, height, width, BH, BW, ROWS)
     mask = exists[:, None] & lanes[None, :]
     q = load_tile(qkv + q_offset, token, stride, lane, mask)
     do = load_tile(do_base, token, channels, lane, mask)
-    lse = tl.load(row_lse + rows + row, mask=row < T, other=0.0)
+    lse = tl.load(row_lse + rows + number, mask=q_inside, other=0.0)
     # The rows' sums of P ⊙ dP cannot come from the output, which holds LePE too, and end with the walk over the keys.
     # So dQ = (P ⊙ dP) K - sum · P K, and dP is taken against a rough mean of V lest the difference cancel.
     index = tl.arange(0, BLOCK_N)
-    _, _, other, there = block_tokens(index, block, height, width, BH, BW)
+    other, there, k_inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
     v = load_tile(k_base + channels, other, stride, lane, there[:, None] & lanes[None, :])
     mean_v = tl.sum(v.to(tl.float32), axis=0) / BLOCK_N
     shift = tl.sum(do.to(tl.float32) * mean_v[None, :], axis=1)
     total = tl.zeros([BLOCK_M], tl.float32)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     mean_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, T, BLOCK_N):
+    for start in range(0, PLACES, BLOCK_N):
         index = start + tl.arange(0, BLOCK_N)
-        _, _, other, there = block_tokens(index, block, height, width, BH, BW)
+        other, there, k_inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
         k = load_tile(k_base, other, stride, lane, there[:, None] & lanes[None, :])
         v = load_tile(k_base + channels, other, stride, lane, there[:, None] & lanes[None, :])
-        p = tl.exp2(scores(q, k, index, scale, T, PRECISION) - lse[:, None])
+        p = tl.exp2(scores(q, k, k_inside, PRECISION) * base2 - lse[:, None])
         dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) - shift[:, None]
         total += tl.sum(p * dp, axis=1)
         dq = dot((p * dp).to(k.dtype), k, dq, PRECISION)
         mean_k = dot(p.to(k.dtype), k, mean_k, PRECISION)
     dq -= total[:, None] * mean_k
     total += shift
-    tl.store(row_sum + rows + row, total, mask=row < T)
+    tl.store(row_sum + rows + number, total, mask=q_inside)
     store_tile(dqkv + q_offset, token, stride, lane, mask, dq * scale)
 
 
@@ -236,46 +258,48 @@ def local_key_value_gradient_kernel(
     scale,
     BH: tl.constexpr,
     BW: tl.constexpr,
+    ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    T: tl.constexpr = BH * BW
-    TILES: tl.constexpr = (T + BLOCK_N - 1) // BLOCK_N
+    PLACES: tl.constexpr = BW * ((BH + ROWS - 1) // ROWS * ROWS)
+    TILES: tl.constexpr = (PLACES + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     key_tile, block, head = pid % TILES, pid // TILES % blocks, pid // TILES // blocks % heads
     image = (pid // TILES // blocks // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
     stride = 3 * channels
+    base2 = scale * LOG2_E
     q_base = qkv + image * height * width * stride + first + head * D
     k_offset = image * height * width * stride + channels + first + head * D
     do_base = dout + image * height * width * channels + first + head * D
-    rows = ((image * heads + head) * blocks + block) * T
+    rows = ((image * heads + head) * blocks + block) * BH * BW
     index = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    y, x, token, exists = block_tokens(index, block, height, width, BH, BW)
+    token, exists, k_inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
     mask = exists[:, None] & lanes[None, :]
     k = load_tile(qkv + k_offset, token, stride, lane, mask)
     v = load_tile(qkv + k_offset + channels, token, stride, lane, mask)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(0, T, BLOCK_M):
+    for start in range(0, PLACES, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        _, _, other, there = block_tokens(row, block, height, width, BH, BW)
+        other, there, q_inside, number = block_tokens(row, block, height, width, BH, BW, ROWS)
         q = load_tile(q_base, other, stride, lane, there[:, None] & lanes[None, :])
         do = load_tile(do_base, other, channels, lane, there[:, None] & lanes[None, :])
-        lse = tl.load(row_lse + rows + row, mask=row < T, other=0.0)
-        total = tl.load(row_sum + rows + row, mask=row < T, other=0.0)
-        p = tl.exp2(scores(q, k, index, scale, T, PRECISION) - lse[:, None])
+        lse = tl.load(row_lse + rows + number, mask=q_inside, other=0.0)
+        total = tl.load(row_sum + rows + number, mask=q_inside, other=0.0)
+        p = tl.exp2(scores(q, k, k_inside, PRECISION) * base2 - lse[:, None])
         dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         dv = dot(tl.trans(p.to(k.dtype)), do, dv, PRECISION)
         dk = dot(tl.trans((p * (dp - total[:, None])).to(k.dtype)), q, dk, PRECISION)
     if weight is not None:
-        top, left, bottom, right = block_area(block, height, width, BH, BW)
-        dv += lepe(
-            do_base, channels, y, x, top, left, bottom, right, width, weight + head * D * 9, None, lane, lanes, True
-        )
+        dv += block_lepe(
+            do_base, channels, key_tile * BLOCK_N, block, height, width, weight + head * D * 9, None, lane, lanes,
+            BH, BW, ROWS, BLOCK_N, True,
+        )  # fmt: skip
     store_tile(dqkv + k_offset, token, stride, lane, mask, dk * scale)
     store_tile(dqkv + k_offset + channels, token, stride, lane, mask, dv)
