@@ -103,6 +103,7 @@ CASES = [
     ((1, 9, 5, 64), 48, (1, 1), 4, FLOAT),
     ((1, 9, 5, 64), 0, (2, 2), 4, FLOAT),
     ((1, 9, 5, 64), 64, (2, 2), 4, BRAIN),
+    ((1, 5, 14, 32), 16, (1, 1), 12, BRAIN),  # 5 × 12 tokens a block, in strips of four 8 × 12
     ((1, 5, 5, 20), 12, (2, 1), 2, FLOAT),  # heads narrower than a matrix product of the hardware
 ]
 
@@ -131,7 +132,8 @@ def test_lepe_without_a_bias(block):
 def share_work(monkeypatch):
     """Cut a small map as only large ones are."""
     launch = importlib.import_module(f"elfatt.ops.{KERNELS}.launch")
-    for name, value in {"triton": {"PROGRAMS": 2}, "cpp": {"SPLIT": 20, "TILE": (4, 8)}}[KERNELS].items():
+    sizes = {"triton": {"SUMS": (2, 16), "APART": (2, 4)}, "cpp": {"SPLIT": 20, "TILE": (4, 8)}}
+    for name, value in sizes[KERNELS].items():
         monkeypatch.setattr(launch, name, value)
 
 

@@ -106,35 +106,41 @@ def global_out_kernel(
     width,
     channels,
     heads,
-    tiles,
+    groups,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SIDE: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    tile, head, image = pid % tiles, pid // tiles % heads, (pid // tiles // heads).to(tl.int64)
+    group, head, image = pid % groups, pid // groups % heads, (pid // groups // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    top, left = map_tile(tile, width, SIDE)
-    y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
-    token = (top + y) * width + left + x
-    mask = ((top + y < height) & (left + x < width))[:, None] & lanes[None, :]
     stride = 3 * channels
     q_base = qkv + image * height * width * stride + head * D
-    p = feature_softmax(load_tile(q_base, token, stride, lane, mask), lanes)
-    a = load_tile(context + (image * heads + head) * D * D, lane, D, lane, lanes[:, None] & lanes[None, :])
+    out += image * height * width * channels + head * D
     half = qkv.dtype.element_ty
-    acc = dot(p.to(half), a.to(half), tl.zeros([SIDE * SIDE, BLOCK_D], tl.float32), PRECISION)
+    a = load_tile(context + (image * heads + head) * D * D, lane, D, lane, lanes[:, None] & lanes[None, :]).to(half)
     if weight is not None:
-        v_base = q_base + 2 * channels
+        weight += head * D * 9
         if bias is not None:
             bias += head * D
-        y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
-        weight += head * D * 9
-        acc += lepe(v_base, stride, top + y, left + x, 0, 0, height, width, width, weight, bias, lane, lanes, ROWS)
-    store_tile(out + image * height * width * channels + head * D, token, channels, lane, mask, acc)
+    for step in range(GROUP):
+        top, left = map_tile(group * GROUP + step, width, SIDE)  # past the last tile, below the map
+        y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
+        token = (top + y) * width + left + x
+        mask = ((top + y < height) & (left + x < width))[:, None] & lanes[None, :]
+        p = feature_softmax(load_tile(q_base, token, stride, lane, mask), lanes)
+        acc = dot(p.to(half), a, tl.zeros([SIDE * SIDE, BLOCK_D], tl.float32), PRECISION)
+        if weight is not None:
+            y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
+            acc += lepe(
+                q_base + 2 * channels, stride, top + y, left + x, 0, 0, height, width, width, weight, bias, lane,
+                lanes, ROWS,
+            )  # fmt: skip
+        store_tile(out, token, channels, lane, mask, acc)
 
 
 @triton.jit
@@ -190,15 +196,16 @@ def global_key_value_gradient_kernel(
     width,
     channels,
     heads,
-    tiles,
+    groups,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SIDE: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    tile, head, image = pid % tiles, pid // tiles % heads, (pid // tiles // heads).to(tl.int64)
+    group, head, image = pid % groups, pid // groups % heads, (pid // groups // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
     stride = 3 * channels
@@ -213,21 +220,24 @@ def global_key_value_gradient_kernel(
     # dA sums over every token and N is about one over their number: both leave the range of float16
     half: tl.constexpr = qkv.dtype.element_ty
     wide: tl.constexpr = tl.float32 if half == tl.float16 else half
-    top, left = map_tile(tile, width, SIDE)
-    y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
-    token = (top + y) * width + left + x
-    mask = ((top + y < height) & (left + x < width))[:, None] & lanes[None, :]
-    k = load_tile(qkv + k_offset, token, stride, lane, mask).to(tl.float32)
-    v = load_tile(qkv + k_offset + channels, token, stride, lane, mask).to(tl.float32)
-    n = tl.where(mask, tl.exp2(k * LOG2_E - lse[None, :]), 0.0)
-    zero = tl.zeros([SIDE * SIDE, BLOCK_D], tl.float32)
-    dn = dot(v.to(wide), tl.trans(da).to(wide), zero, PRECISION)
-    dv = dot(n.to(wide), da.to(wide), zero, PRECISION)
+    da = da.to(wide)
     if weight is not None:
-        y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
         weight += head * D * 9
-        dv += lepe(
-            do_base, channels, top + y, left + x, 0, 0, height, width, width, weight, None, lane, lanes, ROWS, True
-        )
-    store_tile(dqkv + k_offset, token, stride, lane, mask, n * (dn - column_sum[None, :]))
-    store_tile(dqkv + k_offset + channels, token, stride, lane, mask, dv)
+    for step in range(GROUP):
+        top, left = map_tile(group * GROUP + step, width, SIDE)  # past the last tile, below the map
+        y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
+        token = (top + y) * width + left + x
+        mask = ((top + y < height) & (left + x < width))[:, None] & lanes[None, :]
+        k = load_tile(qkv + k_offset, token, stride, lane, mask).to(tl.float32)
+        v = load_tile(qkv + k_offset + channels, token, stride, lane, mask)
+        n = tl.where(mask, tl.exp2(k * LOG2_E - lse[None, :]), 0.0)
+        zero = tl.zeros([SIDE * SIDE, BLOCK_D], tl.float32)
+        dn = dot(v.to(wide), tl.trans(da), zero, PRECISION)
+        dv = dot(n.to(wide), da, zero, PRECISION)
+        if weight is not None:
+            y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
+            dv += lepe(
+                do_base, channels, top + y, left + x, 0, 0, height, width, width, weight, None, lane, lanes, ROWS, True
+            )
+        store_tile(dqkv + k_offset, token, stride, lane, mask, n * (dn - column_sum[None, :]))
+        store_tile(dqkv + k_offset + channels, token, stride, lane, mask, dv)

@@ -19,9 +19,12 @@ from elfatt.ops.triton.lepe import lepe_kernel, lepe_weight_gradient_kernel
 TILE = 64  # tokens summed at a time
 SIDE = 8  # of the square tiles with LePE over the map: the neighbourhoods of a square's tokens overlap most
 ROWS = 4  # tokens of the strips that a thread sums LePE over
-WARPS = 4  # 8 repeat more work than they hide waiting, 2 leave too few registers; counted in compiled code
+WARPS = 4  # 8 repeat more work on addresses and masks, 2 leave few programs registers: read off compiled code
 LANES = 32  # channels of a program that knows no heads
-PROGRAMS = 512  # enough to fill the largest GPUs of today a few times over; work is grouped only beyond it
+# Fewest programs, and most tiles of each. Sums over tokens: enough to fill the largest GPUs of today a few times over,
+# for each leaves a partial result. Tiles with no more than a head in common: so many that the last ones are few.
+SUMS = 512, 16
+APART = 4096, 4
 
 
 def forward(
@@ -108,7 +111,7 @@ def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -
 
 def _context(qkv, context, key_lse, heads):
     (b, h, w, packed), width = qkv.shape, context.shape[-1]
-    splits, steps = _splits(qkv, heads)
+    splits, steps = _groups(b * heads, triton.cdiv(h * w, TILE), *SUMS)
     parts = context if splits == 1 else qkv.new_empty(b, heads, splits, width, width, dtype=torch.float32)
     parts_lse = key_lse if splits == 1 else qkv.new_empty(b, heads, splits, width, dtype=torch.float32)
     launch(
@@ -126,57 +129,60 @@ def _context(qkv, context, key_lse, heads):
 
 def _global_out(qkv, context, weight, bias, out, heads):
     (b, h, w, packed), width = qkv.shape, context.shape[-1]
-    tiles = triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE)
+    groups, group = _groups(b * heads, triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE), *APART)
     launch(
-        global_branch.global_out_kernel, b * heads * tiles, qkv, context, weight, bias, out, h, w, packed // 3, heads,
-        tiles, SIDE=SIDE, ROWS=ROWS, **_head(qkv, width),
+        global_branch.global_out_kernel, b * heads * groups, qkv, context, weight, bias, out, h, w, packed // 3, heads,
+        groups, SIDE=SIDE, ROWS=ROWS, GROUP=group, **_head(qkv, width),
     )  # fmt: skip
 
 
 def _global_gradients(qkv, dout, context, key_lse, weight, dqkv, heads):
     (b, h, w, packed), width = qkv.shape, context.shape[-1]
-    splits, steps = _splits(qkv, heads)
+    splits, steps = _groups(b * heads, triton.cdiv(h * w, TILE), *SUMS)
     parts = qkv.new_empty(b, heads, splits, width, width, dtype=torch.float32)
     launch(
         global_branch.global_query_gradient_kernel, b * heads * splits, qkv, dout, context, dqkv, parts, h * w,
         packed // 3, heads, splits, BLOCK_N=TILE, STEPS=steps, **_head(qkv, width),
     )  # fmt: skip
     dcontext = parts.sum(2) if splits > 1 else parts
-    tiles = triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE)
+    groups, group = _groups(b * heads, triton.cdiv(h, SIDE) * triton.cdiv(w, SIDE), *APART)
     launch(
-        global_branch.global_key_value_gradient_kernel, b * heads * tiles, qkv, dout, context, dcontext, key_lse,
-        weight, dqkv, h, w, packed // 3, heads, tiles, SIDE=SIDE, ROWS=ROWS, **_head(qkv, width),
+        global_branch.global_key_value_gradient_kernel, b * heads * groups, qkv, dout, context, dcontext, key_lse,
+        weight, dqkv, h, w, packed // 3, heads, groups, SIDE=SIDE, ROWS=ROWS, GROUP=group, **_head(qkv, width),
     )  # fmt: skip
 
 
 def _local_out(qkv, weight, bias, out, row_lse, heads, first, block):
-    places, blocks, sizes, constants = _local(qkv, heads, first, block)
+    places, blocks, sizes, scale, constants = _local(qkv, heads, first, block)
     own, walked = _block_tiles(qkv, places, constants["BLOCK_D"])
+    groups, group = _groups(qkv.shape[0] * heads, blocks * triton.cdiv(places, own), *APART)
     launch(
-        local_branch.local_out_kernel, qkv.shape[0] * heads * blocks * triton.cdiv(places, own), qkv, weight, bias, out,
-        row_lse if row_lse.numel() else None, *sizes, BLOCK_M=own, BLOCK_N=walked, **constants,
+        local_branch.local_out_kernel, qkv.shape[0] * heads * groups, qkv, weight, bias, out,
+        row_lse if row_lse.numel() else None, *sizes, blocks, groups, scale, BLOCK_M=own, BLOCK_N=walked, GROUP=group,
+        **constants,
     )  # fmt: skip
 
 
 def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
-    places, blocks, sizes, constants = _local(qkv, heads, first, block)
-    programs = qkv.shape[0] * blocks * heads
+    places, blocks, sizes, scale, constants = _local(qkv, heads, first, block)
+    outer = qkv.shape[0] * heads
     if block[0] * block[1] <= WHOLE_BLOCK:
+        groups, group = _groups(outer, blocks, *APART)
         launch(
-            local_branch.local_gradient_kernel, programs, qkv, dout, weight, dqkv, *sizes, BLOCK_T=_padded(places),
-            **constants,
+            local_branch.local_gradient_kernel, outer * groups, qkv, dout, weight, dqkv, *sizes, groups, scale,
+            BLOCK_T=_padded(places), GROUP=group, **constants,
         )  # fmt: skip
         return
     own, walked = _block_tiles(qkv, places, constants["BLOCK_D"])
-    programs *= triton.cdiv(places, own)
+    programs = outer * blocks * triton.cdiv(places, own)
     row_sum = torch.empty_like(row_lse)
     launch(
-        local_branch.local_query_gradient_kernel, programs, qkv, dout, row_lse, row_sum, dqkv, *sizes, BLOCK_M=own,
-        BLOCK_N=walked, **constants,
+        local_branch.local_query_gradient_kernel, programs, qkv, dout, row_lse, row_sum, dqkv, *sizes, blocks, scale,
+        BLOCK_M=own, BLOCK_N=walked, **constants,
     )  # fmt: skip
     launch(
         local_branch.local_key_value_gradient_kernel, programs, qkv, dout, row_lse, row_sum, weight, dqkv, *sizes,
-        BLOCK_M=walked, BLOCK_N=own, **constants,
+        blocks, scale, BLOCK_M=walked, BLOCK_N=own, **constants,
     )  # fmt: skip
 
 
@@ -186,13 +192,13 @@ def _lepe_sums(v, v_first, dout, dout_first, channels, block):
     rows = _rows(block[0])
     strips = triton.cdiv(h, block[0]) * triton.cdiv(block[0], rows)
     across, down = 8, 2
-    tiles, parts = triton.cdiv(strips, down) * triton.cdiv(w, across), triton.cdiv(channels, LANES)
-    groups = triton.cdiv(tiles, _group(b * parts, tiles))
+    parts = triton.cdiv(channels, LANES)
+    groups, group = _groups(b * parts, triton.cdiv(strips, down) * triton.cdiv(w, across), *SUMS)
     sums = v.new_empty(b * groups, 10, channels, dtype=torch.float32)
     launch(
         lepe_weight_gradient_kernel, b * groups * parts, v, dout, sums, h, w, channels, v_first, v.stride(2),
         dout_first, dout.stride(2), groups, *block, ACROSS=across, DOWN=down, ROWS=rows, LANES=LANES,
-        GROUP=triton.cdiv(tiles, groups),
+        GROUP=group,
     )  # fmt: skip
     return sums.sum(0)
 
@@ -201,10 +207,10 @@ def _local(qkv, heads, first, block):
     _, h, w, packed = qkv.shape
     width = (packed // 3 - first) // heads
     blocks = triton.cdiv(h, block[0]) * triton.cdiv(w, block[1])
-    sizes = (h, w, packed // 3, first, heads, blocks, width**-0.5)
+    sizes = (h, w, packed // 3, first, heads)
     rows = _rows(block[0])
     places = triton.cdiv(block[0], rows) * rows * block[1]
-    return places, blocks, sizes, {"BH": block[0], "BW": block[1], "ROWS": rows, **_head(qkv, width)}
+    return places, blocks, sizes, width**-0.5, {"BH": block[0], "BW": block[1], "ROWS": rows, **_head(qkv, width)}
 
 
 def _head(qkv, width):
@@ -223,20 +229,13 @@ def _block_tiles(qkv, places, lanes):
     return 128 if triton.cdiv(places, 64) % 2 == 0 and lanes * qkv.element_size() <= 64 else 64, 32
 
 
-def _splits(qkv, heads):
-    """Among how many programs the tokens are split, and how many tiles each sums over."""
-    b, h, w, _ = qkv.shape
-    tiles = triton.cdiv(h * w, TILE)
-    splits = triton.cdiv(tiles, _group(b * heads, tiles))
-    return splits, triton.cdiv(tiles, splits)
-
-
-def _group(outer, inner):
-    """Most inner items, a power of two, that one program may take in turn while ``PROGRAMS`` programs remain."""
+def _groups(outer, inner, programs, most):
+    """Into how many groups of how many the inner tiles go, one program each, for each of the outer items."""
     group = 1
-    while group < min(16, inner) and outer * triton.cdiv(inner, 2 * group) >= PROGRAMS:
+    while group < min(most, inner) and outer * triton.cdiv(inner, 2 * group) >= programs:
         group *= 2
-    return group
+    groups = triton.cdiv(inner, group)
+    return groups, triton.cdiv(inner, groups)
 
 
 def _padded(length):

@@ -63,10 +63,12 @@ def local_out_kernel(
     first,  # the branch's first channel
     heads,
     blocks,
+    groups,
     scale,
     BH: tl.constexpr,
     BW: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -76,46 +78,50 @@ def local_out_kernel(
     PLACES: tl.constexpr = BW * ((BH + ROWS - 1) // ROWS * ROWS)
     TILES: tl.constexpr = (PLACES + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
-    query_tile, block, head = pid % TILES, pid // TILES % blocks, pid // TILES // blocks % heads
-    image = (pid // TILES // blocks // heads).to(tl.int64)
+    group, head, image = pid % groups, pid // groups % heads, (pid // groups // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
     stride = 3 * channels
     base2 = scale * LOG2_E
     q_base = qkv + image * height * width * stride + first + head * D
     v_base = q_base + 2 * channels
-    row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, exists, q_inside, number = block_tokens(row, block, height, width, BH, BW, ROWS)
-    mask = exists[:, None] & lanes[None, :]
-    q = load_tile(q_base, token, stride, lane, mask)
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, PLACES, BLOCK_N):
-        index = start + tl.arange(0, BLOCK_N)
-        other, there, k_inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
-        k = load_tile(q_base + channels, other, stride, lane, there[:, None] & lanes[None, :])
-        v = load_tile(v_base, other, stride, lane, there[:, None] & lanes[None, :])
-        s = scores(q, k, k_inside, PRECISION)
-        larger = tl.maximum(largest, tl.max(s, axis=1) * base2)
-        p = tl.exp2(s * base2 - larger[:, None])
-        shrink = tl.exp2(largest - larger)
-        total = total * shrink + tl.sum(p, axis=1)
-        acc = dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
-        largest = larger
-    acc = acc * (1 / total)[:, None]
-    if row_lse is not None:
-        lse_base = row_lse + ((image * heads + head) * blocks + block) * BH * BW
-        tl.store(lse_base + number, largest + tl.log2(total), mask=q_inside)
+    out += image * height * width * channels + first + head * D
     if weight is not None:
         weight += head * D * 9
         if bias is not None:
             bias += head * D
-        acc += block_lepe(
-            v_base, stride, query_tile * BLOCK_M, block, height, width, weight, bias, lane, lanes,
-            BH, BW, ROWS, BLOCK_M,
-        )  # fmt: skip
-    store_tile(out + image * height * width * channels + first + head * D, token, channels, lane, mask, acc)
+    for step in range(GROUP):
+        tile = group * GROUP + step
+        block, query_tile = tile // TILES, tile % TILES  # past the last block, below the map
+        row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        token, exists, q_inside, number = block_tokens(row, block, height, width, BH, BW, ROWS)
+        mask = exists[:, None] & lanes[None, :]
+        q = load_tile(q_base, token, stride, lane, mask)
+        largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(0, PLACES, BLOCK_N):
+            index = start + tl.arange(0, BLOCK_N)
+            other, there, k_inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
+            k = load_tile(q_base + channels, other, stride, lane, there[:, None] & lanes[None, :])
+            v = load_tile(v_base, other, stride, lane, there[:, None] & lanes[None, :])
+            s = scores(q, k, k_inside, PRECISION)
+            larger = tl.maximum(largest, tl.max(s, axis=1) * base2)
+            p = tl.exp2(s * base2 - larger[:, None])
+            shrink = tl.exp2(largest - larger)
+            total = total * shrink + tl.sum(p, axis=1)
+            acc = dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
+            largest = larger
+        acc = acc * (1 / total)[:, None]
+        if row_lse is not None:
+            lse_base = row_lse + ((image * heads + head) * blocks + block) * BH * BW
+            tl.store(lse_base + number, largest + tl.log2(total), mask=q_inside & (block < blocks))
+        if weight is not None:
+            acc += block_lepe(
+                v_base, stride, query_tile * BLOCK_M, block, height, width, weight, bias, lane, lanes,
+                BH, BW, ROWS, BLOCK_M,
+            )  # fmt: skip
+        store_tile(out, token, channels, lane, mask, acc)
 
 
 @triton.jit
@@ -129,11 +135,12 @@ def local_gradient_kernel(
     channels,
     first,
     heads,
-    blocks,
+    groups,
     scale,
     BH: tl.constexpr,
     BW: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,  # the block's tokens, to the next power of two
@@ -141,7 +148,7 @@ def local_gradient_kernel(
 ):
     """The whole gradient of one block and head; softmax is recomputed, nothing kept from the forward pass."""
     pid = tl.program_id(0)
-    head, block, image = pid % heads, pid // heads % blocks, (pid // heads // blocks).to(tl.int64)
+    group, head, image = pid % groups, pid // groups % heads, (pid // groups // heads).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
     stride = 3 * channels
@@ -150,27 +157,31 @@ def local_gradient_kernel(
     q_offset = image * height * width * stride + first + head * D
     do_base = dout + image * height * width * channels + first + head * D
     index = tl.arange(0, BLOCK_T)
-    token, exists, inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
-    mask = exists[:, None] & lanes[None, :]
-    q = load_tile(qkv + q_offset, token, stride, lane, mask)
-    k = load_tile(qkv + q_offset + channels, token, stride, lane, mask)
-    v = load_tile(qkv + q_offset + 2 * channels, token, stride, lane, mask)
-    do = load_tile(do_base, token, channels, lane, mask)
-    s = scores(q, k, inside, PRECISION)
-    p = tl.exp2(s * base2 - (tl.max(s, axis=1) * base2)[:, None])
-    p = p * (1 / tl.sum(p, axis=1))[:, None]
-    zero = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    dp = dot(do, tl.trans(v), tl.zeros([BLOCK_T, BLOCK_T], tl.float32), PRECISION)
-    ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(half)
-    store_tile(dqkv + q_offset, token, stride, lane, mask, dot(ds, k, zero, PRECISION) * scale)
-    store_tile(dqkv + q_offset + channels, token, stride, lane, mask, dot(tl.trans(ds), q, zero, PRECISION) * scale)
-    dv = dot(tl.trans(p.to(half)), do, zero, PRECISION)
     if weight is not None:
-        dv += block_lepe(
-            do_base, channels, 0, block, height, width, weight + head * D * 9, None, lane, lanes,
-            BH, BW, ROWS, BLOCK_T, True,
-        )  # fmt: skip
-    store_tile(dqkv + q_offset + 2 * channels, token, stride, lane, mask, dv)
+        weight += head * D * 9
+    for step in range(GROUP):
+        block = group * GROUP + step  # past the last, below the map
+        token, exists, inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
+        mask = exists[:, None] & lanes[None, :]
+        q = load_tile(qkv + q_offset, token, stride, lane, mask)
+        k = load_tile(qkv + q_offset + channels, token, stride, lane, mask)
+        v = load_tile(qkv + q_offset + 2 * channels, token, stride, lane, mask)
+        do = load_tile(do_base, token, channels, lane, mask)
+        s = scores(q, k, inside, PRECISION)
+        p = tl.exp2(s * base2 - (tl.max(s, axis=1) * base2)[:, None])
+        p = p * (1 / tl.sum(p, axis=1))[:, None]
+        zero = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        dp = dot(do, tl.trans(v), tl.zeros([BLOCK_T, BLOCK_T], tl.float32), PRECISION)
+        ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(half)
+        store_tile(dqkv + q_offset, token, stride, lane, mask, dot(ds, k, zero, PRECISION) * scale)
+        dk = dot(tl.trans(ds), q, zero, PRECISION) * scale
+        store_tile(dqkv + q_offset + channels, token, stride, lane, mask, dk)
+        dv = dot(tl.trans(p.to(half)), do, zero, PRECISION)
+        if weight is not None:
+            dv += block_lepe(
+                do_base, channels, 0, block, height, width, weight, None, lane, lanes, BH, BW, ROWS, BLOCK_T, True
+            )
+        store_tile(dqkv + q_offset + 2 * channels, token, stride, lane, mask, dv)
 
 
 @triton.jit
