@@ -137,10 +137,11 @@ def share_work(monkeypatch):
         monkeypatch.setattr(launch, name, value)
 
 
-def test_work_in_groups(monkeypatch):
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=str)
+def test_work_in_groups(dtype, monkeypatch):
     """Large inputs have programs that take several tiles or blocks in turn, the last of them fewer."""
     share_work(monkeypatch)
-    check(tensors((1, 15, 21, 32), 16, FLOAT), 16, (1, 1), 7)
+    check(tensors((1, 15, 21, 32), 16, dtype), 16, (1, 1), 7)
 
 
 def test_large_activations():
@@ -244,6 +245,16 @@ def test_lepe_beside_other_attention(dtype, bias, monkeypatch):
     for found, truth in zip(*outcomes, strict=True):
         # twice, for the interpreter truncates to bfloat16 where a GPU rounds
         assert (found - truth).norm() <= 2 * SLACK[dtype] * truth.norm()
+
+
+def test_lepe_of_an_empty_map():
+    v, weight, bias = torch.empty(1, 0, 4, 64), torch.randn(64, 1, 3, 3), torch.randn(64)
+    leaves = [x.to(DEVICE).requires_grad_() for x in (v, weight, bias)]
+    with ops.use_backend(KERNELS):
+        out = add_lepe(torch.empty_like(leaves[0]), leaves[0], leaves[1:])
+        out.sum().backward()
+    assert out.shape == (1, 0, 4, 64)
+    assert not leaves[1].grad.any()
 
 
 def test_lepe_registration():

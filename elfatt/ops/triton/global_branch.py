@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from elfatt.ops.triton.common import LOG2_E, dot, load_tile, store_tile
-from elfatt.ops.triton.lepe import lepe, map_tile, strip_tokens
+from elfatt.ops.triton.lepe import map_lepe, map_tile
 
 
 @triton.jit
@@ -127,19 +127,15 @@ def global_out_kernel(
         weight += head * D * 9
         if bias is not None:
             bias += head * D
-    for step in range(GROUP):
-        top, left = map_tile(group * GROUP + step, width, SIDE)  # past the last tile, below the map
-        y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
-        token = (top + y) * width + left + x
-        mask = ((top + y < height) & (left + x < width))[:, None] & lanes[None, :]
+    for step in tl.range(GROUP, num_stages=1):
+        # past the last tile, below the map
+        top, left, token, exists = map_tile(group * GROUP + step, height, width, SIDE, ROWS)
+        mask = exists[:, None] & lanes[None, :]
         p = feature_softmax(load_tile(q_base, token, stride, lane, mask), lanes)
         acc = dot(p.to(half), a, tl.zeros([SIDE * SIDE, BLOCK_D], tl.float32), PRECISION)
         if weight is not None:
-            y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
-            acc += lepe(
-                q_base + 2 * channels, stride, top + y, left + x, 0, 0, height, width, width, weight, bias, lane,
-                lanes, ROWS,
-            )  # fmt: skip
+            v_base = q_base + 2 * channels
+            acc += map_lepe(v_base, stride, top, left, height, width, weight, bias, lane, lanes, SIDE, ROWS)
         store_tile(out, token, channels, lane, mask, acc)
 
 
@@ -223,11 +219,10 @@ def global_key_value_gradient_kernel(
     da = da.to(wide)
     if weight is not None:
         weight += head * D * 9
-    for step in range(GROUP):
-        top, left = map_tile(group * GROUP + step, width, SIDE)  # past the last tile, below the map
-        y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
-        token = (top + y) * width + left + x
-        mask = ((top + y < height) & (left + x < width))[:, None] & lanes[None, :]
+    for step in tl.range(GROUP, num_stages=1):
+        # past the last tile, below the map
+        top, left, token, exists = map_tile(group * GROUP + step, height, width, SIDE, ROWS)
+        mask = exists[:, None] & lanes[None, :]
         k = load_tile(qkv + k_offset, token, stride, lane, mask).to(tl.float32)
         v = load_tile(qkv + k_offset + channels, token, stride, lane, mask)
         n = tl.where(mask, tl.exp2(k * LOG2_E - lse[None, :]), 0.0)
@@ -235,9 +230,6 @@ def global_key_value_gradient_kernel(
         dn = dot(v.to(wide), tl.trans(da), zero, PRECISION)
         dv = dot(n.to(wide), da, zero, PRECISION)
         if weight is not None:
-            y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
-            dv += lepe(
-                do_base, channels, top + y, left + x, 0, 0, height, width, width, weight, None, lane, lanes, ROWS, True
-            )
+            dv += map_lepe(do_base, channels, top, left, height, width, weight, None, lane, lanes, SIDE, ROWS, True)
         store_tile(dqkv + k_offset, token, stride, lane, mask, n * (dn - column_sum[None, :]))
         store_tile(dqkv + k_offset + channels, token, stride, lane, mask, dv)

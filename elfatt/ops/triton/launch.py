@@ -19,7 +19,6 @@ from elfatt.ops.triton.lepe import lepe_kernel, lepe_weight_gradient_kernel
 TILE = 64  # tokens summed at a time
 SIDE = 8  # of the square tiles with LePE over the map: the neighbourhoods of a square's tokens overlap most
 ROWS = 4  # tokens of the strips that a thread sums LePE over
-WARPS = 4  # 8 repeat more work on addresses and masks, 2 leave few programs registers: read off compiled code
 LANES = 32  # channels of a program that knows no heads
 # Fewest programs, and most tiles of each. Sums over tokens: enough to fill the largest GPUs of today a few times over,
 # for each leaves a partial result. Tiles with no more than a head in common: so many that the last ones are few.
@@ -95,6 +94,7 @@ def lepe(
         launch(
             lepe_kernel, b * triton.cdiv(channels, LANES) * tiles, v, residual, weight, bias, out, h, w, channels,
             v.stride(2), tiles, SIDE=SIDE, ROWS=ROWS, LANES=LANES, TRANSPOSED=transposed,
+            num_warps=4,
         )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
 
 def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -> None:
     """Every launch goes through here."""
-    kernel[(programs,)](*arguments, **{"num_warps": WARPS} | constants)
+    kernel[(programs,)](*arguments, **constants)
 
 
 def _context(qkv, context, key_lse, heads):
@@ -153,9 +153,10 @@ def _global_gradients(qkv, dout, context, key_lse, weight, dqkv, heads):
 
 
 def _local_out(qkv, weight, bias, out, row_lse, heads, first, block):
-    places, blocks, sizes, scale, constants = _local(qkv, heads, first, block)
-    own, walked = _block_tiles(qkv, places, constants["BLOCK_D"])
-    groups, group = _groups(qkv.shape[0] * heads, blocks * triton.cdiv(places, own), *APART)
+    blocks, sizes, scale, constants = _local(qkv, heads, first, block)
+    own, walked = _block_tiles(qkv, constants)
+    tiles = blocks * triton.cdiv(constants["PLACES"], own)
+    groups, group = _block_groups(qkv, heads, tiles)
     launch(
         local_branch.local_out_kernel, qkv.shape[0] * heads * groups, qkv, weight, bias, out,
         row_lse if row_lse.numel() else None, *sizes, blocks, groups, scale, BLOCK_M=own, BLOCK_N=walked, GROUP=group,
@@ -164,17 +165,17 @@ def _local_out(qkv, weight, bias, out, row_lse, heads, first, block):
 
 
 def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
-    places, blocks, sizes, scale, constants = _local(qkv, heads, first, block)
+    blocks, sizes, scale, constants = _local(qkv, heads, first, block)
     outer = qkv.shape[0] * heads
     if block[0] * block[1] <= WHOLE_BLOCK:
-        groups, group = _groups(outer, blocks, *APART)
+        groups, group = _block_groups(qkv, heads, blocks)
         launch(
             local_branch.local_gradient_kernel, outer * groups, qkv, dout, weight, dqkv, *sizes, groups, scale,
-            BLOCK_T=_padded(places), GROUP=group, **constants,
+            BLOCK_T=_padded(constants["PLACES"]), GROUP=group, **constants,
         )  # fmt: skip
         return
-    own, walked = _block_tiles(qkv, places, constants["BLOCK_D"])
-    programs = outer * blocks * triton.cdiv(places, own)
+    own, walked = _block_tiles(qkv, constants)
+    programs = outer * blocks * triton.cdiv(constants["PLACES"], own)
     row_sum = torch.empty_like(row_lse)
     launch(
         local_branch.local_query_gradient_kernel, programs, qkv, dout, row_lse, row_sum, dqkv, *sizes, blocks, scale,
@@ -188,8 +189,9 @@ def _local_gradients(qkv, dout, weight, row_lse, dqkv, heads, first, block):
 
 def _lepe_sums(v, v_first, dout, dout_first, channels, block):
     b, h, w, _ = v.shape
-    block = min(block[0], h), min(block[1], w)
-    rows = _rows(block[0])
+    if not v.numel():
+        return v.new_zeros(10, channels, dtype=torch.float32)
+    rows = min(ROWS, triton.next_power_of_2(block[0]))
     strips = triton.cdiv(h, block[0]) * triton.cdiv(block[0], rows)
     across, down = 8, 2
     parts = triton.cdiv(channels, LANES)
@@ -198,7 +200,7 @@ def _lepe_sums(v, v_first, dout, dout_first, channels, block):
     launch(
         lepe_weight_gradient_kernel, b * groups * parts, v, dout, sums, h, w, channels, v_first, v.stride(2),
         dout_first, dout.stride(2), groups, *block, ACROSS=across, DOWN=down, ROWS=rows, LANES=LANES,
-        GROUP=group,
+        GROUP=group, num_warps=4,
     )  # fmt: skip
     return sums.sum(0)
 
@@ -207,26 +209,43 @@ def _local(qkv, heads, first, block):
     _, h, w, packed = qkv.shape
     width = (packed // 3 - first) // heads
     blocks = triton.cdiv(h, block[0]) * triton.cdiv(w, block[1])
-    sizes = (h, w, packed // 3, first, heads)
-    rows = _rows(block[0])
-    places = triton.cdiv(block[0], rows) * rows * block[1]
-    return places, blocks, sizes, width**-0.5, {"BH": block[0], "BW": block[1], "ROWS": rows, **_head(qkv, width)}
+    rows = ROWS
+    while rows > 1 and _covered(_places(block, rows)) > _covered(block[0] * block[1]):
+        rows //= 2
+    constants = {"BH": block[0], "BW": block[1], "ROWS": rows, "PLACES": _places(block, rows)}
+    return blocks, (h, w, packed // 3, first, heads), width**-0.5, constants | _head(qkv, width)
+
+
+def _places(block, rows):
+    """Of the strips that cover a block."""
+    return triton.cdiv(block[0], rows) * rows * block[1]
+
+
+def _covered(places):
+    """Places of the tiles that cover so many."""
+    return _padded(places) if places <= WHOLE_BLOCK else triton.cdiv(places, WHOLE_BLOCK) * WHOLE_BLOCK
 
 
 def _head(qkv, width):
-    return {"D": width, "BLOCK_D": _padded(width), "PRECISION": _precision(qkv)}
+    """What every kernel is told of a head. Warps share the registers of wide rows, and repeat work on narrow ones."""
+    lanes = _padded(width)
+    warps = 8 if lanes * qkv.element_size() > 128 else 4
+    return {"D": width, "BLOCK_D": lanes, "PRECISION": _precision(qkv), "num_warps": warps}
 
 
-def _rows(height):
-    return min(ROWS, triton.next_power_of_2(height))
-
-
-def _block_tiles(qkv, places, lanes):
+def _block_tiles(qkv, constants):
     """Places of a block that a program owns, and that it walks over at a time."""
+    places, lanes = constants["PLACES"], constants["BLOCK_D"]
     if places <= WHOLE_BLOCK:
         return _padded(places), _padded(places)
     # 128 read the block half as often, where they waste no more of their last tile and registers allow
     return 128 if triton.cdiv(places, 64) % 2 == 0 and lanes * qkv.element_size() <= 64 else 64, 32
+
+
+def _block_groups(qkv, heads, tiles):
+    if qkv.dtype == torch.float32:  # which fills the registers with one
+        return tiles, 1
+    return _groups(qkv.shape[0] * heads, tiles, *APART)
 
 
 def _groups(outer, inner, programs, most):

@@ -58,15 +58,30 @@ def tap_weights(weight, tap, lane, lanes, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def map_tile(tile, width, SIDE: tl.constexpr):
-    """Top and left of a square tile of the map."""
+def map_tile(tile, height, width, SIDE: tl.constexpr, ROWS: tl.constexpr):
+    """Top and left of a square tile of the map, its tokens in the order of its strips, and which of them exist."""
     columns = tl.cdiv(width, SIDE)
-    return tile // columns * SIDE, tile % columns * SIDE
+    top, left = tile // columns * SIDE, tile % columns * SIDE
+    y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
+    return top, left, (top + y) * width + left + x, (top + y < height) & (left + x < width)
+
+
+@triton.jit
+def map_lepe(
+    v, stride, top, left, height, width, weight, bias, lane, lanes,
+    SIDE: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
+    """LePE over the map of a square tile's tokens."""
+    y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
+    return lepe(
+        v, stride, top + y, left + x, 0, 0, height, width, width, weight, bias, lane, lanes, ROWS, TRANSPOSED
+    )  # fmt: skip
 
 
 @triton.jit
 def stack(rows, ROWS: tl.constexpr):
     """One tile of the rows [strips, lanes] of its strips, by registers alone."""
+    tl.static_assert(ROWS == 1 or ROWS == 2 or ROWS == 4)
     if ROWS == 1:
         tile = rows[0]
     elif ROWS == 2:
@@ -101,19 +116,14 @@ def lepe_kernel(
     tile, part, image = pid % tiles, pid // tiles % parts, (pid // tiles // parts).to(tl.int64)
     lane = part * LANES + tl.arange(0, LANES)
     lanes = lane < channels
-    top, left = map_tile(tile, width, SIDE)
-    y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
+    top, left, token, exists = map_tile(tile, height, width, SIDE, ROWS)
+    mask = exists[:, None] & lanes[None, :]
     v_base = v + image * height * width * v_stride
-    acc = lepe(
-        v_base, v_stride, top + y, left + x, 0, 0, height, width, width, weight, bias, lane, lanes, ROWS, TRANSPOSED
-    )
-    y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
-    y, x = top + y, left + x
-    mask = ((y < height) & (x < width))[:, None] & lanes[None, :]
+    acc = map_lepe(v_base, v_stride, top, left, height, width, weight, bias, lane, lanes, SIDE, ROWS, TRANSPOSED)
     start = image * height * width * channels
     if residual is not None:
-        acc += load_tile(residual + start, y * width + x, channels, lane, mask).to(tl.float32)
-    store_tile(out + start, y * width + x, channels, lane, mask, acc)
+        acc += load_tile(residual + start, token, channels, lane, mask).to(tl.float32)
+    store_tile(out + start, token, channels, lane, mask, acc)
 
 
 @triton.jit

@@ -25,11 +25,11 @@ def block_tokens(index, block, height, width, BH: tl.constexpr, BW: tl.constexpr
 @triton.jit
 def block_lepe(
     v, stride, start, block, height, width, weight, bias, lane, lanes,
-    BH: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, TRANSPOSED: tl.constexpr = False,
+    BH: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
-    """LePE of a block's PLACES places from ``start`` on."""
+    """LePE of COUNT places of a block, from ``start`` on."""
     top, left, bottom, right = block_area(block, height, width, BH, BW)
-    y, x = strip_tokens(start + tl.arange(0, PLACES // ROWS) * ROWS, BW, ROWS)
+    y, x = strip_tokens(start + tl.arange(0, COUNT // ROWS) * ROWS, BW, ROWS)
     return lepe(
         v, stride, top + y, left + x, top, left, bottom, right, width, weight, bias, lane, lanes, ROWS, TRANSPOSED
     )
@@ -56,7 +56,7 @@ def local_out_kernel(
     weight,  # [heads * D, 9] or None
     bias,  # [heads * D] or None
     out,  # [B, N, C]
-    row_lse,  # [B, heads, blocks, T] float32 or None: log2 of the sum of exp(scores)
+    row_lse,  # [B, heads, blocks, BH * BW] float32 or None: log2 of the sum of exp(scores)
     height,
     width,
     channels,
@@ -68,6 +68,7 @@ def local_out_kernel(
     BH: tl.constexpr,
     BW: tl.constexpr,
     ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -75,7 +76,6 @@ def local_out_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    PLACES: tl.constexpr = BW * ((BH + ROWS - 1) // ROWS * ROWS)
     TILES: tl.constexpr = (PLACES + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     group, head, image = pid % groups, pid // groups % heads, (pid // groups // heads).to(tl.int64)
@@ -90,7 +90,7 @@ def local_out_kernel(
         weight += head * D * 9
         if bias is not None:
             bias += head * D
-    for step in range(GROUP):
+    for step in tl.range(GROUP, num_stages=1):
         tile = group * GROUP + step
         block, query_tile = tile // TILES, tile % TILES  # past the last block, below the map
         row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -140,10 +140,11 @@ def local_gradient_kernel(
     BH: tl.constexpr,
     BW: tl.constexpr,
     ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # the block's tokens, to the next power of two
+    BLOCK_T: tl.constexpr,  # PLACES, to the next power of two
     PRECISION: tl.constexpr,
 ):
     """The whole gradient of one block and head; softmax is recomputed, nothing kept from the forward pass."""
@@ -159,7 +160,7 @@ def local_gradient_kernel(
     index = tl.arange(0, BLOCK_T)
     if weight is not None:
         weight += head * D * 9
-    for step in range(GROUP):
+    for step in tl.range(GROUP, num_stages=1):
         block = group * GROUP + step  # past the last, below the map
         token, exists, inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
         mask = exists[:, None] & lanes[None, :]
@@ -188,8 +189,8 @@ def local_gradient_kernel(
 def local_query_gradient_kernel(
     qkv,  # [B, N, 3C]
     dout,  # [B, N, C]
-    row_lse,  # [B, heads, blocks, T]
-    row_sum,  # [B, heads, blocks, T] float32, written: the rows' sums of P ⊙ dP
+    row_lse,  # [B, heads, blocks, BH * BW]
+    row_sum,  # [B, heads, blocks, BH * BW] float32, written: the rows' sums of P ⊙ dP
     dqkv,  # [B, N, 3C]: the part of Q is written
     height,
     width,
@@ -201,13 +202,13 @@ def local_query_gradient_kernel(
     BH: tl.constexpr,
     BW: tl.constexpr,
     ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    PLACES: tl.constexpr = BW * ((BH + ROWS - 1) // ROWS * ROWS)
     TILES: tl.constexpr = (PLACES + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     query_tile, block, head = pid % TILES, pid // TILES % blocks, pid // TILES // blocks % heads
@@ -256,8 +257,8 @@ def local_query_gradient_kernel(
 def local_key_value_gradient_kernel(
     qkv,  # [B, N, 3C]
     dout,  # [B, N, C]
-    row_lse,  # [B, heads, blocks, T]
-    row_sum,  # [B, heads, blocks, T]
+    row_lse,  # [B, heads, blocks, BH * BW]
+    row_sum,  # [B, heads, blocks, BH * BW]
     weight,  # [heads * D, 9] or None
     dqkv,  # [B, N, 3C]: the parts of K and V are written
     height,
@@ -270,13 +271,13 @@ def local_key_value_gradient_kernel(
     BH: tl.constexpr,
     BW: tl.constexpr,
     ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    PLACES: tl.constexpr = BW * ((BH + ROWS - 1) // ROWS * ROWS)
     TILES: tl.constexpr = (PLACES + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     key_tile, block, head = pid % TILES, pid // TILES % blocks, pid // TILES // blocks % heads
