@@ -2,7 +2,8 @@
 
 A kernel addresses the packed qkv ``[B, N, 3C]`` and the output ``[B, N, C]`` by a token stride and a channel offset, so
 that a branch and a head are offsets and nothing is cut, permuted or concatenated in memory. Head widths that are no
-power of two are masked lanes. Everything between loads and stores is float32 but the operands of the products.
+power of two are masked lanes. Everything between loads and stores is float32 but the operands of the products. Loops
+over a program's tiles have one stage: pipelined, they hold the tiles twice, more than some GPUs' shared memory.
 """
 
 import os
