@@ -6,21 +6,36 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace {
 
 #ifdef __AVX512F__
-constexpr int LANES = 16;
+constexpr int LOG2_LANES = 4;
 #else
-constexpr int LANES = 8;
+constexpr int LOG2_LANES = 3;
 #endif
-constexpr int ROWS = 6;     // by two vectors: the tile of a product that sixteen registers hold
+constexpr int LANES = 1 << LOG2_LANES;
+constexpr int SUMS = 12;    // vectors of a product that sixteen registers hold beside its factors
+constexpr int LINE = 64;    // bytes that memory hands over at once
+constexpr int AHEAD = 16;   // tokens between the one read and the one asked of memory
 constexpr int TOKENS = 64;  // handled at a time
 constexpr int TAPS = 9;     // of LePE; its bias is row TAPS of its kernels
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 // ---- vectors ----
+
+// Calls with 0, ..., N - 1 as constants, so that arrays indexed by them are registers.
+template <typename Call, int... I>
+__attribute__((always_inline)) inline void each(Call call, std::integer_sequence<int, I...>) {
+    (call(std::integral_constant<int, I>{}), ...);
+}
+
+template <int N, typename Call>
+__attribute__((always_inline)) inline void each(Call call) {
+    each(call, std::make_integer_sequence<int, N>{});
+}
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * LANES)));
@@ -41,33 +56,47 @@ inline Vec load(const float* from) {
     return x;
 }
 
+// Kept in a register: GCC would rather read it again at each use.
+inline Vec pinned(Vec x) {
+#ifdef __AVX__
+    asm("" : "+v"(x));
+#endif
+    return x;
+}
+
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 
+// Over all lanes, by halves.
+template <typename Operation>
+inline float reduce(Vec x, Operation operation) {
+    each<LOG2_LANES>([&](auto step) {
+        Int other;
+        for (int i = 0; i < LANES; i++) other[i] = i ^ (LANES >> 1 >> step);
+        x = operation(x, __builtin_shuffle(x, other));
+    });
+    return x[0];
+}
+
 inline float sum(Vec x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
+    return reduce(x, [](Vec a, Vec b) { return a + b; });
 }
 
 constexpr float LOG2_E = 1.44269504f;
 
 // 2^x for x <= 0, where smaller than the least normal number that number: an integer's power from the exponent's bits,
-// the rest from a polynomial of a relative error of 2e-8.
+// the rest from a polynomial of a relative error of 1e-7.
 inline Vec power(Vec x) {
-    const Vec least = spread(-126), round = spread(12582912 + 127);  // 1.5 * 2^23: adding it leaves an integer
-    x = x < least ? least : x;
+    const Vec round = spread(12582912 + 127);  // 1.5 * 2^23: adding it leaves an integer
+    x = larger(spread(-126), x);
     const Vec shifted = x + round;
     const Vec r = x - (shifted - round);
-    Vec p = r * 0.00015345799f + 0.00133999309f;
-    p = p * r + 0.00961848907f;
-    p = p * r + 0.05550328642f;
-    p = p * r + 0.24022646248f;
-    p = p * r + 0.69314718246f;
+    Vec p = r * 0.0013264726934f + 0.0096715127017f;
+    p = p * r + 0.055507337445f;
+    p = p * r + 0.24022242084f;
+    p = p * r + 0.6931469776f;
     p = p * r + 1.f;
     return p * (Vec)((Int)shifted << 23);
 }
-
-inline Vec exponential(Vec x) { return power(x * LOG2_E); }
 
 // ---- rows of floats ----
 
@@ -75,11 +104,11 @@ inline Vec exponential(Vec x) { return power(x * LOG2_E); }
 class Scratch {
 public:
     float* rows(size_t size) {
-        thread_local std::vector<std::vector<float>> memory;
+        thread_local std::vector<std::vector<Vec>> memory;  // of vectors, so that none straddles a cache line
         if (memory.size() == used_) memory.emplace_back();
-        std::vector<float>& own = memory[used_++];
-        if (own.size() < size) own.resize(size);
-        return own.data();
+        std::vector<Vec>& own = memory[used_++];
+        if (own.size() * LANES < size) own.resize((size + LANES - 1) / LANES);
+        return reinterpret_cast<float*>(own.data());
     }
     float* zeros(size_t size) {
         float* start = rows(size);
@@ -112,6 +141,7 @@ inline void narrow(Vec x, Brain* to) {
 template <typename T>
 inline void read(const T* __restrict from, int d, float* __restrict to) {
     int i = 0;
+#pragma GCC unroll 4
     for (; i + LANES <= d; i += LANES) store(to + i, widen(from + i));
     if (i == d) return;
     T last[LANES] = {};
@@ -122,6 +152,7 @@ inline void read(const T* __restrict from, int d, float* __restrict to) {
 template <typename T>
 inline void write(const float* __restrict from, int d, T* __restrict to) {
     int i = 0;
+#pragma GCC unroll 4
     for (; i + LANES <= d; i += LANES) narrow(load(from + i), to + i);
     if (i == d) return;
     T last[LANES];
@@ -130,33 +161,45 @@ inline void write(const float* __restrict from, int d, T* __restrict to) {
 }
 
 inline void scale(float* row, int lanes, float factor) {
+#pragma GCC unroll 4
     for (int i = 0; i < lanes; i += LANES) store(row + i, load(row + i) * factor);
 }
 
-// row = 2^(row - its largest), and its sum; `zeros` more zeros count as of the row.
-inline float power_row(float* row, int n, int zeros = 0) {
-    const int lanes = whole(n);
-    for (int i = n; i < lanes; i++) row[i] = LOWEST;
-    Vec most = load(row);
-    for (int i = LANES; i < lanes; i += LANES) most = larger(most, load(row + i));
-    float top = zeros ? 0 : LOWEST;
-    for (int i = 0; i < LANES; i++) top = std::max(top, most[i]);
-    Vec total{};
-    for (int i = 0; i < lanes; i += LANES) {
-        const Vec x = power(load(row + i) - top);
-        total += x;
-        store(row + i, x);
+// rows = exp(factor * (rows - the largest of each)), and their sums; `zeros` more zeros count as of each row.
+__attribute__((noinline)) void exponential_rows(float* rows, int count, int n, float factor, float* totals,
+                                                int zeros = 0) {
+    const int lanes = whole(n), last = lanes - LANES;
+    Int own;
+    for (int i = 0; i < LANES; i++) own[i] = last + i < n ? -1 : 0;
+    factor *= LOG2_E;
+    for (int r = 0; r < count; r++, rows += lanes) {
+        const Vec end = own ? load(rows + last) : spread(LOWEST);
+        Vec most = end;
+#pragma GCC unroll 4
+        for (int i = 0; i < last; i += LANES) most = larger(most, load(rows + i));
+        float top = reduce(most, larger);
+        if (zeros) top = std::max(top, 0.f);
+        const Vec base = spread(factor * top);
+        Vec total{};
+#pragma GCC unroll 2
+        for (int i = 0; i < last; i += LANES) {
+            const Vec x = power(load(rows + i) * factor - base);
+            total += x;
+            store(rows + i, x);
+        }
+        const Vec x = own ? power(end * factor - base) : Vec{};
+        store(rows + last, x);
+        totals[r] = sum(total + x) + (zeros ? zeros * std::exp2(-factor * top) : 0);
     }
-    for (int i = n; i < lanes; i++) row[i] = 0;
-    return sum(total) + (zeros ? zeros * std::exp2(-top) : 0);
 }
 
-// Softmax of rows that were multiplied by LOG2_E.
-inline void softmax_rows(float* rows, int count, int n, int zeros = 0) {
+void softmax_rows(float* rows, int count, int n, float factor = 1, int zeros = 0) {
+    float totals[TOKENS];
     const int lanes = whole(n);
-    for (int i = 0; i < count; i++) {
-        const float total = power_row(rows + i * lanes, n, zeros);
-        scale(rows + i * lanes, lanes, 1 / total);
+    for (int most = TOKENS; count > 0; count -= most, rows += most * lanes) {
+        most = std::min(most, count);
+        exponential_rows(rows, most, n, factor, totals, zeros);
+        for (int i = 0; i < most; i++) scale(rows + i * lanes, lanes, 1 / totals[i]);
     }
 }
 
@@ -182,67 +225,78 @@ inline Factor rows_of(const float* data, int lanes) { return {data, lanes, 1}; }
 inline Factor columns_of(const float* data, int lanes) { return {data, 1, lanes}; }
 
 template <int R, int V>
-inline void multiply_tile(int depth, Factor a, const float* b, float* c, int lanes, bool add) {
+void multiply_tile(int depth, Factor a, const float* b, float* c, int lanes, bool add) {
     Vec sums[R][V];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sums[r][v] = add ? load(c + r * lanes + v * LANES) : Vec{};
+    each<R>([&](auto r) {
+        each<V>([&](auto v) { sums[r][v] = add ? load(c + r * lanes + v * LANES) : Vec{}; });
+    });
     for (int k = 0; k < depth; k++, b += lanes) {
         Vec row[V];
-        for (int v = 0; v < V; v++) row[v] = load(b + v * LANES);
-        for (int r = 0; r < R; r++) {
+        each<V>([&](auto v) { row[v] = pinned(load(b + v * LANES)); });
+        each<R>([&](auto r) {
             const Vec factor = spread(a.data[r * a.row + k * a.column]);
-            for (int v = 0; v < V; v++) sums[r][v] += factor * row[v];
-        }
+            each<V>([&](auto v) { sums[r][v] += factor * row[v]; });
+        });
     }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) store(c + r * lanes + v * LANES, sums[r][v]);
+    each<R>([&](auto r) { each<V>([&](auto v) { store(c + r * lanes + v * LANES, sums[r][v]); }); });
 }
 
+template <int V, int... R>
+void multiply_rows(int rows, int depth, Factor a, const float* b, float* c, int lanes, bool add,
+                   std::integer_sequence<int, R...>) {
+    ((rows == R + 1 ? multiply_tile<R + 1, V>(depth, a, b, c, lanes, add) : void()), ...);
+}
+
+// As many columns as V vectors have.
 template <int V>
-inline void multiply_rows(int count, int depth, Factor a, const float* b, float* c, int lanes, bool add) {
-    switch (count) {
-        case 1:
-            return multiply_tile<1, V>(depth, a, b, c, lanes, add);
-        case 2:
-            return multiply_tile<2, V>(depth, a, b, c, lanes, add);
-        case 3:
-            return multiply_tile<3, V>(depth, a, b, c, lanes, add);
-        case 4:
-            return multiply_tile<4, V>(depth, a, b, c, lanes, add);
-        case 5:
-            return multiply_tile<5, V>(depth, a, b, c, lanes, add);
-        default:
-            return multiply_tile<ROWS, V>(depth, a, b, c, lanes, add);
+void multiply_panel(int count, int depth, Factor a, const float* b, float* c, int lanes, bool add) {
+    constexpr int most = SUMS / std::max(V, 2);
+    int groups = (count + most - 1) / most;  // of nearly equal size: a single row left over would be slow
+    for (int rows; count > 0; count -= rows, groups--) {
+        rows = (count + groups - 1) / groups;
+        multiply_rows<V>(rows, depth, a, b, c, lanes, add, std::make_integer_sequence<int, most>{});
+        a.data += int64_t(rows) * a.row;
+        c += rows * lanes;
     }
 }
 
 // c[count, lanes] = a[count, depth] b[depth, lanes], or c + a b; lanes a whole number of vectors.
 void multiply(int count, int depth, Factor a, const float* b, float* c, int lanes, bool add = false) {
-    for (int j = 0; j < lanes; j += 2 * LANES) {
-        int groups = (count + ROWS - 1) / ROWS;  // of nearly equal size: a single row left over would be slow
-        for (int i = 0, rows; i < count; i += rows, groups--) {
-            rows = (count - i + groups - 1) / groups;
-            const Factor from{a.data + int64_t(i) * a.row, a.row, a.column};
-            if (lanes - j > LANES)
-                multiply_rows<2>(rows, depth, from, b + j, c + i * lanes + j, lanes, add);
-            else
-                multiply_rows<1>(rows, depth, from, b + j, c + i * lanes + j, lanes, add);
-        }
+    for (int j = 0, vectors = lanes / LANES, panel; vectors; vectors -= panel, j += panel * LANES) {
+        panel = vectors == 1 ? 1 : vectors % 2 ? 3 : 2;
+        const auto multiply = panel == 1 ? multiply_panel<1> : panel == 2 ? multiply_panel<2> : multiply_panel<3>;
+        multiply(count, depth, a, b + j, c + j, lanes, add);
     }
 }
 
-// Columns of rows[count, ...] as rows of whole vectors.
-const float* transpose(Scratch& scratch, const float* rows, int count, int d, int lanes) {
+// Transposes LANES vectors, by swapping ever larger squares among them.
+inline void transpose_square(Vec (&square)[LANES]) {
+    each<LOG2_LANES>([&](auto step) {
+        constexpr int side = 1 << step;
+        Int upper, lower;
+        for (int i = 0; i < LANES; i++) {
+            upper[i] = i & side ? LANES + i - side : i;
+            lower[i] = i & side ? LANES + i : i + side;
+        }
+        each<LANES / 2>([&](auto pair) {
+            constexpr int row = pair / side * 2 * side + pair % side;
+            Vec &x = square[row], &y = square[row + side];
+            const Vec above = __builtin_shuffle(x, y, upper), below = __builtin_shuffle(x, y, lower);
+            x = above, y = below;
+        });
+    });
+}
+
+// rows[count, lanes] as [lanes, whole(count)], padded with zeros.
+const float* transpose(Scratch& scratch, const float* rows, int count, int lanes) {
     const int columns = whole(count);
-    float* turned = scratch.rows(size_t(d) * columns);
+    float* turned = scratch.rows(size_t(lanes) * columns);
     for (int i = 0; i < columns; i += LANES)
-        for (int j = 0; j < d; j++) {
-            Vec column{};
-            if (i + LANES <= count)  // known to be whole, it is gathered in registers
-                for (int lane = 0; lane < LANES; lane++) column[lane] = rows[(i + lane) * lanes + j];
-            else
-                for (int lane = 0; lane < count - i; lane++) column[lane] = rows[(i + lane) * lanes + j];
-            store(turned + j * columns + i, column);
+        for (int j = 0; j < lanes; j += LANES) {
+            Vec square[LANES];
+            each<LANES>([&](auto k) { square[k] = i + k < count ? load(rows + (i + k) * lanes + j) : Vec{}; });
+            transpose_square(square);
+            each<LANES>([&](auto k) { store(turned + (j + k) * columns + i, square[k]); });
         }
     return turned;
 }
@@ -262,7 +316,11 @@ struct Map {
     Map tokens(int start, int count) const { return {data + int64_t(start) * stride, 1, count, stride, 0}; }
     float* read_to(float* rows, int d) const {
         for (int y = 0; y < height; y++)
-            for (int x = 0; x < width; x++) read(at(y, x), d, rows + (y * width + x) * whole(d));
+            for (int x = 0; x < width; x++) {
+                const T* from = at(y, x);
+                for (int i = 0; i < d; i += LINE / int(sizeof(T))) __builtin_prefetch(from + AHEAD * stride + i);
+                read(from, d, rows + (y * width + x) * whole(d));
+            }
         return rows;
     }
     void write_from(const float* rows, int d) const {

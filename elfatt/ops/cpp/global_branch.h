@@ -33,10 +33,10 @@ void context_part(const Head<const T>& in, int d, Tokens tokens, Part part) {
             const Vec before = load(top + j);
             Vec now = before;
             for (int i = 0; i < count; i++) now = larger(now, load(k + i * lanes + j));
-            const Vec shrink = exponential(before - now);
+            const Vec base = now * LOG2_E, shrink = power(before * LOG2_E - base);
             Vec sums = load(total + j) * shrink;
             for (int i = 0; i < count; i++) {
-                const Vec x = exponential(load(k + i * lanes + j) - now);
+                const Vec x = power(load(k + i * lanes + j) * LOG2_E - base);
                 store(k + i * lanes + j, x);
                 sums += x;
             }
@@ -83,7 +83,6 @@ void global_out(const Head<const T>& in, Map<T> out, int d, Tile tile, const flo
     Window<T> window(scratch, in.v, d, tile);
     for (int y = tile.top; y < tile.bottom; y++) {
         tile.row(in.q, y).read_to(q, d);
-        scale(q, width * lanes, LOG2_E);
         softmax_rows(q, width, d);
         multiply(width, d, rows_of(q, lanes), own, row, lanes);
         if (kernels) add_convolution<1>(window.at(y), width, lanes, kernels, row);
@@ -97,14 +96,13 @@ void global_query_gradient(const Head<const T>& in, Map<const T> dout, const Hea
                            const float* context, float* dcontext) {
     const int lanes = whole(d);
     Scratch scratch;
-    const float* turned = transpose(scratch, matrix_rows(scratch, context, d), d, d, lanes);
+    const float* turned = transpose(scratch, matrix_rows(scratch, context, d), d, lanes);
     float *product = scratch.zeros(d * lanes), *q = scratch.rows(TOKENS * lanes), *dq = scratch.rows(TOKENS * lanes);
     float* up = scratch.rows(TOKENS * lanes);
     for (int start = tokens.begin, count; start < tokens.end; start += count) {
         count = next_tokens(start, tokens.end);
         in.q.tokens(start, count).read_to(q, d);
         dout.tokens(start, count).read_to(up, d);
-        scale(q, count * lanes, LOG2_E);
         softmax_rows(q, count, d);
         multiply(d, count, columns_of(q, lanes), up, product, lanes, true);
         multiply(count, d, rows_of(up, lanes), turned, dq, lanes);
@@ -121,10 +119,11 @@ void global_key_value_gradient(const Head<const T>& in, Map<const T> dout, const
                                float* sums) {
     const int lanes = whole(d), width = tile.width();
     Scratch scratch;
-    const float *own = matrix_rows(scratch, dcontext, d), *turned = transpose(scratch, own, d, d, lanes);
+    const float *own = matrix_rows(scratch, dcontext, d), *turned = transpose(scratch, own, d, lanes);
     const float* kernels = lepe.rows(scratch, d);
     float *lse = scratch.rows(lanes), *mean = scratch.zeros(lanes), *totals = scratch.zeros((TAPS + 1) * lanes);
     read(key_lse, d, lse);
+    scale(lse, lanes, LOG2_E);
     for (int i = 0; i < d; i++)
         for (int j = 0; j < d; j++) mean[i] += context[i * d + j] * dcontext[i * d + j];
     float *k = scratch.rows(width * lanes), *v = scratch.rows(width * lanes);
@@ -134,7 +133,7 @@ void global_key_value_gradient(const Head<const T>& in, Map<const T> dout, const
         tile.row(in.k, y).read_to(k, d);
         tile.row(in.v, y).read_to(v, d);
         for (int x = 0; x < width * lanes; x += lanes)
-            for (int i = 0; i < lanes; i += LANES) store(k + x + i, exponential(load(k + x + i) - load(lse + i)));
+            for (int i = 0; i < lanes; i += LANES) store(k + x + i, power(load(k + x + i) * LOG2_E - load(lse + i)));
         multiply(width, d, rows_of(v, lanes), turned, dk, lanes);
         multiply(width, d, rows_of(k, lanes), own, dv, lanes);
         if (kernels) {

@@ -65,23 +65,24 @@ private:
 
 // out += L(v), or its transpose, for one row of tokens.
 template <int DIRECTION>
-void add_convolution(const Neighbours& near, int width, int lanes, const float* kernels, float* out) {
+void add_convolution(Neighbours near, int width, int lanes, const float* kernels, float* out) {
     for (int i = 0; i < lanes; i += LANES) {
         Vec kernel[TAPS];
-        for (int tap = 0; tap < TAPS; tap++) kernel[tap] = load(kernels + tap * lanes + i);
+        each<TAPS>([&](auto tap) { kernel[tap] = load(kernels + tap * lanes + i); });
         const Vec bias = DIRECTION > 0 ? load(kernels + TAPS * lanes + i) : Vec{};
         for (int x = 0; x < width; x++) {
             Vec total = load(out + x * lanes + i) + bias;
-            for (int tap = 0; tap < TAPS; tap++)
-                total += kernel[tap] *
-                         load(near.rows[1 + DIRECTION * (tap / 3 - 1)] + (x + DIRECTION * (tap % 3 - 1)) * lanes + i);
+            each<TAPS>([&](auto tap) {
+                const float* row = near.rows[1 + DIRECTION * (tap / 3 - 1)];
+                total += kernel[tap] * load(row + (x + DIRECTION * (tap % 3 - 1)) * lanes + i);
+            });
             store(out + x * lanes + i, total);
         }
     }
 }
 
 // Adds the gradients of the kernels and of the bias from one row of v and three of the output's gradient.
-void add_kernel_gradient(const Neighbours& gradient, int width, int lanes, const float* v, float* sums) {
+void add_kernel_gradient(Neighbours gradient, int width, int lanes, const float* v, float* sums) {
     for (int i = 0; i < lanes; i += LANES) {
         Vec totals[TAPS + 1];
         for (int tap = 0; tap <= TAPS; tap++) totals[tap] = load(sums + tap * lanes + i);

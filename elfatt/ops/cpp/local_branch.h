@@ -31,13 +31,12 @@ void local_out(const Head<const T>& in, Map<T> out, int d, int zeros, Lepe lepe)
     Scratch scratch;
     const float* kernels = lepe.rows(scratch, d);
     float *q = in.q.read_to(scratch.rows(n * lanes), d), *v = in.v.read_to(scratch.rows(n * lanes), d);
-    const float* keys = transpose(scratch, in.k.read_to(scratch.rows(n * lanes), d), n, d, lanes);
+    const float* keys = transpose(scratch, in.k.read_to(scratch.rows(n * lanes), d), n, lanes);
     float *scores = scratch.rows(TOKENS * columns), *rows = scratch.rows(n * lanes), totals[TOKENS];
-    scale(q, n * lanes, LOG2_E / std::sqrt(float(d)));
     for (int start = 0, count; start < n; start += count) {
         count = next_tokens(start, n);
         multiply(count, d, rows_of(q + start * lanes, lanes), keys, scores, columns);
-        for (int i = 0; i < count; i++) totals[i] = power_row(scores + i * columns, n, zeros);
+        exponential_rows(scores, count, n, 1 / std::sqrt(float(d)), totals, zeros);
         multiply(count, n, rows_of(scores, columns), v, rows + start * lanes, lanes);
         for (int i = 0; i < count; i++) scale(rows + (start + i) * lanes, lanes, 1 / totals[i]);
     }
@@ -58,23 +57,23 @@ void local_gradient(const Head<const T>& in, Map<const T> dout, const Head<T>& o
     const float* kernels = lepe.rows(scratch, d);
     float *q = in.q.read_to(scratch.rows(n * lanes), d), *k = in.k.read_to(scratch.rows(n * lanes), d);
     float *v = in.v.read_to(scratch.rows(n * lanes), d), *up = dout.read_to(scratch.rows(n * lanes), d);
-    const float *keys = transpose(scratch, k, n, d, lanes), *values = transpose(scratch, v, n, d, lanes);
+    const float *keys = transpose(scratch, k, n, lanes), *values = transpose(scratch, v, n, lanes);
     float *dq = scratch.rows(n * lanes), *dk = scratch.zeros(n * lanes), *dv = scratch.zeros(n * lanes);
     float *weights = scratch.rows(TOKENS * columns), *gradients = scratch.rows(TOKENS * columns);
-    scale(q, n * lanes, LOG2_E / std::sqrt(float(d)));
+    const float factor = 1 / std::sqrt(float(d));
     for (int start = 0, count; start < n; start += count) {
         count = next_tokens(start, n);
         const float *own = q + start * lanes, *upstream = up + start * lanes;
         multiply(count, d, rows_of(own, lanes), keys, weights, columns);
-        softmax_rows(weights, count, n, zeros);
+        softmax_rows(weights, count, n, factor, zeros);
         multiply(count, d, rows_of(upstream, lanes), values, gradients, columns);
         multiply(n, count, columns_of(weights, columns), upstream, dv, lanes, true);
         softmax_gradient_rows(weights, gradients, count, columns);
         multiply(n, count, columns_of(gradients, columns), own, dk, lanes, true);
         multiply(count, n, rows_of(gradients, columns), k, dq + start * lanes, lanes);
     }
-    scale(dq, n * lanes, 1 / std::sqrt(float(d)));
-    scale(dk, n * lanes, 1 / LOG2_E);
+    scale(dq, n * lanes, factor);
+    scale(dk, n * lanes, factor);
     if (kernels) {
         float* totals = scratch.zeros((TAPS + 1) * lanes);
         Window<T> window(scratch, dout, d, {0, dout.height, 0, width});
