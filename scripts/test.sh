@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Sets up where needed and runs the tests; arguments go to pytest.
+# Sets up where needed and runs the tests in two processes of one thread each; arguments go to pytest.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet .
-exec .venv/bin/python -m pytest "$@"
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest --numprocesses 2 --dist worksteal "$@"
