@@ -18,6 +18,7 @@ constexpr int LOG2_LANES = 3;
 #endif
 constexpr int LANES = 1 << LOG2_LANES;
 constexpr int SUMS = 12;    // vectors of a product that sixteen registers hold beside its factors
+constexpr int ROWS = 6;     // of a product at a time, at most
 constexpr int LINE = 64;    // bytes that memory hands over at once
 constexpr int AHEAD = 16;   // tokens between the one read and the one asked of memory
 constexpr int TOKENS = 64;  // handled at a time
@@ -84,7 +85,7 @@ inline float sum(Vec x) {
 constexpr float LOG2_E = 1.44269504f;
 
 // 2^x for x <= 0, where smaller than the least normal number that number: an integer's power from the exponent's bits,
-// the rest from a polynomial of a relative error of 1e-7.
+// the rest from a polynomial. Relative errors stay below 2e-7.
 inline Vec power(Vec x) {
     const Vec round = spread(12582912 + 127);  // 1.5 * 2^23: adding it leaves an integer
     x = larger(spread(-126), x);
@@ -97,6 +98,8 @@ inline Vec power(Vec x) {
     p = p * r + 1.f;
     return p * (Vec)((Int)shifted << 23);
 }
+
+inline Vec exponential(Vec x) { return power(x * LOG2_E); }
 
 // ---- rows of floats ----
 
@@ -165,42 +168,39 @@ inline void scale(float* row, int lanes, float factor) {
     for (int i = 0; i < lanes; i += LANES) store(row + i, load(row + i) * factor);
 }
 
-// rows = exp(factor * (rows - the largest of each)), and their sums; `zeros` more zeros count as of each row.
+// rows = exp(factor * (rows - the largest of each)); their sums go to `totals` or, without it, divide the rows. `zeros`
+// more zeros count as of each row. Not inlined, so that its constants keep their registers.
 __attribute__((noinline)) void exponential_rows(float* rows, int count, int n, float factor, float* totals,
                                                 int zeros = 0) {
     const int lanes = whole(n), last = lanes - LANES;
-    Int own;
-    for (int i = 0; i < LANES; i++) own[i] = last + i < n ? -1 : 0;
+    Int inside;
+    for (int i = 0; i < LANES; i++) inside[i] = last + i < n ? -1 : 0;
     factor *= LOG2_E;
     for (int r = 0; r < count; r++, rows += lanes) {
-        const Vec end = own ? load(rows + last) : spread(LOWEST);
+        const Vec end = inside ? load(rows + last) : spread(LOWEST);
         Vec most = end;
 #pragma GCC unroll 4
         for (int i = 0; i < last; i += LANES) most = larger(most, load(rows + i));
-        float top = reduce(most, larger);
-        if (zeros) top = std::max(top, 0.f);
-        const Vec base = spread(factor * top);
-        Vec total{};
+        const float top = std::max(reduce(most, larger), zeros ? 0 : LOWEST);
+        Vec sums{};
 #pragma GCC unroll 2
         for (int i = 0; i < last; i += LANES) {
-            const Vec x = power(load(rows + i) * factor - base);
-            total += x;
+            const Vec x = power((load(rows + i) - top) * factor);
+            sums += x;
             store(rows + i, x);
         }
-        const Vec x = own ? power(end * factor - base) : Vec{};
+        const Vec x = inside ? power((end - top) * factor) : Vec{};
         store(rows + last, x);
-        totals[r] = sum(total + x) + (zeros ? zeros * std::exp2(-factor * top) : 0);
+        const float total = sum(sums + x) + (zeros ? zeros * std::exp2(-factor * top) : 0);
+        if (totals)
+            totals[r] = total;
+        else
+            scale(rows, lanes, 1 / total);
     }
 }
 
-void softmax_rows(float* rows, int count, int n, float factor = 1, int zeros = 0) {
-    float totals[TOKENS];
-    const int lanes = whole(n);
-    for (int most = TOKENS; count > 0; count -= most, rows += most * lanes) {
-        most = std::min(most, count);
-        exponential_rows(rows, most, n, factor, totals, zeros);
-        for (int i = 0; i < most; i++) scale(rows + i * lanes, lanes, 1 / totals[i]);
-    }
+inline void softmax_rows(float* rows, int count, int n, float factor = 1, int zeros = 0) {
+    exponential_rows(rows, count, n, factor, nullptr, zeros);
 }
 
 // Backward through softmax: gradients = weights * (gradients - the row's sum of weights * gradients).
@@ -250,11 +250,11 @@ void multiply_rows(int rows, int depth, Factor a, const float* b, float* c, int 
 // As many columns as V vectors have.
 template <int V>
 void multiply_panel(int count, int depth, Factor a, const float* b, float* c, int lanes, bool add) {
-    constexpr int most = SUMS / std::max(V, 2);
-    int groups = (count + most - 1) / most;  // of nearly equal size: a single row left over would be slow
+    constexpr int limit = std::min(SUMS / V, ROWS);
+    int groups = (count + limit - 1) / limit;  // of nearly equal size: a single row left over would be slow
     for (int rows; count > 0; count -= rows, groups--) {
         rows = (count + groups - 1) / groups;
-        multiply_rows<V>(rows, depth, a, b, c, lanes, add, std::make_integer_sequence<int, most>{});
+        multiply_rows<V>(rows, depth, a, b, c, lanes, add, std::make_integer_sequence<int, limit>{});
         a.data += int64_t(rows) * a.row;
         c += rows * lanes;
     }
@@ -264,8 +264,8 @@ void multiply_panel(int count, int depth, Factor a, const float* b, float* c, in
 void multiply(int count, int depth, Factor a, const float* b, float* c, int lanes, bool add = false) {
     for (int j = 0, vectors = lanes / LANES, panel; vectors; vectors -= panel, j += panel * LANES) {
         panel = vectors == 1 ? 1 : vectors % 2 ? 3 : 2;
-        const auto multiply = panel == 1 ? multiply_panel<1> : panel == 2 ? multiply_panel<2> : multiply_panel<3>;
-        multiply(count, depth, a, b + j, c + j, lanes, add);
+        const auto product = panel == 1 ? multiply_panel<1> : panel == 2 ? multiply_panel<2> : multiply_panel<3>;
+        product(count, depth, a, b + j, c + j, lanes, add);
     }
 }
 
@@ -314,6 +314,7 @@ struct Map {
     }
     // Of a whole map, read row by row.
     Map tokens(int start, int count) const { return {data + int64_t(start) * stride, 1, count, stride, 0}; }
+    // Memory is asked for later tokens meanwhile; behind the last one that does nothing.
     float* read_to(float* rows, int d) const {
         for (int y = 0; y < height; y++)
             for (int x = 0; x < width; x++) {

@@ -33,10 +33,10 @@ void context_part(const Head<const T>& in, int d, Tokens tokens, Part part) {
             const Vec before = load(top + j);
             Vec now = before;
             for (int i = 0; i < count; i++) now = larger(now, load(k + i * lanes + j));
-            const Vec base = now * LOG2_E, shrink = power(before * LOG2_E - base);
+            const Vec shrink = exponential(before - now);
             Vec sums = load(total + j) * shrink;
             for (int i = 0; i < count; i++) {
-                const Vec x = power(load(k + i * lanes + j) * LOG2_E - base);
+                const Vec x = exponential(load(k + i * lanes + j) - now);
                 store(k + i * lanes + j, x);
                 sums += x;
             }
@@ -123,7 +123,6 @@ void global_key_value_gradient(const Head<const T>& in, Map<const T> dout, const
     const float* kernels = lepe.rows(scratch, d);
     float *lse = scratch.rows(lanes), *mean = scratch.zeros(lanes), *totals = scratch.zeros((TAPS + 1) * lanes);
     read(key_lse, d, lse);
-    scale(lse, lanes, LOG2_E);
     for (int i = 0; i < d; i++)
         for (int j = 0; j < d; j++) mean[i] += context[i * d + j] * dcontext[i * d + j];
     float *k = scratch.rows(width * lanes), *v = scratch.rows(width * lanes);
@@ -133,7 +132,7 @@ void global_key_value_gradient(const Head<const T>& in, Map<const T> dout, const
         tile.row(in.k, y).read_to(k, d);
         tile.row(in.v, y).read_to(v, d);
         for (int x = 0; x < width * lanes; x += lanes)
-            for (int i = 0; i < lanes; i += LANES) store(k + x + i, power(load(k + x + i) * LOG2_E - load(lse + i)));
+            for (int i = 0; i < lanes; i += LANES) store(k + x + i, exponential(load(k + x + i) - load(lse + i)));
         multiply(width, d, rows_of(v, lanes), turned, dk, lanes);
         multiply(width, d, rows_of(k, lanes), own, dv, lanes);
         if (kernels) {

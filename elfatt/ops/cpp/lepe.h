@@ -28,6 +28,7 @@ struct Tile {
 };
 
 // Three rows of tokens in floats, from the first token of each; before it and behind the last one lie their neighbours.
+// Handed over by value, so that no write to memory can change it.
 struct Neighbours {
     const float* rows[3];
 };
