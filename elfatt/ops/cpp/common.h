@@ -20,7 +20,7 @@ constexpr int LANES = 1 << LOG2_LANES;
 constexpr int SUMS = 12;    // vectors of a product that sixteen registers hold beside its factors
 constexpr int ROWS = 6;     // of a product at a time, at most
 constexpr int LINE = 64;    // bytes that memory hands over at once
-constexpr int AHEAD = 16;   // tokens between the one read and the one asked of memory
+constexpr int AHEAD = 16;   // tokens between the one read and the one asked of memory, along a map
 constexpr int TOKENS = 64;  // handled at a time
 constexpr int TAPS = 9;     // of LePE; its bias is row TAPS of its kernels
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
@@ -308,18 +308,19 @@ template <typename T>
 struct Map {
     T* data;
     int height, width, stride, pitch;
+    int64_t ahead;  // elements between the token that is read and the one that memory is asked for meanwhile
     T* at(int y, int x) const { return data + int64_t(y) * pitch + x * stride; }
     Map part(int y, int x, int part_height, int part_width) const {
-        return {at(y, x), part_height, part_width, stride, pitch};
+        return {at(y, x), part_height, part_width, stride, pitch, ahead};
     }
     // Of a whole map, read row by row.
-    Map tokens(int start, int count) const { return {data + int64_t(start) * stride, 1, count, stride, 0}; }
-    // Memory is asked for later tokens meanwhile; behind the last one that does nothing.
+    Map tokens(int start, int count) const { return {data + int64_t(start) * stride, 1, count, stride, 0, ahead}; }
     float* read_to(float* rows, int d) const {
         for (int y = 0; y < height; y++)
             for (int x = 0; x < width; x++) {
                 const T* from = at(y, x);
-                for (int i = 0; i < d; i += LINE / int(sizeof(T))) __builtin_prefetch(from + AHEAD * stride + i);
+                // asking for what lies behind the last token does nothing
+                for (int i = 0; i < d; i += LINE / int(sizeof(T))) __builtin_prefetch(from + ahead + i);
                 read(from, d, rows + (y * width + x) * whole(d));
             }
         return rows;

@@ -9,6 +9,9 @@
 
 namespace {
 
+constexpr int TURN = 8;   // tasks that a thread takes at a time, at most
+constexpr int TURNS = 8;  // of each thread, at least: some are slower than others
+
 // One head of one part (a block, a tile, a split) of one image. Heads come first: they lie side by side in memory.
 struct Task {
     int image, part, head;
@@ -28,20 +31,38 @@ struct Sizes {
     template <typename T>
     Map<T> map(T* data, int stride, Task t) const {
         if (data) data += int64_t(t.image) * height * width * stride + first + t.head * d;
-        return {data, height, width, stride, width * stride};
+        return {data, height, width, stride, width * stride, AHEAD * stride};
+    }
+    // Of a task's block; memory is asked for the next task's, which the same thread takes most often.
+    template <typename T>
+    Map<T> block_map(T* data, int stride, Task t) const {
+        const Task next = task(t.index + 1, parts());
+        Map<T> own = block(t).of(map(data, stride, t));
+        own.ahead = block(next).of(map(data, stride, next)).data - own.data;
+        return own;
     }
     template <typename T>
     Head<T> head(T* qkv, Task t) const {
         return {map(qkv, 3 * channels, t), map(qkv + channels, 3 * channels, t),
                 map(qkv + 2 * channels, 3 * channels, t)};
     }
+    template <typename T>
+    Head<T> block_head(T* qkv, Task t) const {
+        return {block_map(qkv, 3 * channels, t), block_map(qkv + channels, 3 * channels, t),
+                block_map(qkv + 2 * channels, 3 * channels, t)};
+    }
     Lepe kernels(const float* lepe, Task t) const { return {lepe ? lepe + t.head * d : nullptr, heads * d}; }
     float* sums(float* all, Task t) const { return all + t.index * (TAPS + 1) * d; }
+    Task task(int64_t index, int parts) const {
+        return {int(index / heads / parts), int(index / heads % parts), int(index % heads), index};
+    }
+    // Threads take several tasks in turn where there are enough for all.
     template <typename Work>
     void run(int parts, const Work& work) const {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (int64_t i = 0; i < int64_t(images) * parts * heads; i++)
-            work(Task{int(i / heads / parts), int(i / heads % parts), int(i % heads), i});
+        const int64_t tasks = int64_t(images) * parts * heads;
+        const int64_t turn = std::clamp<int64_t>(tasks / threads / TURNS, 1, TURN);
+#pragma omp parallel for schedule(dynamic, turn) num_threads(threads)
+        for (int64_t i = 0; i < tasks; i++) work(task(i, parts));
     }
 };
 
@@ -89,18 +110,15 @@ void global_backward(Sizes s, const T* qkv, const T* dout, const float* lepe, co
 template <typename T>
 void local_forward(Sizes s, const T* qkv, const float* lepe, T* out) {
     s.run(s.parts(), [&](Task t) {
-        const Block block = s.block(t);
-        local_out<T>(block.of(s.head(qkv, t)), block.of(s.map(out, s.channels, t)), s.d, block.zeros,
-                     s.kernels(lepe, t));
+        local_out<T>(s.block_head(qkv, t), s.block_map(out, s.channels, t), s.d, s.block(t).zeros, s.kernels(lepe, t));
     });
 }
 
 template <typename T>
 void local_backward(Sizes s, const T* qkv, const T* dout, const float* lepe, T* dqkv, float* sums) {
     s.run(s.parts(), [&](Task t) {
-        const Block block = s.block(t);
-        local_gradient<T>(block.of(s.head(qkv, t)), block.of(s.map(dout, s.channels, t)), block.of(s.head(dqkv, t)),
-                          s.d, block.zeros, s.kernels(lepe, t), s.sums(sums, t));
+        local_gradient<T>(s.block_head(qkv, t), s.block_map(dout, s.channels, t), s.block_head(dqkv, t), s.d,
+                          s.block(t).zeros, s.kernels(lepe, t), s.sums(sums, t));
     });
 }
 

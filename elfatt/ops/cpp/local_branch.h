@@ -19,10 +19,6 @@ struct Block {
     Map<T> of(Map<T> map) const {
         return map.part(y, x, height, width);
     }
-    template <typename T>
-    Head<T> of(Head<T> head) const {
-        return {of(head.q), of(head.k), of(head.v)};
-    }
 };
 
 template <typename T>
