@@ -355,7 +355,7 @@ def test_training_takes_the_same_course():
     """200 steps on handwritten digits: every loss as with PyTorch's operators."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("half an hour in the interpreter")
+        pytest.skip("hours in the interpreter")
     images = torch.tensor(digits.images, dtype=FLOAT, device=DEVICE)[:, None].repeat(1, 3, 2, 2) / 8 - 1
     labels = torch.tensor(digits.target, device=DEVICE)
     small = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2), "block_size": (2, 2, 2)}
