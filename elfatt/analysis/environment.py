@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 import elfatt
-from elfatt.ops.dispatch import fused_backend
+from elfatt.ops import active_backend
+from elfatt.ops.dispatch import resolve
 
 PACKAGES = (
     "torch",
@@ -49,7 +50,7 @@ def describe_environment(device: str) -> dict[str, dict]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    flags = {"auto_backend": fused_backend(torch.empty(1, 1, 1, 1, device=device)) or "sdpa"}
+    flags = {"backend": active_backend(), "auto_backend": resolve("auto", torch.empty(1, 1, 1, 1, device=device)).name}
     flags |= {"float32_matmul_precision": torch.get_float32_matmul_precision()}
     if device == "cuda":
         versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from elfatt.analysis.complexity import FusedAttention
 from elfatt.analysis.environment import available_bytes
-from elfatt.analysis.plain import use_attention
 from elfatt.analysis.timing import Inference
+from elfatt.ops import use_backend
 
 
 class LiveTensors(TorchDispatchMode):
@@ -72,7 +72,7 @@ def count_memory(
     model = model.to(dtype)
     image = torch.empty(shape, dtype=dtype, device="meta")
     fused = nullcontext() if backend == "math" else FusedAttention()
-    with torch.inference_mode(not backward), use_attention(backend), LiveTensors() as live, fused:
+    with torch.inference_mode(not backward), use_backend(backend), LiveTensors() as live, fused:
         out = model(image)
     del out  # alive until here, and with it what the backward pass would need
     return live.peak

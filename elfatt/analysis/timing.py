@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from elfatt.analysis.plain import use_attention
 from elfatt.ops import use_backend
 
 PEAKED = 8  # factor of the weights of q, k and v in the check of the numerics
@@ -80,7 +79,7 @@ class Inference:
         device: ``cpu`` or ``cuda``.
         precision: One of ``PRECISIONS``; ``amp`` is autocast, to float16 on a GPU and to bfloat16 on a CPU, the others
             are the dtype of weights and images.
-        backend: Of the operations, or ``plain``.
+        backend: Of the operations, one of ``elfatt.ops.BACKENDS``.
         compile: Through ``torch.compile``.
         cuda_graph: Recorded once as a CUDA graph and replayed.
         backward: With the gradients of all weights, in training mode.
@@ -117,7 +116,7 @@ class Inference:
 
         def run():
             amp = torch.autocast(self.device, torch.float16 if self.device == "cuda" else torch.bfloat16)
-            with use_attention(self.backend), torch.inference_mode(not self.backward):
+            with use_backend(self.backend), torch.inference_mode(not self.backward):
                 with amp if self.precision == "amp" else nullcontext():
                     out = forward(image)
                 if self.backward:

@@ -28,10 +28,13 @@ class AgentAttention(QKVAttention):
         tables: Side of the grid of agents that the biases are kept for, by default ``agents``; they are resized
             bilinearly to ``agents``, as in the official dense models (agent_swin.py under downstream/).
         lepe: Add the convolution on V.
+        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
 
     Raises:
         ValueError: ``agents``, ``tables`` or ``feat_size`` below 1.
     """
+
+    shown = ("agents",)
 
     def __init__(
         self,
@@ -42,8 +45,9 @@ class AgentAttention(QKVAttention):
         feat_size: tuple[int, int] = (14, 14),
         tables: int | None = None,
         lepe: bool = True,
+        backend: str | None = None,
     ):
-        super().__init__(dim, num_heads)
+        super().__init__(dim, num_heads, backend=backend)
         height, width = feat_size
         tables = agents if tables is None else tables
         check_positive(agents=agents, tables=tables, feat_height=height, feat_width=width)
@@ -73,8 +77,9 @@ class AgentAttention(QKVAttention):
             agents=self.agents,
             gather_bias=gather,
             broadcast_bias=broadcast.transpose(1, 2),
+            backend=self.backend,
         )
-        return add_lepe(out, v, kernel_of(self.lepe))
+        return add_lepe(out, v, kernel_of(self.lepe), backend=self.backend)
 
     def _bias(self, grid: torch.Tensor, axes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Sum of a coarse map and of the biases per row and column: ``[heads, agents², H * W]``."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from elfatt.layers.lepe import LePE
+from elfatt.ops.dispatch import check_backend
 
 
 class QKVAttention(nn.Module):
@@ -14,17 +15,24 @@ class QKVAttention(nn.Module):
     Args:
         dim: Channels C of the map.
         num_heads: Attention heads, a divisor of ``dim``.
+        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
 
     Raises:
-        ValueError: ``dim`` cannot be split into ``num_heads``; in ``forward``, the input is not ``[B, H, W, dim]``.
+        ValueError: ``dim`` cannot be split into ``num_heads``, or unknown ``backend``; in ``forward``, the input is not
+            ``[B, H, W, dim]``.
     """
 
-    def __init__(self, dim: int, num_heads: int):
+    shown: tuple[str, ...] = ()  # attributes that print() shows, beyond the heads
+
+    def __init__(self, dim: int, num_heads: int, *, backend: str | None = None):
         super().__init__()
+        if backend is not None:
+            check_backend(backend)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim={dim} cannot be split into num_heads={num_heads}: choose a divisor of {dim}")
         self.dim = dim
         self.num_heads = num_heads
+        self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -42,6 +50,11 @@ class QKVAttention(nn.Module):
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
         raise NotImplementedError
 
+    def extra_repr(self) -> str:
+        """What tells this mechanism from others of its class."""
+        names = ("num_heads", *self.shown, *(("backend",) if self.backend else ()))
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
 
 class LePEAttention(QKVAttention):
     """One branch over all channels, with LePE.
@@ -50,10 +63,11 @@ class LePEAttention(QKVAttention):
         dim: Channels C of the map.
         num_heads: Attention heads.
         lepe: Add LePE.
+        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, lepe: bool = True):
-        super().__init__(dim, num_heads)
+    def __init__(self, dim: int, num_heads: int, *, lepe: bool = True, backend: str | None = None):
+        super().__init__(dim, num_heads, backend=backend)
         self.lepe = LePE(dim) if lepe else None
 
 

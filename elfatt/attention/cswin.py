@@ -19,13 +19,16 @@ class CSWinAttention(QKVAttention):
         num_heads: Attention heads of both halves together, an even number.
         stripe: Width of a stripe in tokens.
         lepe: Add LePE.
+        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
 
     Raises:
         ValueError: Odd ``num_heads`` or ``stripe`` below 1.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, stripe: int = 7, lepe: bool = True):
-        super().__init__(dim, num_heads)
+    shown = ("stripe",)
+
+    def __init__(self, dim: int, num_heads: int, *, stripe: int = 7, lepe: bool = True, backend: str | None = None):
+        super().__init__(dim, num_heads, backend=backend)
         check_positive(stripe=stripe)
         if num_heads % 2:
             raise ValueError(f"num_heads={num_heads} must be even: half of them see vertical stripes")
@@ -38,7 +41,9 @@ class CSWinAttention(QKVAttention):
         stripes = ((0, self.stripe), self.lepe_vertical), ((self.stripe, 0), self.lepe_horizontal)
         return torch.cat(
             [
-                block_attention(half, num_heads=self.num_heads // 2, block=block, lepe=kernel_of(lepe))
+                block_attention(
+                    half, num_heads=self.num_heads // 2, block=block, lepe=kernel_of(lepe), backend=self.backend
+                )
                 for half, (block, lepe) in zip(halves, stripes, strict=True)
             ],
             dim=-1,

@@ -16,4 +16,4 @@ class EFFATT(LePEAttention):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
-        return global_branch(unpack(qkv), num_heads=self.num_heads, lepe=kernel_of(self.lepe))
+        return global_branch(unpack(qkv), num_heads=self.num_heads, lepe=kernel_of(self.lepe), backend=self.backend)

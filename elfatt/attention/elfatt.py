@@ -22,10 +22,13 @@ class ELFATT(QKVAttention):
         block_size: Side of a local block in tokens; a block at least as large as the map is the map.
         channel_split: Share c1/c of the channels that goes to the global branch, from 0 to 1.
         lepe: Add LePE in both branches.
+        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
 
     Raises:
         ValueError: ``block_size`` below 1, or channels of a branch that its heads do not divide.
     """
+
+    shown = ("block_size", "channel_split")
 
     def __init__(
         self,
@@ -35,12 +38,13 @@ class ELFATT(QKVAttention):
         block_size: int = 14,
         channel_split: float = 0.5,
         lepe: bool = True,
+        backend: str | None = None,
     ):
-        super().__init__(dim, num_heads)
+        super().__init__(dim, num_heads, backend=backend)
         check_positive(block_size=block_size)
         if not 0 <= channel_split <= 1:
             raise ValueError(f"channel_split={channel_split} must lie between 0 (all local) and 1 (all global)")
-        self.block_size = block_size
+        self.block_size, self.channel_split = block_size, channel_split
         self.global_channels = round(dim * channel_split)
         widths = (self.global_channels, dim - self.global_channels)
         half = max(1, num_heads // 2)
@@ -62,4 +66,5 @@ class ELFATT(QKVAttention):
             block_size=self.block_size,
             lepe_global=kernel_of(self.lepe_global),
             lepe_local=kernel_of(self.lepe_local),
+            backend=self.backend,
         )

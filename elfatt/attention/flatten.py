@@ -23,6 +23,7 @@ class FocusedLinearAttention(QKVAttention):
             bicubically.
         kernel_size: Side of the depthwise kernel on V that all heads share.
         lepe: Add LePE, as on the CSWin backbone.
+        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
 
     Raises:
         ValueError: ``feat_size`` below 1.
@@ -36,8 +37,9 @@ class FocusedLinearAttention(QKVAttention):
         feat_size: tuple[int, int] = (14, 14),
         kernel_size: int = 5,
         lepe: bool = False,
+        backend: str | None = None,
     ):
-        super().__init__(dim, num_heads)
+        super().__init__(dim, num_heads, backend=backend)
         height, width = feat_size
         check_positive(feat_height=height, feat_width=width)
         self.feat_size = (height, width)
@@ -55,4 +57,5 @@ class FocusedLinearAttention(QKVAttention):
         q, k, values = tokens
         out = focused_attention(q, k + positions, values, self.scale, num_heads=self.num_heads).view(v.shape)
         every_head = tuple(x.repeat(self.num_heads, *[1] * (x.ndim - 1)) for x in self.dwc.kernel)
-        return add_lepe(add_lepe(out, v, every_head), v, kernel_of(self.lepe))
+        out = add_lepe(out, v, every_head, backend=self.backend)
+        return add_lepe(out, v, kernel_of(self.lepe), backend=self.backend)

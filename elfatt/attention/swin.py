@@ -24,13 +24,24 @@ class SwinAttention(QKVAttention):
         num_heads: Attention heads.
         window_size: Side of a window in tokens.
         shifted: Shift the windows by half their side.
+        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
 
     Raises:
         ValueError: ``window_size`` below 1.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, window_size: int = 7, shifted: bool = False):
-        super().__init__(dim, num_heads)
+    shown = ("window_size", "shifted")
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window_size: int = 7,
+        shifted: bool = False,
+        backend: str | None = None,
+    ):
+        super().__init__(dim, num_heads, backend=backend)
         check_positive(window_size=window_size)
         self.window_size = window_size
         self.shifted = shifted
@@ -52,7 +63,7 @@ class SwinAttention(QKVAttention):
             qkv = qkv.roll((-shift[0], -shift[1]), dims=(1, 2))
         tokens = to_blocks(qkv, (window, window)).flatten(1, 2)
         q, k, v = tokens.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        out = softmax_attention(q, k, v, self._bias(batch, size, shift))
+        out = softmax_attention(q, k, v, self._bias(batch, size, shift), backend=self.backend)
         out = from_blocks(out.reshape(-1, window, window, self.dim), size)
         return out.roll(shift, dims=(1, 2)) if any(shift) else out
 

@@ -16,4 +16,6 @@ class VanillaAttention(LePEAttention):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
-        return block_attention(unpack(qkv), num_heads=self.num_heads, block=(0, 0), lepe=kernel_of(self.lepe))
+        return block_attention(
+            unpack(qkv), num_heads=self.num_heads, block=(0, 0), lepe=kernel_of(self.lepe), backend=self.backend
+        )

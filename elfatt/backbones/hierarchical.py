@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, to_2tuple
-from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
 
 from elfatt.attention import create_attention
 from elfatt.layers import ConvMerge, PatchMerge, Stem
+from elfatt.ops import checkpoint
 
 
 class Block(nn.Module):
@@ -52,7 +52,9 @@ class Stage(nn.Module):
         """Map ``[B, H, W, C]`` to ``[B, H', W', C']``."""
         x = self.downsample(x)
         if self.grad_checkpointing and self.training:
-            return checkpoint_seq(self.blocks, x, use_reentrant=False)
+            for block in self.blocks:
+                x = checkpoint(block, x)
+            return x
         return self.blocks(x)
 
 
@@ -269,6 +271,7 @@ class HierarchicalTransformer(HierarchicalBackbone):
         mlp_ratio: Hidden channels of the MLPs per channel.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        backend: Of the attention, one of ``elfatt.ops.BACKENDS``, or None for the ambient one.
 
     Raises:
         ValueError: A value that does not fit, named.
@@ -299,6 +302,7 @@ class HierarchicalTransformer(HierarchicalBackbone):
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        backend: str | None = None,
     ):
         super().__init__()
         stages = len(depths)
@@ -307,7 +311,7 @@ class HierarchicalTransformer(HierarchicalBackbone):
         if len(num_heads) != stages:
             raise ValueError(f"num_heads={num_heads} must hold {stages} values, one per stage, as depths={depths}")
         self.attention = attention
-        self.channel_split, self.lepe = channel_split, lepe
+        self.channel_split, self.lepe, self.backend = channel_split, lepe, backend
         self.block_size = per_stage("block_size", block_size, stages)
         self.agents = per_stage("agents", agents, stages)
         self.agent_tables = per_stage("agent_tables", agent_tables, stages)
@@ -349,7 +353,8 @@ class HierarchicalTransformer(HierarchicalBackbone):
             "flatten": {"feat_size": feat_size, "lepe": self.lepe and self.local == "cswin"},
             self.local: self.local_options(stage, block),
         }
-        return create_attention(name, dim=dim, num_heads=num_heads, **options.get(name, {}))
+        chosen = options.get(name, {}) | ({"backend": self.backend} if self.backend else {})
+        return create_attention(name, dim=dim, num_heads=num_heads, **chosen)
 
     def local_options(self, stage: int, block: int) -> dict:
         """Keywords of the local mechanism in one block."""

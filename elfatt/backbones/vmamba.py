@@ -30,10 +30,12 @@ class SS2D(nn.Module):
         dim: Channels C of the map.
         ratio: Channels that are scanned per channel of the map.
         states: States N per scanned channel.
+        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
     """
 
-    def __init__(self, dim: int, *, ratio: float = 1.0, states: int = 1):
+    def __init__(self, dim: int, *, ratio: float = 1.0, states: int = 1, backend: str | None = None):
         super().__init__()
+        self.backend = backend
         inner, self.rank, self.states = int(ratio * dim), math.ceil(dim / 16), states
         self.in_proj = nn.Linear(dim, inner, bias=False)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False)
@@ -61,14 +63,15 @@ class SS2D(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix a map ``[B, H, W, C]`` of any height and width."""
-        x = F.silu(depthwise_conv(self.in_proj(x), self.conv2d.weight, None))
+        x = F.silu(depthwise_conv(self.in_proj(x), self.conv2d.weight, None, backend=self.backend))
         paths = cross_scan(x)
         projected = torch.einsum("bkld,krd->bklr", paths, self.x_proj_weight)
         step, b, c = projected.split([self.rank, self.states, self.states], dim=-1)
         step = torch.einsum("bklr,kdr->bkld", step, self.dt_projs_weight)
         delta = F.softplus(step + self.dt_projs_bias[:, None])
         a, d = -self.A_logs.exp(), self.Ds
-        y = selective_scan(paths, delta, a.unflatten(0, (PATHS, -1)), b, c, d.unflatten(0, (PATHS, -1)))
+        a, d = (t.unflatten(0, (PATHS, -1)) for t in (a, d))
+        y = selective_scan(paths, delta, a, b, c, d, backend=self.backend)
         # the scan's float32 goes as far as the norm's weights allow
         y = cross_merge(y, x.shape[1:3]).to(self.out_norm.weight.dtype)
         return self.out_proj(self.out_norm(y).to(x.dtype))
@@ -99,6 +102,7 @@ class VMamba(HierarchicalBackbone):
         mlp_ratio: Hidden channels of the MLPs per channel.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+        backend: Of the scans, one of ``elfatt.ops.BACKENDS``, or None for the ambient one.
     """
 
     undecayed = ("A_logs", "Ds", "dt_projs_bias")
@@ -115,13 +119,14 @@ class VMamba(HierarchicalBackbone):
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        backend: str | None = None,
     ):
         super().__init__()
         dims = [embed_dim * 2**i for i in range(len(depths))]
         self.assemble(
             DoubleStem(in_chans, embed_dim),
             ConvMerge,
-            lambda stage, _: SS2D(dims[stage], ratio=ssm_ratio),
+            lambda stage, _: SS2D(dims[stage], ratio=ssm_ratio, backend=backend),
             dims=dims,
             depths=depths,
             in_chans=in_chans,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from elfatt.ops.depthwise import Kernel
+from elfatt.ops.geometry import Kernel
 
 
 class LePE(nn.Conv2d):

@@ -1,230 +1,192 @@
-"""Which implementation runs an operation: one switch for every operation of the package.
+"""Which backend runs an operation: the table of backends, the ambient default, and the choice that ``auto`` makes.
 
-``reference``   the formula written as it stands in the paper: slow, any dtype up to float64, the oracle of the tests
+``auto``        the default: the fused kernels where they are proved (``AUTO``), else ``sdpa``
+``reference``   the formula as the paper writes it: slow, any dtype up to float64, the oracle of the tests
+``plain``       ELFATT in straightforward PyTorch, the baseline of the benchmarks; the rest as ``sdpa``
 ``math``        softmax attention as two explicit matrix products (the paper's "nFA")
 ``sdpa``        softmax attention through ``torch.nn.functional.scaled_dot_product_attention`` (the paper's "FA")
-``flash_attn``  softmax attention through the flash-attn package; refuses tensors that it cannot take
+``flash_attn``  softmax attention through the flash-attn package
 ``triton``      the ELFATT operation and LePE as fused CUDA kernels, forward and backward; the rest as ``sdpa``
-``cpp``         the same as C++ kernels for a CPU, compiled when they first run
-``auto``        the default: ``triton`` for CUDA tensors and ``cpp`` for CPU tensors that their kernels can take, else
-                ``sdpa``, whose own dispatcher holds the FlashAttention kernels
-
-``math``, ``sdpa`` and ``flash_attn`` differ in how softmax attention runs; linear branches are the same in each.
+``cpp``         the same as C++ kernels for a CPU, compiled at first use
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
+import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-# half precisions for which this CPU has no vector instructions
-_SLOW_ON_THIS_CPU = {torch.bfloat16, torch.float16}
-if torch.backends.mkldnn.is_available():
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        _SLOW_ON_THIS_CPU.remove(torch.bfloat16)
-    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        _SLOW_ON_THIS_CPU.remove(torch.float16)
-BACKENDS = ("auto", "reference", "math", "sdpa", "flash_attn", "triton", "cpp")
-# the backends with kernels of our own, by the device that ``auto`` takes them on
-FUSED = {"cuda": "triton", "cpu": "cpp"}
-_active = "auto"
-_has_triton = importlib.util.find_spec("triton") is not None
-_explained: set[tuple[str, str]] = set()
-_logger = logging.getLogger("elfatt")
+from elfatt.ops.cpp import CppBackend
+from elfatt.ops.fused import FusedBackend, explain_once, is_transformed
+from elfatt.ops.plain import PlainBackend
+from elfatt.ops.pytorch import FlashAttnBackend, MathBackend, PyTorchBackend
+from elfatt.ops.reference import ReferenceBackend
+from elfatt.ops.triton import TritonBackend
+
+_TABLE: dict[str, PyTorchBackend] = {
+    backend.name: backend
+    for backend in (
+        ReferenceBackend(),
+        PlainBackend(),
+        MathBackend(),
+        PyTorchBackend(),
+        FlashAttnBackend(),
+        TritonBackend(),
+        CppBackend(),
+    )
+}
+BACKENDS = ("auto", *_TABLE)
+_PORTABLE = PyTorchBackend()
+# what ``auto`` takes on each type of device where it can; it falls back to PyTorch's operators where a kernel fails
+AUTO: dict[str, FusedBackend] = {"cuda": TritonBackend(falls_back=True), "cpu": CppBackend(falls_back=True)}
+_TLS_KEY = "elfatt.backend"
+_Result = TypeVar("_Result")
+
+
+class _Ambient(threading.local):
+    """The backend of the innermost ``use_backend`` in this thread."""
+
+    def __init__(self):
+        self.name = None  # set here and not on the class, or torch.compile does not guard on it
+        self.shared = None
+
+
+class _Shared:
+    """The same, for the threads of the autograd engine, which work for the thread that called ``backward()``."""
+
+    name: str | None = None
+
+
+_ambient = _Ambient()
+_default = "auto"
 
 
 def active_backend() -> str:
-    """Name of the backend in force, one of ``BACKENDS``."""
-    return _active
+    """Name of the backend in force in this thread, one of ``BACKENDS``."""
+    return _ambient.name or _inherited() or _default
 
 
-def use_reference() -> bool:
-    """Whether operations must run their reference formula."""
-    return _active == "reference"
+def _inherited() -> str | None:
+    if torch.compiler.is_compiling() or not torch._C._is_key_in_tls(_TLS_KEY):
+        return None
+    return torch._C._get_obj_in_tls(_TLS_KEY).name
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run the operations inside the ``with`` block on one backend, for the whole process.
+def _set_ambient(name: str | None) -> None:
+    if _ambient.shared is None:
+        _ambient.shared = _Shared()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(_ambient.shared))  # the next call steals a reference
+        torch._C._stash_obj_in_tls(_TLS_KEY, _ambient.shared)
+    _ambient.name = _ambient.shared.name = name
 
-    Activation checkpointing recomputes in the backward pass: keep ``backward()`` inside the block as well.
+
+def set_default_backend(name: str) -> None:
+    """Choose the backend of every thread outside ``use_backend``; the variable ELFATT_BACKEND does so at import.
 
     Args:
         name: One of ``BACKENDS``.
 
     Raises:
-        ValueError: The name is unknown, or the backend is not installed.
+        ValueError: The name is unknown, or the backend cannot run on this machine.
     """
-    global _active
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
-    if name == "flash_attn" and not has_flash_attn():
-        raise ValueError("backend 'flash_attn' is not installed: pip install flash-attn, or use 'sdpa'")
-    if name == "triton" and not has_triton():
-        raise ValueError("backend 'triton' is not installed: pip install triton, or use 'sdpa'")
-    previous, _active = _active, name
+    global _default
+    check_backend(name)
+    _default = name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the operations of this thread on one backend inside the ``with`` block.
+
+    A backward pass that recomputes (``elfatt.ops.checkpoint``) runs on the backend of its forward pass, wherever it is
+    called.
+
+    Args:
+        name: One of ``BACKENDS``.
+
+    Raises:
+        ValueError: The name is unknown, or the backend cannot run on this machine.
+    """
+    check_backend(name)
+    previous = _ambient.name
+    _set_ambient(name)
     try:
         yield
     finally:
-        _active = previous
+        _set_ambient(previous)
 
 
-def has_flash_attn() -> bool:
-    """Whether the flash-attn package can be imported."""
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-def can_run_flash_attn(q: torch.Tensor, bias: torch.Tensor | None = None, *, raise_error: bool = False) -> bool:
-    """Whether the flash-attn package can take these tensors.
+def checkpoint(function: Callable[..., _Result], *args) -> _Result:
+    """``torch.utils.checkpoint.checkpoint`` that recomputes on the backend of the forward pass.
 
     Args:
-        q: Queries ``[B, N, heads, d]``; keys and values share their dtype and device.
-        bias: Additive bias of the scores, if any.
-        raise_error: Raise with the reason in place of returning False.
+        function: A module or function of tensors.
+        args: Its arguments.
+    """
+    if torch.compiler.is_compiling():  # one graph holds both passes
+        return torch_checkpoint(function, *args, use_reentrant=False)
+    name = active_backend()
+    return torch_checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), use_backend(name)))
+
+
+def get_backend(name: str) -> PyTorchBackend:
+    """The backend of a name, any of ``BACKENDS`` but ``auto``, which is a choice among them.
 
     Raises:
-        ValueError: With ``raise_error``, naming what does not fit and the remedy.
+        ValueError: The name is unknown.
     """
-    if bias is not None:
-        reason = "it cannot add a position bias to the scores"
-    elif q.device.type != "cuda":
-        reason = f"it needs CUDA tensors, not {q.device.type}"
-    elif q.dtype not in (torch.float16, torch.bfloat16):
-        reason = f"it needs float16 or bfloat16, not {str(q.dtype).removeprefix('torch.')}"
-    elif q.shape[-1] > 256:
-        reason = f"it takes heads of at most 256 channels, not {q.shape[-1]}"
-    elif not has_flash_attn():
-        reason = "the package is not installed"
-    else:
-        return True
-    if raise_error:
-        raise ValueError(f"flash_attn cannot run queries of shape {tuple(q.shape)}: {reason}; use 'sdpa'")
-    return False
+    if name not in _TABLE:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    return _TABLE[name]
 
 
-def has_triton() -> bool:
-    """Whether the triton package can be imported."""
-    return _has_triton
+def check_backend(name: str) -> None:
+    """Raise ``ValueError`` for an unknown name and for a backend that cannot run on this machine."""
+    if name != "auto" and (reason := get_backend(name).unsupported_reason()):
+        raise ValueError(f"backend {name!r} cannot run: {reason}, or use 'sdpa'")
 
 
-def can_run_triton(x: torch.Tensor, widths: tuple[int, ...] = (), *, raise_error: bool = False) -> bool:
-    """Whether the Triton kernels can take this map.
+def resolve(
+    name: str | None,
+    x: torch.Tensor | None = None,
+    widths: tuple[int, ...] = (),
+    block: tuple[int, int] | None = None,
+) -> PyTorchBackend:
+    """The backend of one call.
 
     Args:
-        x: Map ``[B, H, W, C]``, of the packed queries, keys and values or of what LePE convolves.
-        widths: Channels of a head in each branch of attention.
-        raise_error: Raise with the reason in place of returning False.
-
-    Raises:
-        ValueError: With ``raise_error``, naming what does not fit and the remedy.
+        name: One of ``BACKENDS``, or None for the ambient one.
+        x: The map of the ELFATT operation or LePE; None for an operation without fused kernels.
+        widths: Channels of a head in each branch.
+        block: Height and width of the local branch's blocks.
     """
-    return _can_run("triton", x, widths, raise_error)
+    name = name or active_backend()
+    return _choose(x, widths, block) if name == "auto" else get_backend(name)
 
 
-def can_run_cpp(x: torch.Tensor, *, raise_error: bool = False) -> bool:
-    """Whether the C++ kernels can take this map; they are compiled by the first question that nothing else denies.
-
-    Args:
-        x: Map ``[B, H, W, C]``, of the packed queries, keys and values or of what LePE convolves.
-        raise_error: Raise with the reason in place of returning False.
-
-    Raises:
-        ValueError: With ``raise_error``, naming what does not fit and the remedy.
-    """
-    return _can_run("cpp", x, (), raise_error)
+def _choose(x, widths, block) -> PyTorchBackend:
+    fused = None if x is None else AUTO.get(x.device.type)
+    if fused is None or torch.jit.is_tracing() or _is_exporting() or is_transformed():
+        return _PORTABLE
+    if reason := fused.unsupported_reason(x, widths) or fused.unproved_reason(x, widths, block):
+        explain_once(fused.name, reason)
+        return _PORTABLE
+    return fused
 
 
-def fused_backend(x: torch.Tensor, widths: tuple[int, ...] = ()) -> str | None:
-    """Which kernels of our own run this operation, ``triton`` or ``cpp``, or None for PyTorch's operators.
-
-    Under ``auto`` each reason why not is logged once. What is exported or traced (``torch.export``, ONNX, TorchScript)
-    and what ``torch.func`` or forward-mode differentiation transforms has PyTorch's operators alone.
-
-    Raises:
-        ValueError: The backend was chosen by name and cannot run.
-    """
-    if _active in FUSED.values():
-        _can_run(_active, x, widths, raise_error=True)
-        return _active
-    backend = FUSED.get(x.device.type)
-    if _active != "auto" or backend is None or torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return None
-    if _is_transformed():
-        return None
-    if reason := _why_not(backend, x, widths):
-        _explain_once(backend, reason)
-        return None
-    return backend
+@torch.compiler.assume_constant_result  # traced, the question would always be answered with True
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
-def _can_run(backend, x, widths, raise_error):
-    reason = _why_not(backend, x, widths)
-    if reason is None and raise_error and _is_transformed():
-        reason = "its operators have a first derivative by backward() only, none for torch.func and forward mode"
-    if reason and raise_error:
-        raise ValueError(f"{backend} cannot run a map of shape {tuple(x.shape)}: {reason}; use 'sdpa'")
-    return not reason
-
-
-def _why_not(backend, x, widths):
-    if backend == "cpp":
-        return _why_not_cpp(x.device.type, x.dtype)
-    reason = _why_not_triton(x.device.type, x.device.index, x.dtype, widths)
-    if reason is None and x.stride(0) >= 2**31:
-        reason = "it numbers the elements of one image in 32 bits"
-    return reason
-
-
-# torch.compile asks these while it traces and keeps the answer
-@torch.compiler.assume_constant_result
-def _why_not_triton(device: str, index: int | None, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
-    if not has_triton():
-        return "the package is not installed"
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"it needs CUDA tensors, not {device} (TRITON_INTERPRET=1 interprets its kernels on a CPU)"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it needs float16, bfloat16 or float32, not {str(dtype).removeprefix('torch.')}"
-    if max(widths, default=0) > 64:
-        return f"it takes heads of at most 64 channels, not {max(widths)}"
-    if device == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(index) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 (Ampere) or newer"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _why_not_cpp(device: str, dtype: torch.dtype) -> str | None:
-    if device != "cpu":
-        return f"it needs CPU tensors, not {device}"
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"it needs bfloat16 or float32, not {str(dtype).removeprefix('torch.')}"
-    from elfatt.ops.cpp.build import problem
-
-    return problem()
-
-
-@torch.compiler.assume_constant_result
-def _is_transformed() -> bool:
-    """Whether derivatives are taken in a way that the fused operators would pass over, without an error or with one."""
-    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-@torch.compiler.assume_constant_result
-def _explain_once(backend: str, reason: str) -> None:
-    if (backend, reason) not in _explained:
-        _explained.add((backend, reason))
-        _logger.warning("backend 'auto' runs without the %s kernels: %s", backend, reason)
-
-
-def without_autocast(x: torch.Tensor) -> AbstractContextManager:
-    """Context in which products on the device of ``x`` keep the dtypes they are given."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
-def is_slow_half(x: torch.Tensor) -> bool:
-    """Whether a half-precision tensor is on a CPU whose convolutions and products are many times faster in float32."""
-    return x.device.type == "cpu" and x.dtype in _SLOW_ON_THIS_CPU
+if _from_environment := os.environ.get("ELFATT_BACKEND"):
+    try:
+        set_default_backend(_from_environment)
+    except ValueError as error:
+        raise ValueError(f"ELFATT_BACKEND: {error}") from None

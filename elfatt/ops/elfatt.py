@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from elfatt.ops.block import attend_blocks, block_attention
-from elfatt.ops.depthwise import Kernel, add_lepe
-from elfatt.ops.dispatch import fused_backend
-from elfatt.ops.efficient import efficient_attention
-from elfatt.ops.fused import fused_attention
-from elfatt.ops.geometry import cat_with_blocks, fit_block
+from elfatt.ops.dispatch import resolve
+from elfatt.ops.fused import head_widths
+from elfatt.ops.geometry import Kernel, fit_block
 
 
 def elfatt_attention(
@@ -20,6 +17,7 @@ def elfatt_attention(
     block_size: int,
     lepe_global: Kernel | None = None,
     lepe_local: Kernel | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Everything ELFATT computes between its two linear layers.
 
@@ -28,14 +26,15 @@ def elfatt_attention(
         num_heads: Heads of the global and of the local branch; a divisor of each branch's channels.
         global_channels: Channels of the global branch, from 0 (block attention) to C (efficient attention).
         block_size: Side of a block in tokens.
-        lepe_global: Kernels ``[global_channels, 1, 3, 3]`` and bias over the whole map, or None.
-        lepe_local: Kernels ``[C - global_channels, 1, 3, 3]`` and bias inside each block, or None.
+        lepe_global: Weights ``[global_channels, 1, 3, 3]`` and bias over the whole map, or None.
+        lepe_local: Weights ``[C - global_channels, 1, 3, 3]`` and bias inside each block, or None.
+        backend: One of ``BACKENDS``, or None for the ambient one.
 
     Returns:
         ``[B, H, W, C]``, the concatenation [global, local].
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: A shape does not fit, or the chosen backend cannot take these tensors.
     """
     channels = qkv.shape[-1] // 3
     if qkv.ndim != 4 or qkv.shape[-1] % 3:
@@ -52,35 +51,36 @@ def elfatt_attention(
             raise ValueError(f"{width} {name} channels cannot be split into {heads} heads")
 
     block = fit_block((block_size, block_size), qkv.shape[1:3])
-    widths = tuple(width // heads for width, heads in zip(branch_channels, num_heads, strict=True) if width)
-    if backend := fused_backend(qkv, widths):
-        return fused_attention(
-            qkv,
-            backend=backend,
-            num_heads=num_heads,
-            global_channels=global_channels,
-            block=block,
-            lepe_global=lepe_global,
-            lepe_local=lepe_local,
-        )
-    qkv = qkv.unflatten(-1, (3, channels))
-    bar, tilde = qkv.split(branch_channels, dim=-1)
-    if global_channels == channels:
-        return global_branch(bar, num_heads=num_heads[0], lepe=lepe_global)
-    if global_channels == 0:
-        return block_attention(tilde, num_heads=num_heads[1], block=block, lepe=lepe_local)
-    out = global_branch(bar, num_heads=num_heads[0], lepe=lepe_global)
-    return cat_with_blocks(out, attend_blocks(tilde, num_heads=num_heads[1], block=block, lepe=lepe_local))
+    found = resolve(backend, qkv, head_widths(num_heads, branch_channels), block)
+    return found.elfatt_attention(
+        qkv,
+        num_heads=num_heads,
+        global_channels=global_channels,
+        block=block,
+        lepe_global=lepe_global,
+        lepe_local=lepe_local,
+    )
 
 
-def global_branch(qkv: torch.Tensor, *, num_heads: int, lepe: Kernel | None) -> torch.Tensor:
-    """Efficient attention over the whole map plus LePE; ``[B, H, W, 3, C]`` to ``[B, H, W, C]``."""
-    channels = qkv.shape[-1]
-    if backend := fused_backend(qkv, (channels // num_heads,)):
-        heads = (num_heads, num_heads)
-        return fused_attention(
-            qkv.flatten(3), backend=backend, num_heads=heads, global_channels=channels, block=(1, 1), lepe_global=lepe
-        )
-    q, k, v = qkv.unbind(3)
-    tokens = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)) for x in (q, k, v))
-    return add_lepe(efficient_attention(*tokens).reshape(v.shape), v, lepe)
+def global_branch(
+    qkv: torch.Tensor, *, num_heads: int, lepe: Kernel | None, backend: str | None = None
+) -> torch.Tensor:
+    """Efficient attention over the whole map plus LePE: ``elfatt_attention`` without a local branch.
+
+    Args:
+        qkv: Queries, keys and values ``[B, H, W, 3, C]``, any strides.
+        num_heads: Heads, a divisor of C.
+        lepe: Weights ``[C, 1, 3, 3]`` and bias ``[C]``, or None.
+        backend: One of ``BACKENDS``, or None for the ambient one.
+
+    Returns:
+        ``[B, H, W, C]``.
+    """
+    return elfatt_attention(
+        qkv.flatten(3),
+        num_heads=(num_heads, num_heads),
+        global_channels=qkv.shape[-1],
+        block_size=1,
+        lepe_global=lepe,
+        backend=backend,
+    )

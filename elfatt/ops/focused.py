@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from elfatt.ops.dispatch import without_autocast
+from elfatt.ops.pytorch import without_autocast
 
 EPSILON = 1e-6
 POWER = 3

@@ -1,251 +1,407 @@
-"""The whole ELFATT operation, and LePE alone, as PyTorch operators with their own backward: Triton or C++ kernels.
+"""Backends with kernels of their own for the ELFATT operation and LePE, as PyTorch operators with a backward pass.
 
-``torch.library`` makes each one node for ``torch.compile`` (no graph break), for activation checkpointing and for CUDA
-graphs; the kernels, ``elfatt/ops/triton`` or ``elfatt/ops/cpp``, are imported at the first call.
+Each operator is one node to ``torch.compile`` (no graph break), activation checkpointing and CUDA graphs. A backend's
+kernels are a module with ``new_buffers``, ``forward``, ``backward``, ``lepe`` and ``lepe_sums``, imported at first use.
+
+Under ``auto`` a kernel that does not compile or start costs a warning: its configuration runs PyTorch's operators from
+then on, inside the operator too, so that the pass at hand, compiled graphs and the backward pass go on.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# written out, for older versions of torch cannot read them from these functions' types
-_KERNELS = "Tensor? weight_global, Tensor? bias_global, Tensor? weight_local, Tensor? bias_local"
-_OPTIONS = "SymInt[] num_heads, SymInt global_channels, SymInt[] block, str backend"
-WHOLE_BLOCK = 64  # tokens of a block up to which the backward pass needs nothing from the forward pass
+from elfatt.ops.pytorch import PyTorchBackend, dtype_name, refusal, without_autocast
+
+_logger = logging.getLogger("elfatt")
+_explained: set[tuple[str, str]] = set()
+_INSTANCES: dict[tuple[str, bool], FusedBackend] = {}
+_PORTABLE = PyTorchBackend()
 
 
-def fused_attention(
-    qkv: Tensor,
-    *,
-    backend: str,
-    num_heads: tuple[int, int],
-    global_channels: int,
-    block: tuple[int, int],
-    lepe_global: tuple[Tensor, Tensor | None] | None = None,
-    lepe_local: tuple[Tensor, Tensor | None] | None = None,
-) -> Tensor:
-    """``elfatt_attention`` for a block that fits the map, in the dtype of ``qkv``.
+class FusedBackend(PyTorchBackend):
+    """Base of the backends with kernels; softmax attention over whole maps and all the rest as ``sdpa``.
 
     Args:
-        qkv: ``[B, H, W, 3C]``; copied when it is not contiguous.
-        backend: Whose kernels run it, ``triton`` or ``cpp``.
-        num_heads: Heads of the global and of the local branch.
-        global_channels: Channels of the global branch.
-        block: Height and width of a block in tokens.
-        lepe_global: Kernels and bias, or None; of any floating dtype, used in float32.
-        lepe_local: Kernels and bias, or None.
+        falls_back: Run PyTorch's operators where a kernel fails, as ``auto`` wants it; else the failure is raised.
 
-    Raises:
-        ValueError: A branch's kernels are not ``[channels, 1, 3, 3]`` and ``[channels]``, or on another device.
+    Attributes:
+        kernels_module: Name of the module with the kernels.
+        failures: Why a configuration runs PyTorch's operators.
     """
-    local_channels = qkv.shape[-1] // 3 - global_channels
-    lepes = []
-    for lepe, channels in ((lepe_global, global_channels), (lepe_local, local_channels)):
-        weight, bias = lepe if lepe is not None and channels else (None, None)
-        if weight is not None:
-            _check_lepe(qkv, weight, bias, channels)
-        lepes += (weight, bias)
-    return _forward(qkv, *lepes, list(num_heads), global_channels, list(block), backend)[0]
+
+    kernels_module: str
+
+    def __init__(self, *, falls_back: bool = False):
+        self.falls_back = falls_back
+        self.failures: dict[tuple, str] = {}
+        _INSTANCES[self.name, falls_back] = self
+
+    @cached_property
+    def kernels(self) -> ModuleType:
+        return importlib.import_module(self.kernels_module)
+
+    def limit(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
+        """What tensors of this kind are refused for; asked once in a compiled graph."""
+        raise NotImplementedError
+
+    def unproved(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
+        """Why ``auto`` leaves tensors that the kernels take to PyTorch's operators."""
+        return None
+
+    def unsupported_reason(self, x=None, widths=(), bias=None):
+        return None if x is None else _ask(self.name, self.falls_back, "limit", x.device, x.dtype, widths)
+
+    def unproved_reason(self, x: Tensor, widths: tuple[int, ...], block: tuple[int, int] | None) -> str | None:
+        """Why ``auto`` does not take the kernels: not proved, or failed before (which was said then)."""
+        if self.failures and not torch.compiler.is_compiling() and _configuration(x, widths, block) in self.failures:
+            return self.failures[_configuration(x, widths, block)]
+        return _ask(self.name, self.falls_back, "unproved", x.device, x.dtype, widths)
+
+    def depthwise_conv(self, x, weight, bias):
+        if weight.shape[-1] != 3:
+            return super().depthwise_conv(x, weight, bias)
+        return self._convolve(x, weight, bias, None)
+
+    def add_lepe(self, out, v, lepe):
+        if lepe is None or lepe[0].shape[-1] != 3:
+            return super().add_lepe(out, v, lepe)
+        return self._convolve(v, *lepe, out.to(v.dtype))
+
+    def _convolve(self, v, weight, bias, residual):
+        self._check(v, ())
+        _check_lepe(v, weight, bias, v.shape[-1])
+        return _lepe(v, weight, bias, residual, self.name, self.falls_back)
+
+    def elfatt_attention(self, qkv, *, num_heads, global_channels, block, lepe_global, lepe_local):
+        local_channels = qkv.shape[-1] // 3 - global_channels
+        self._check(qkv, head_widths(num_heads, (global_channels, local_channels)))
+        weight_global, bias_global = _checked_lepe(qkv, lepe_global, global_channels)
+        weight_local, bias_local = _checked_lepe(qkv, lepe_local, local_channels)
+        return _attention(
+            qkv, weight_global, bias_global, weight_local, bias_local,
+            num_heads, global_channels, block, self.name, self.falls_back,
+        )[0]  # fmt: skip
+
+    def _check(self, x, widths):
+        if self.falls_back:  # asked before it was chosen
+            return
+        reason = self.unsupported_reason(x, widths)
+        if reason is None and is_transformed():
+            reason = "its operators have a first derivative by backward() only, none for torch.func and forward mode"
+        if reason:
+            raise ValueError(refusal(self.name, x, reason))
+
+    def run(self, configuration: tuple, kernels: Callable[[], Any], operators: Callable[[], Any]) -> Any:
+        """The kernels' result, or that of PyTorch's operators where the kernels fail under ``auto``, now or earlier."""
+        if configuration not in self.failures:
+            try:
+                return kernels()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if not self.falls_back:
+                    error.add_note(
+                        f"backend 'auto' falls back to PyTorch's operators here, {_PORTABLE.name!r} uses them"
+                    )
+                    raise
+                message = str(error).strip() or type(error).__name__
+                self.failures[configuration] = reason = f"{_describe(configuration)}: {message}"
+                _explained.add((self.name, reason))
+                _logger.warning(
+                    "the %s kernels failed for %s; PyTorch's operators run instead, which is slower: update %s or the "
+                    "driver, or silence this with ELFATT_BACKEND=%s",
+                    self.name,
+                    reason,
+                    self.name,
+                    _PORTABLE.name,
+                )
+        return operators()
 
 
-@torch.library.custom_op(
-    "elfatt::attention",
-    mutates_args=(),
-    schema=f"(Tensor qkv, {_KERNELS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(
-    qkv: Tensor,
-    weight_global: Tensor | None,
-    bias_global: Tensor | None,
-    weight_local: Tensor | None,
-    bias_local: Tensor | None,
-    num_heads: Sequence[int],
-    global_channels: int,
-    block: Sequence[int],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, and what the backward pass keeps: the context softmax(K)ᵀV, K's and the scores' log-sum-exp."""
-    lepes = (_contiguous(x) for x in (weight_global, bias_global, weight_local, bias_local))
-    results = _empty(qkv, num_heads, global_channels, block, backend)
-    _module(backend).forward(qkv.contiguous(), *lepes, *results, num_heads, global_channels, block)
-    return results
+def head_widths(num_heads: Sequence[int], channels: Sequence[int]) -> tuple[int, ...]:
+    """Channels of a head in each branch that has channels."""
+    return tuple(width // heads for width, heads in zip(channels, num_heads, strict=True) if width)
 
 
-@_forward.register_fake
-def _(qkv, weight_global, bias_global, weight_local, bias_local, num_heads, global_channels, block, backend):
-    return _empty(qkv, num_heads, global_channels, block, backend)
+@torch.compiler.assume_constant_result
+def explain_once(backend: str, reason: str) -> None:
+    """Log why ``auto`` runs without a backend's kernels, once for each reason."""
+    if (backend, reason) not in _explained:
+        _explained.add((backend, reason))
+        _logger.warning("backend 'auto' runs without the %s kernels: %s", backend, reason)
 
 
-@torch.library.custom_op(
-    "elfatt::attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor qkv, {_KERNELS}, Tensor context, Tensor key_lse, Tensor row_lse, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(
-    dout: Tensor,
-    qkv: Tensor,
-    weight_global: Tensor | None,
-    bias_global: Tensor | None,
-    weight_local: Tensor | None,
-    bias_local: Tensor | None,
-    context: Tensor,
-    key_lse: Tensor,
-    row_lse: Tensor,
-    num_heads: Sequence[int],
-    global_channels: int,
-    block: Sequence[int],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv and of each kernel and bias; an empty tensor for what is None."""
-    dqkv, *sums = _module(backend).backward(
-        dout.contiguous(), qkv.contiguous(), _contiguous(weight_global), _contiguous(weight_local),
-        context, key_lse, row_lse, num_heads, global_channels, block,
-    )  # fmt: skip
-    gradients = []
-    for weight, bias, rows in zip((weight_global, weight_local), (bias_global, bias_local), sums, strict=True):
-        gradients += (qkv.new_empty(0), qkv.new_empty(0)) if weight is None else _unpack(rows, weight, bias)
-    return dqkv, *gradients
+@torch.compiler.assume_constant_result
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode AD is at work, which the fused operators do not support."""
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-@_backward.register_fake
-def _(dout, qkv, weight_global, bias_global, weight_local, bias_local, *_):
-    pairs = ((weight_global, bias_global), (weight_local, bias_local))
-    lepes = ((_like(w, qkv), _like(b, qkv if w is None else w)) for w, b in pairs)
-    return qkv.new_empty(qkv.shape), *(x for pair in lepes for x in pair)
+@torch.compiler.assume_constant_result  # what a graph was traced for does not change
+def _ask(name, falls_back, question, device, dtype, widths):
+    return getattr(_INSTANCES[name, falls_back], question)(device, dtype, widths)
 
 
-def _keep(ctx, inputs, output):
-    *tensors, ctx.num_heads, ctx.global_channels, ctx.block, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+def _configuration(x, widths, block):
+    """What decides how kernels are compiled; ``block`` is None for LePE alone."""
+    return x.device, x.dtype, widths, None if block is None else tuple(block)
 
 
-def _differentiate(ctx, dout, *_):
-    saved = ctx.saved_tensors  # under activation checkpointing they can be taken once
-    gradients = _backward(dout, *saved, ctx.num_heads, ctx.global_channels, ctx.block, ctx.backend)
-    return *(None if x is None else dx for x, dx in zip(saved, gradients, strict=False)), None, None, None, None
+def _describe(configuration):
+    device, dtype, widths, block = configuration
+    what = f"heads of {' and '.join(map(str, widths))} channels, {block[0]}×{block[1]} blocks" if block else "LePE"
+    return f"{what} in {dtype_name(dtype)} on {device}"
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
-
-
-def fused_lepe(
-    v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, backend: str
-) -> Tensor:
-    """``residual + L(v)`` with 3×3 kernels, in the dtype of ``v``.
-
-    Args:
-        v: Map ``[B, H, W, C]``; a slice of a contiguous map's channels is not copied.
-        weight: Kernels ``[C, 1, 3, 3]`` of any floating dtype, used in float32.
-        bias: ``[C]`` or None.
-        residual: ``[B, H, W, C]`` or None.
-        backend: Whose kernels run it, ``triton`` or ``cpp``.
-
-    Raises:
-        ValueError: The kernels are not of this shape, or on another device.
-    """
-    _check_lepe(v, weight, bias, v.shape[-1])
-    return _lepe(v, weight, bias, None if residual is None else residual.to(v.dtype), backend)
-
-
-@torch.library.custom_op(
-    "elfatt::lepe",
-    mutates_args=(),
-    schema="(Tensor v, Tensor weight, Tensor? bias, Tensor? residual, str backend) -> Tensor",
-)
-def _lepe(v: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, backend: str) -> Tensor:
-    out = v.new_empty(v.shape)
-    _module(backend).lepe(_evenly_strided(v), weight.contiguous(), _contiguous(bias), _contiguous(residual), out)
-    return out
-
-
-@_lepe.register_fake
-def _(v, weight, bias, residual, backend):
-    return v.new_empty(v.shape)
-
-
-@torch.library.custom_op(
-    "elfatt::lepe_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor v, Tensor weight, Tensor? bias, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def _lepe_backward(
-    dout: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    module = _module(backend)
-    dout, dv = dout.contiguous(), v.new_empty(v.shape)
-    module.lepe(dout, weight.contiguous(), None, None, dv, transposed=True)
-    return dv, *_unpack(module.lepe_sums(_evenly_strided(v), dout), weight, bias)
-
-
-@_lepe_backward.register_fake
-def _(dout, v, weight, bias, backend):
-    return v.new_empty(v.shape), weight.new_empty(weight.shape), _like(bias, weight)
-
-
-def _keep_lepe(ctx, inputs, output):
-    *tensors, residual, ctx.backend = inputs
-    ctx.residual = residual is not None
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_lepe(ctx, dout):
-    v, weight, bias = ctx.saved_tensors
-    dv, dweight, dbias = _lepe_backward(dout, v, weight, bias, ctx.backend)
-    return dv, dweight, None if bias is None else dbias, dout if ctx.residual else None, None
-
-
-_lepe.register_autograd(_differentiate_lepe, setup_context=_keep_lepe)
-
-
-def _module(backend: str) -> ModuleType:
-    return importlib.import_module(f"elfatt.ops.{backend}")
+def _checked_lepe(x, lepe, channels):
+    """Weight and bias of a branch, None where it has no LePE or no channels."""
+    if lepe is None or not channels:
+        return None, None
+    _check_lepe(x, *lepe, channels)
+    return lepe
 
 
 def _check_lepe(x, weight, bias, channels):
     """The kernels read memory by these shapes, on this device."""
-    given = [weight] if bias is None else [weight, bias]
-    if [tuple(y.shape) for y in given] != [(channels, 1, 3, 3), (channels,)][: len(given)]:
-        shapes = " and ".join(str(tuple(y.shape)) for y in given)
+    if weight.shape != (channels, 1, 3, 3) or (bias is not None and bias.shape != (channels,)):
+        shapes = " and ".join(str(tuple(y.shape)) for y in (weight, bias) if y is not None)
         raise ValueError(
-            f"LePE of {channels} channels needs kernels [{channels}, 1, 3, 3] and [{channels}], got {shapes}"
+            f"LePE of {channels} channels needs weights [{channels}, 1, 3, 3] and [{channels}], got {shapes}"
         )
-    if other := next((y.device for y in given if y.device != x.device), None):
-        raise ValueError(f"LePE's kernels are on {other}, the map is on {x.device}: move the module")
+    if other := next((y.device for y in (weight, bias) if y is not None and y.device != x.device), None):
+        raise ValueError(f"LePE's weights are on {other}, the map is on {x.device}: move the module")
 
 
-def _unpack(sums, weight, bias):
-    """Gradients of a weight and a bias, an empty tensor for None, from the kernels' ``[10, channels]``."""
-    dweight = sums[:9].t().reshape(weight.shape).to(weight.dtype).contiguous()
-    return dweight, sums.new_empty(0, dtype=weight.dtype) if bias is None else sums[9].to(bias.dtype, copy=True)
+# ---- the operators ----
+
+_LEPES = "Tensor? weight_global, Tensor? bias_global, Tensor? weight_local, Tensor? bias_local"
+_OPTIONS = "SymInt[] num_heads, SymInt global_channels, SymInt[] block, str backend, bool falls_back"
+_library = torch.library.Library("elfatt", "DEF")
+for _schema in (
+    f"attention(Tensor qkv, {_LEPES}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"attention_backward(Tensor dout, Tensor qkv, {_LEPES}, Tensor context, Tensor key_lse, Tensor row_lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "lepe(Tensor v, Tensor weight, Tensor? bias, Tensor? residual, str backend, bool falls_back) -> Tensor",
+    "lepe_backward(Tensor dout, Tensor v, Tensor weight, Tensor? bias, str backend, bool falls_back)"
+    " -> (Tensor, Tensor, Tensor)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_attention = torch.ops.elfatt.attention.default
+_attention_backward = torch.ops.elfatt.attention_backward.default
+_lepe = torch.ops.elfatt.lepe.default
+_lepe_backward = torch.ops.elfatt.lepe_backward.default
 
 
-def _empty(qkv, num_heads, global_channels, block, backend):
-    """The forward pass's results; the scores' log-sum-exp, by token and head, where Triton's backward needs it."""
-    b, h, w, packed = qkv.shape
-    width = global_channels // num_heads[0] if global_channels else 0
-    tokens = block[0] * block[1]
-    large = backend == "triton" and global_channels < packed // 3 and tokens > WHOLE_BLOCK
-    blocks = -(-h // block[0]) * -(-w // block[1]) if large else 0
-    return (
-        qkv.new_empty(b, h, w, packed // 3),
-        qkv.new_empty(b, num_heads[0], width, width, dtype=torch.float32),
-        qkv.new_empty(b, num_heads[0], width, dtype=torch.float32),
-        qkv.new_empty(b, num_heads[1], blocks, tokens, dtype=torch.float32),
+def _run_attention(
+    qkv, weight_global, bias_global, weight_local, bias_local, num_heads, global_channels, block, backend, falls_back
+):
+    """Output, and what the backward pass keeps: the context softmax(K)ᵀV, K's and the scores' log-sum-exp."""
+    own = _INSTANCES[backend, falls_back]
+    lepes = (weight_global, bias_global, weight_local, bias_local)
+    results = own.kernels.new_buffers(qkv, num_heads, global_channels, block)
+
+    def kernels():
+        weights = (None if x is None else x.contiguous() for x in lepes)
+        own.kernels.forward(qkv.contiguous(), *weights, *results, num_heads, global_channels, block)
+        return results
+
+    def operators():
+        return _portable_attention(qkv, *lepes, num_heads, global_channels, block).contiguous(), *results[1:]
+
+    return own.run(_attention_configuration(qkv, num_heads, global_channels, block), kernels, operators)
+
+
+def _run_attention_backward(
+    dout, qkv, weight_global, bias_global, weight_local, bias_local, context, key_lse, row_lse,
+    num_heads, global_channels, block, backend, falls_back,
+):  # fmt: skip
+    """Gradients of qkv and of each weight and bias; an empty tensor for what is None."""
+    own = _INSTANCES[backend, falls_back]
+    lepes = (weight_global, bias_global, weight_local, bias_local)
+
+    def kernels():
+        weights = (None if x is None else x.contiguous() for x in (weight_global, weight_local))
+        dqkv, *sums = own.kernels.backward(
+            dout.contiguous(), qkv.contiguous(), *weights, context, key_lse, row_lse, num_heads, global_channels, block
+        )
+        gradients = []
+        for weight, bias, rows in zip(lepes[::2], lepes[1::2], sums, strict=True):
+            gradients += (qkv.new_empty(0), qkv.new_empty(0)) if weight is None else _unpack(rows, weight, bias)
+        return dqkv, *gradients
+
+    def operators():
+        def run(qkv, *lepes):
+            return _portable_attention(qkv, *lepes, num_heads, global_channels, block)
+
+        return _portable_gradients(run, dout, qkv, *lepes)
+
+    return own.run(_attention_configuration(qkv, num_heads, global_channels, block), kernels, operators)
+
+
+def _run_lepe(v, weight, bias, residual, backend, falls_back):
+    own = _INSTANCES[backend, falls_back]
+
+    def kernels():
+        out = v.new_empty(v.shape)
+        contiguous = (None if x is None else x.contiguous() for x in (weight, bias, residual))
+        own.kernels.lepe(_evenly_strided(v), *contiguous, out)
+        return out
+
+    def operators():
+        out = _portable_lepe(v, weight, bias).contiguous()
+        return out if residual is None else out.add_(residual)
+
+    return own.run(_configuration(v, (), None), kernels, operators)
+
+
+def _run_lepe_backward(dout, v, weight, bias, backend, falls_back):
+    own = _INSTANCES[backend, falls_back]
+
+    def kernels():
+        upstream, dv = dout.contiguous(), v.new_empty(v.shape)
+        own.kernels.lepe(upstream, weight.contiguous(), None, None, dv, transposed=True)
+        return dv, *_unpack(own.kernels.lepe_sums(_evenly_strided(v), upstream), weight, bias)
+
+    def operators():
+        return _portable_gradients(_portable_lepe, dout, v, weight, bias)
+
+    return own.run(_configuration(v, (), None), kernels, operators)
+
+
+@torch.library.register_fake("elfatt::attention")
+def _(
+    qkv, weight_global, bias_global, weight_local, bias_local, num_heads, global_channels, block, backend, falls_back
+):
+    return _INSTANCES[backend, falls_back].kernels.new_buffers(qkv, num_heads, global_channels, block)
+
+
+@torch.library.register_fake("elfatt::attention_backward")
+def _(dout, qkv, weight_global, bias_global, weight_local, bias_local, *_):
+    return qkv.new_empty(qkv.shape), *(
+        qkv.new_empty(0) if x is None else torch.empty_like(x)
+        for x in (weight_global, bias_global, weight_local, bias_local)
     )
 
 
-def _like(x, other):
-    return other.new_empty(0) if x is None else x.new_empty(x.shape)
+@torch.library.register_fake("elfatt::lepe")
+def _(v, weight, bias, residual, backend, falls_back):
+    return v.new_empty(v.shape)
 
 
-def _contiguous(x):
-    return None if x is None else x.contiguous()
+@torch.library.register_fake("elfatt::lepe_backward")
+def _(dout, v, weight, bias, backend, falls_back):
+    return v.new_empty(v.shape), torch.empty_like(weight), v.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            results = _attention(*arguments)
+        ctx.save_for_backward(*arguments[:5], *results[1:])
+        ctx.options = arguments[5:]
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * 10
+        saved = ctx.saved_tensors  # under activation checkpointing they can be taken once
+        gradients = _attention_backward(dout, *saved, *ctx.options)
+        return *(None if x is None else dx for x, dx in zip(saved, gradients, strict=False)), *(None,) * 5
+
+
+class _Lepe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, weight, bias, residual, *options):
+        ctx.save_for_backward(v, weight, bias)
+        ctx.residual, ctx.options = residual is not None, options
+        with torch._C._AutoDispatchBelowAutograd():
+            return _lepe(v, weight, bias, residual, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        v, weight, bias = ctx.saved_tensors
+        dv, dweight, dbias = _lepe_backward(dout, v, weight, bias, *ctx.options)
+        return dv, dweight, None if bias is None else dbias, dout if ctx.residual else None, None, None
+
+
+def _with_backward(operator, function, tensors):
+    """An operator's kernel for autograd; ``torch.library.register_autograd`` costs twice as much a call."""
+
+    def run(*arguments):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:tensors]):
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return run
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("attention", _run_attention, _device)
+    _library.impl("attention_backward", _run_attention_backward, _device)
+    _library.impl("lepe", _run_lepe, _device)
+    _library.impl("lepe_backward", _run_lepe_backward, _device)
+_library.impl("attention", _with_backward(_attention, _Attention, 5), "Autograd")
+_library.impl("lepe", _with_backward(_lepe, _Lepe, 4), "Autograd")
+
+
+def _attention_configuration(qkv, num_heads, global_channels, block):
+    local_channels = qkv.shape[-1] // 3 - global_channels
+    return _configuration(qkv, head_widths(num_heads, (global_channels, local_channels)), block)
+
+
+def _portable_attention(qkv, weight_global, bias_global, weight_local, bias_local, num_heads, global_channels, block):
+    with without_autocast(qkv):
+        return _PORTABLE.elfatt_attention(
+            qkv,
+            num_heads=num_heads,
+            global_channels=global_channels,
+            block=block,
+            lepe_global=_cast_lepe(qkv, weight_global, bias_global),
+            lepe_local=_cast_lepe(qkv, weight_local, bias_local),
+        )
+
+
+def _portable_lepe(v, weight, bias):
+    with without_autocast(v):
+        return _PORTABLE.depthwise_conv(v, *_cast_lepe(v, weight, bias))
+
+
+def _cast_lepe(x, weight, bias):
+    """As autocast does, which is not in force in a backward pass."""
+    return None if weight is None else (weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _portable_gradients(run, dout, *tensors):
+    """Gradients of ``run(*tensors)``, recomputed; an empty tensor for None."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
+    with torch.enable_grad():
+        out = run(*leaves)
+    found = iter(torch.autograd.grad(out, [x for x in leaves if x is not None], dout))
+    # in the layout that the parameters have, which DDP's buckets have too
+    return tuple(dout.new_empty(0) if x is None else torch.empty_like(x).copy_(next(found)) for x in tensors)
+
+
+def _unpack(sums, weight, bias):
+    """Gradients of a weight and a bias, laid out as they are, from the kernels' ``[10, channels]``."""
+    dweight = torch.empty_like(weight).copy_(sums[:9].t().unflatten(1, (1, 3, 3)))
+    return dweight, sums.new_empty(0) if bias is None else torch.empty_like(bias).copy_(sums[9])
 
 
 def _evenly_strided(x):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+Kernel = tuple[torch.Tensor, torch.Tensor | None]  # of a depthwise convolution: weight [C, 1, k, k] and bias [C]
+
 
 def fit_block(block: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """The block actually used on a map: a block side at least as long as the map's side is the map's side.

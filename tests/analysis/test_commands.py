@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elfatt.analysis import edge, plain, report
+from elfatt.analysis import edge, report
 from elfatt.analysis.__main__ import COMMANDS, main
 from elfatt.analysis.results import load_runs
+from elfatt.ops import active_backend
+from elfatt.ops.plain import PlainBackend
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["--device", "cpu", "--repeats", "2", "--warm-up", "0", "--precision", "float32"]
@@ -53,8 +55,13 @@ def test_scaling_runs_training_as_well(tmp_path):
 
 def test_scaling_measures_the_gain_over_plain_pytorch(tmp_path, monkeypatch):
     calls = []
-    real = plain.plain_elfatt
-    monkeypatch.setattr(plain, "plain_elfatt", lambda *args, **options: calls.append(args) or real(*args, **options))
+    real = PlainBackend.elfatt_attention
+
+    def spy(*args, **options):
+        calls.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr(PlainBackend, "elfatt_attention", spy)
     argv = ["scaling", "--models", "cswin_nano_elfatt", "--sizes", "48x80", "--attention", "fa", "plain", *FAST]
     assert main([*argv, "--results", str(tmp_path / "r.json")]) == 0
     fused, unoptimised = rows_of(tmp_path / "r.json")
@@ -140,11 +147,23 @@ def test_op_compares_backends_with_plain_pytorch(tmp_path, backward, capsys):
 def test_op_times_nothing_that_is_wrong(tmp_path, monkeypatch, capsys):
     from elfatt.analysis import op
 
-    monkeypatch.setattr(op, "elfatt_attention", lambda *args, **options: 1.001 * op.plain_elfatt(*args, **options))
-    argv = ["op", "--shapes", "224 level 3", "--batch-size", "1", "--device", "cpu", "--results"]
-    assert main([*argv, str(tmp_path / "m.json")]) == 1
-    assert "output of auto at 224 level 3 is off by 1.0e-03 in float32" in capsys.readouterr().err
+    real = op.elfatt_attention
+
+    def wrong_under(*names):
+        def attention(*args, **options):
+            return real(*args, **options) * (1.001 if active_backend() in names else 1)
+
+        monkeypatch.setattr(op, "elfatt_attention", attention)
+
+    argv = ["op", "--shapes", "224 level 3", "--batch-size", "1", "--repeats", "1", "--device", "cpu"]
+    argv += ["--backends", "auto", "math", "--results", str(tmp_path / "m.json")]
+    wrong_under("auto", "math")
+    assert main(argv) == 1
     assert not (tmp_path / "m.json").exists()
+    wrong_under("auto")
+    assert main(argv) == 0
+    assert "output of auto at 224 level 3 is off by 1.0e-03 in float32" in capsys.readouterr().err
+    assert [row["variant"] for row in rows_of(tmp_path / "m.json")] == ["plain", "math"]
 
 
 def test_report_holds_every_run_with_its_environment(tmp_path):

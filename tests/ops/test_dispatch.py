@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elfatt import ops
 from elfatt.attention import create_attention
-from elfatt.ops import dispatch
+from elfatt.ops import dispatch, fused, triton
 from elfatt.ops.cpp import build
 
 
@@ -26,12 +26,12 @@ def test_contexts_nest_and_end_on_errors():
 
 
 def test_an_unknown_backend_names_the_choices():
-    with pytest.raises(ValueError, match="unknown backend 'fast': choose one of auto, reference, math, sdpa"):
+    with pytest.raises(ValueError, match="unknown backend 'fast': choose one of auto, reference, plain, math, sdpa"):
         with ops.use_backend("fast"):
             pass
 
 
-@pytest.mark.skipif(ops.has_flash_attn(), reason="flash-attn is installed")
+@pytest.mark.skipif(ops.get_backend("flash_attn").unsupported_reason() is None, reason="flash-attn is installed")
 def test_flash_attn_is_refused_when_it_is_missing():
     with pytest.raises(ValueError, match="not installed: pip install flash-attn, or use 'sdpa'"):
         with ops.use_backend("flash_attn"):
@@ -47,9 +47,8 @@ def test_flash_attn_is_refused_when_it_is_missing():
     ],
 )
 def test_flash_attn_explains_each_refusal(q, bias, reason):
-    assert not ops.can_run_flash_attn(q, bias)
     with pytest.raises(ValueError, match=re.escape(str(tuple(q.shape))) + f".*{reason}.*use 'sdpa'"):
-        ops.can_run_flash_attn(q, bias, raise_error=True)
+        ops.get_backend("flash_attn").softmax_attention(q, q, q, bias)
 
 
 def test_flash_attn_wants_half_precision_and_small_heads(monkeypatch):
@@ -59,8 +58,10 @@ def test_flash_attn_wants_half_precision_and_small_heads(monkeypatch):
     single = torch.empty(1, 4, 2, 8).as_subclass(Cuda)
     wide = torch.empty(1, 4, 2, 512, dtype=torch.float16).as_subclass(Cuda)
     for q, reason in ((single, "float16 or bfloat16, not float32"), (wide, "at most 256 channels, not 512")):
-        with pytest.raises(ValueError, match=reason):
-            ops.can_run_flash_attn(q, raise_error=True)
+        assert reason in ops.get_backend("flash_attn").unsupported_reason(q, (q.shape[-1],))
+
+
+has_triton = ops.get_backend("triton").unsupported_reason() is None
 
 
 def packed(width=32, dtype=torch.float32, device="cpu"):
@@ -74,7 +75,7 @@ class Cuda(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.skipif(not ops.has_triton(), reason="triton is not installed")
+@pytest.mark.skipif(not has_triton, reason="triton is not installed")
 @pytest.mark.parametrize(
     ("qkv", "reason"),
     [
@@ -87,23 +88,26 @@ class Cuda(torch.Tensor):
 def test_triton_explains_each_refusal(monkeypatch, qkv, reason):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     width = qkv.shape[-1] // 6
-    assert not ops.can_run_triton(qkv, (width, width))
     with pytest.raises(ValueError, match=re.escape(str(tuple(qkv.shape))) + f".*{reason}.*use 'sdpa'"):
-        ops.can_run_triton(qkv, (width, width), raise_error=True)
+        options = {"num_heads": (1, 1), "global_channels": width, "block_size": 2}
+        ops.elfatt_attention(qkv, **options, backend="triton")
 
 
-@pytest.mark.skipif(not ops.has_triton(), reason="triton is not installed")
+@pytest.mark.skipif(not has_triton, reason="triton is not installed")
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_triton_wants_ampere(monkeypatch, capability, runs):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    assert ops.can_run_triton(packed().as_subclass(Cuda), (32, 32)) == runs
+    monkeypatch.setattr(triton, "_capability", lambda index: capability)
+    triton._device_limit.cache_clear()
+    reason = ops.get_backend("triton").unsupported_reason(packed().as_subclass(Cuda), (32, 32))
+    triton._device_limit.cache_clear()
+    assert (reason is None) == runs
 
 
-@pytest.mark.skipif(not ops.has_triton(), reason="triton is not installed")
+@pytest.mark.skipif(not has_triton, reason="triton is not installed")
 def test_the_chosen_triton_backend_refuses_what_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with ops.use_backend("triton"), pytest.raises(ValueError, match="triton cannot run a map of shape"):
+    with ops.use_backend("triton"), pytest.raises(ValueError, match="triton cannot run a tensor of shape"):
         ops.elfatt_attention(packed(), num_heads=(1, 1), global_channels=32, block_size=2)
 
 
@@ -115,9 +119,9 @@ def test_the_chosen_triton_backend_refuses_what_it_cannot_run(monkeypatch):
     ],
 )
 def test_auto_says_once_why_it_runs_without_its_kernels(monkeypatch, caplog, x, reason):
-    monkeypatch.setattr(dispatch, "_explained", set())
+    monkeypatch.setattr(fused, "_explained", set())
     for _ in range(2):
-        assert dispatch.fused_backend(x, (32, 32)) is None
+        assert dispatch.resolve("auto", x, (32, 32), (2, 2)).name == "sdpa"
     assert len(caplog.records) == 1
     assert re.search(f"backend 'auto' runs without the {reason}", caplog.text)
 
@@ -130,10 +134,9 @@ def test_auto_says_once_why_it_runs_without_its_kernels(monkeypatch, caplog, x, 
     ],
 )
 def test_cpp_explains_each_refusal(x, reason):
-    assert not ops.can_run_cpp(x)
     with (
         ops.use_backend("cpp"),
-        pytest.raises(ValueError, match=f"cpp cannot run a map of shape .*{reason}; use 'sdpa'"),
+        pytest.raises(ValueError, match=f"cpp cannot run a tensor of shape .*{reason}; use 'sdpa'"),
     ):
         ops.elfatt_attention(x, num_heads=(1, 1), global_channels=32, block_size=2)
 
@@ -146,7 +149,7 @@ def fresh_build(monkeypatch, tmp_path):
     forget_the_build()
 
 
-def forget_the_build(caches=(build.library, build.problem)):
+def forget_the_build(caches=(build.library, build.unavailable_reason)):
     for cache in caches:
         cache.cache_clear()
 
@@ -156,7 +159,7 @@ def forget_the_build(caches=(build.library, build.problem)):
     [("/nowhere/c++", "cannot be run"), ("false", "the C.. compiler false failed"), (None, "no C.. compiler is found")],
 )
 def test_without_a_compiler_auto_runs_pytorch_and_cpp_says_why(monkeypatch, fresh_build, caplog, compiler, reason):
-    monkeypatch.setattr(dispatch, "_explained", set())
+    monkeypatch.setattr(fused, "_explained", set())
     if compiler:
         monkeypatch.setenv("CXX", compiler)
     else:
@@ -172,10 +175,10 @@ def test_without_a_compiler_auto_runs_pytorch_and_cpp_says_why(monkeypatch, fres
 
 
 def test_the_kernels_are_compiled_once(fresh_build, caplog):
-    if not ops.can_run_cpp(packed()):
+    if ops.get_backend("cpp").unsupported_reason(packed()):
         pytest.skip("no C++ compiler")
     forget_the_build()
-    assert ops.can_run_cpp(packed())
+    assert ops.get_backend("cpp").unsupported_reason(packed()) is None
     assert [path.suffix for path in (fresh_build / "elfatt").iterdir()] == [".so"]
     assert caplog.text.count("compiling the C++ kernels") == 1
 
@@ -208,7 +211,7 @@ def test_transformed_functions_run_pytorch_s_operators(name):
 
 
 def test_fused_kernels_refuse_what_they_cannot_differentiate():
-    if not ops.can_run_cpp(packed()):
+    if ops.get_backend("cpp").unsupported_reason(packed()):
         pytest.skip("no C++ compiler")
     module = create_attention("elfatt", dim=32, num_heads=2)
     x = torch.randn(1, 4, 6, 32)
@@ -217,11 +220,11 @@ def test_fused_kernels_refuse_what_they_cannot_differentiate():
 
 
 def test_triton_is_refused_when_it_is_missing(monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_triton", False)
+    monkeypatch.setattr(triton, "_missing_package", lambda: "it is not installed: pip install triton")
     with pytest.raises(ValueError, match="not installed: pip install triton, or use 'sdpa'"):
         with ops.use_backend("triton"):
             pass
-    assert not ops.can_run_triton(packed().as_subclass(Cuda), (32, 32))
+    assert ops.get_backend("triton").unsupported_reason(packed().as_subclass(Cuda), (32, 32))
 
 
 @pytest.mark.parametrize(("backend", "fused"), [("auto", True), ("sdpa", True), ("math", False), ("reference", False)])

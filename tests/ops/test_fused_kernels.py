@@ -32,7 +32,7 @@ NAMES = ("qkv", "weight_global", "bias_global", "weight_local", "bias_local")
 def place(request, monkeypatch):
     for name, value in zip(("KERNELS", "DEVICE"), request.param, strict=True):
         monkeypatch.setattr(sys.modules[__name__], name, value)
-    if KERNELS == "cpp" and not ops.can_run_cpp(torch.empty(1, 1, 1, 1)):
+    if KERNELS == "cpp" and ops.get_backend("cpp").unsupported_reason(torch.empty(1, 1, 1, 1)):
         pytest.skip("no C++ compiler")
     if KERNELS == "cpp" and request.node.callspec.params.get("dtype") == HALF:
         pytest.skip("the C++ kernels do not take float16")
@@ -212,23 +212,23 @@ def test_any_strides():
 @pytest.mark.parametrize("name", ["weight_global", "bias_local"])
 def test_kernels_of_another_shape_are_named(name):
     given = tensors((1, 3, 4, 32), 16, FLOAT)
-    with ops.use_backend(KERNELS), pytest.raises(ValueError, match="LePE of 16 channels needs kernels"):
+    with ops.use_backend(KERNELS), pytest.raises(ValueError, match="LePE of 16 channels needs weights"):
         attend({**given, name: given[name][:8]}, 16, (1, 1), 2)
 
 
 def operator_arguments(split, lepe):
     given = {name: x.requires_grad_() for name, x in tensors((1, 3, 4, 32), split, FLOAT, lepe).items()}
-    return [given.get(name) for name in NAMES], ([1, 1], split, [2, 4], KERNELS)
+    return [given.get(name) for name in NAMES], ([1, 1], split, [2, 4], KERNELS, False)
 
 
 @pytest.mark.parametrize("lepe", [True, False])
 def test_operator_registration(lepe):
     leaves, options = operator_arguments(16, lepe)
-    torch.library.opcheck(fused._forward, (*leaves, *options))
+    torch.library.opcheck(fused._attention, (*leaves, *options))
     leaves = [x if x is None else x.detach() for x in leaves]
-    kept = fused._forward(*leaves, *options)[1:]
+    kept = fused._attention(*leaves, *options)[1:]
     dout = torch.randn(1, 3, 4, 32, device=DEVICE)
-    torch.library.opcheck(fused._backward, (dout, *leaves, *kept, *options))
+    torch.library.opcheck(fused._attention_backward, (dout, *leaves, *kept, *options))
 
 
 def lepe_leaves(dtype, bias=True):
@@ -273,8 +273,8 @@ def test_lepe_of_an_empty_map():
 def test_lepe_registration():
     packed, weight, offset, residual = lepe_leaves(FLOAT)
     v, residual = (x.detach()[:1, :3, :4].requires_grad_() for x in (packed[..., 64:128], residual))
-    torch.library.opcheck(fused._lepe, (v, weight, offset, residual, KERNELS))
-    torch.library.opcheck(fused._lepe_backward, (*(x.detach() for x in (residual, v, weight, offset)), KERNELS))
+    torch.library.opcheck(fused._lepe, (v, weight, offset, residual, KERNELS, False))
+    torch.library.opcheck(fused._lepe_backward, (*(x.detach() for x in (residual, v, weight, offset)), KERNELS, False))
 
 
 @pytest.mark.parametrize("name", ["elfatt", "effatt", "vanilla"])
@@ -318,7 +318,13 @@ def test_automatic_mixed_precision(dtype):
 
 @pytest.mark.parametrize(
     ("name", "operator"),
-    [("elfatt", "_forward"), ("effatt", "_forward"), ("vanilla", "_lepe"), ("agent", "_lepe"), ("flatten", "_lepe")],
+    [
+        ("elfatt", "_attention"),
+        ("effatt", "_attention"),
+        ("vanilla", "_lepe"),
+        ("agent", "_lepe"),
+        ("flatten", "_lepe"),
+    ],
 )
 def test_mechanisms_run_the_kernels(name, operator, monkeypatch):
     calls = []
@@ -402,8 +408,8 @@ if CUDA:
 
         def test_auto_chooses_the_kernels(self, monkeypatch):
             calls = []
-            real = fused._forward
-            monkeypatch.setattr(fused, "_forward", lambda *args: calls.append(args) or real(*args))
+            real = fused._attention
+            monkeypatch.setattr(fused, "_attention", lambda *args: calls.append(args) or real(*args))
             attend(tensors((1, 9, 9, 64), 32, BRAIN), 32, (1, 1), 4)
             attend(tensors((1, 9, 9, 64), 32, torch.float64), 32, (1, 1), 4)
             assert len(calls) == 1

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from elfatt import ops
-from elfatt.ops import scan
+from elfatt.ops import recurrence as scan
 
 LENGTHS = (1, scan.CHUNK - 1, scan.CHUNK, scan.CHUNK + 1, 3 * scan.CHUNK**2 + 5)  # the last one in three levels
 NAMES = ("x", "delta", "a", "b", "c", "d")

@@ -19,8 +19,8 @@ _logger = logging.getLogger("elfatt")
 
 
 @lru_cache(maxsize=1)
-def problem() -> str | None:
-    """What stands against the kernels on this machine, asked once; where nothing does, they are compiled."""
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot run on this machine, or None. May compile them on first use."""
     try:
         library()
     except RuntimeError as error:

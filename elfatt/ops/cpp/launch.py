@@ -15,6 +15,20 @@ TASKS = 64  # enough for the threads of a large CPU to share
 GROUPS = (32, 48, 24, 16)  # channels of a task of LePE alone
 
 
+def new_buffers(
+    qkv: torch.Tensor, heads: Sequence[int], global_channels: int, block: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The forward pass's results, unfilled: output, context, K's log-sum-exp, and nothing."""
+    b, h, w, packed = qkv.shape
+    width = global_channels // heads[0] if global_channels else 0
+    return (
+        qkv.new_empty(b, h, w, packed // 3),
+        qkv.new_empty(b, heads[0], width, width, dtype=torch.float32),
+        qkv.new_empty(b, heads[0], width, dtype=torch.float32),
+        qkv.new_empty(0, dtype=torch.float32),
+    )
+
+
 def forward(
     qkv: torch.Tensor,
     weight_global: torch.Tensor | None,

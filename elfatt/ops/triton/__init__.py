@@ -1,5 +1,105 @@
-"""Triton kernels of the ELFATT operation: the only files that import triton, imported when the kernels first run."""
+"""Triton kernels of the ELFATT operation and of LePE for GPUs; ``triton`` itself is imported when they first run."""
 
-from elfatt.ops.triton.launch import backward, forward, lepe, lepe_sums
+from __future__ import annotations
 
-__all__ = ["backward", "forward", "lepe", "lepe_sums"]
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from elfatt.ops.fused import FusedBackend
+from elfatt.ops.pytorch import dtype_name
+
+OLDEST = (3, 3)  # of triton: torch 2.7's
+WIDEST = 64  # channels of a head
+# Where ``auto`` takes the kernels, by major compute capability and dtype: the widest head. Everything else stays on
+# PyTorch's operators until it is measured: ROCm, whose compiler refuses tf32x3, and 10.0 and newer.
+_HALVES = (torch.float16, torch.bfloat16)
+PROVED = (
+    (9, _HALVES, 64),  # measured on an H200
+    (9, (torch.float32,), 64),  # tested on an H200
+    (8, _HALVES, 64),  # compiled clean for 8.0, 8.6 and 8.9
+    (8, (torch.float32,), 32),  # wider heads spill up to 11 KB a thread to memory
+)
+
+
+class TritonBackend(FusedBackend):
+    """``triton``: float16, bfloat16 and float32 on CUDA devices of compute capability 8.0 and newer."""
+
+    name = "triton"
+    kernels_module = "elfatt.ops.triton.launch"
+
+    def unsupported_reason(self, x=None, widths=(), bias=None):
+        if x is None:
+            return _missing_package()
+        reason = super().unsupported_reason(x, widths)
+        if reason is None and x.stride(0) >= 2**31:
+            return "it numbers the elements of one image in 32 bits"
+        return reason
+
+    def limit(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
+        if reason := _missing_package():
+            return reason
+        if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+            return f"it needs CUDA tensors, not {device.type} (TRITON_INTERPRET=1 interprets its kernels on a CPU)"
+        if dtype not in (*_HALVES, torch.float32):
+            return f"it needs float16, bfloat16 or float32, not {dtype_name(dtype)}"
+        if max(widths, default=0) > WIDEST:
+            return f"it takes heads of at most {WIDEST} channels, not {max(widths)}"
+        return None if _interpreted() else _device_limit(device.index)
+
+    def unproved(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
+        if device.type != "cuda":
+            return None
+        if torch.version.hip:
+            return "they are not proved on ROCm"
+        major, minor = _capability(device.index)
+        widest = next((widest for number, dtypes, widest in PROVED if number == major and dtype in dtypes), 0)
+        if max(widths, default=1) <= widest:
+            return None
+        heads = f", heads wider than {widest}" if widest else ""
+        return f"they are not proved on compute capability {major}.{minor} in {dtype_name(dtype)}{heads}"
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _device_limit(index: int | None) -> str | None:
+    """What stands against the kernels on one device, asked once."""
+    if torch.version.cuda and _capability(index) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 (Ampere) or newer"
+    return _missing_toolchain()
+
+
+@cache
+def _missing_package() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "it is not installed: pip install triton"
+    return None
+
+
+@cache
+def _missing_toolchain() -> str | None:
+    """Triton compiles the code that starts a kernel with a C compiler and Python's headers."""
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"it needs triton {OLDEST[0]}.{OLDEST[1]} or newer, not {version}: pip install --upgrade triton"
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang")), None)
+    if compiler is None or shutil.which(compiler) is None:
+        return "triton finds no C compiler: install gcc, or name one in CC"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        return f"triton needs Python's headers and {header} is missing: install python3-dev"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

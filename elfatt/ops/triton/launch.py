@@ -12,10 +12,10 @@ from contextlib import nullcontext
 import torch
 import triton
 
-from elfatt.ops.fused import WHOLE_BLOCK
 from elfatt.ops.triton import global_branch, local_branch
 from elfatt.ops.triton.lepe import lepe_kernel, lepe_weight_gradient_kernel
 
+WHOLE_BLOCK = 64  # tokens of a block up to which the backward pass needs nothing from the forward pass
 TILE = 64  # tokens summed at a time
 SIDE = 8  # of the square tiles with LePE over the map: the neighbourhoods of a square's tokens overlap most
 ROWS = 4  # tokens of the strips that a thread sums LePE over
@@ -24,6 +24,23 @@ LANES = 32  # channels of a program that knows no heads
 # for each leaves a partial result. Tiles with no more than a head in common: so many that the last ones are few.
 SUMS = 512, 16
 APART = 4096, 4
+
+
+def new_buffers(
+    qkv: torch.Tensor, heads: Sequence[int], global_channels: int, block: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The forward pass's results, unfilled: output, context, K's log-sum-exp, the scores' by token and head."""
+    b, h, w, packed = qkv.shape
+    width = global_channels // heads[0] if global_channels else 0
+    tokens = block[0] * block[1]
+    large = global_channels < packed // 3 and tokens > WHOLE_BLOCK
+    blocks = -(-h // block[0]) * -(-w // block[1]) if large else 0
+    return (
+        qkv.new_empty(b, h, w, packed // 3),
+        qkv.new_empty(b, heads[0], width, width, dtype=torch.float32),
+        qkv.new_empty(b, heads[0], width, dtype=torch.float32),
+        qkv.new_empty(b, heads[1], blocks, tokens, dtype=torch.float32),
+    )
 
 
 def forward(
