@@ -16,7 +16,6 @@ from torch import Tensor
 # written out, for older versions of torch cannot read them from these functions' types
 _KERNELS = "Tensor? weight_global, Tensor? bias_global, Tensor? weight_local, Tensor? bias_local"
 _OPTIONS = "SymInt[] num_heads, SymInt global_channels, SymInt[] block, str backend"
-WHOLE_BLOCK = 64  # tokens of a block up to which the backward pass needs nothing from the forward pass
 
 
 def fused_attention(
@@ -226,17 +225,16 @@ def _unpack(sums, weight, bias):
 
 
 def _empty(qkv, num_heads, global_channels, block, backend):
-    """The forward pass's results; the scores' log-sum-exp, by token and head, where Triton's backward needs it."""
+    """The forward pass's results."""
+    if backend == "triton":
+        return _module(backend).new_buffers(qkv, num_heads, global_channels, block)
     b, h, w, packed = qkv.shape
     width = global_channels // num_heads[0] if global_channels else 0
-    tokens = block[0] * block[1]
-    large = backend == "triton" and global_channels < packed // 3 and tokens > WHOLE_BLOCK
-    blocks = -(-h // block[0]) * -(-w // block[1]) if large else 0
     return (
         qkv.new_empty(b, h, w, packed // 3),
         qkv.new_empty(b, num_heads[0], width, width, dtype=torch.float32),
         qkv.new_empty(b, num_heads[0], width, dtype=torch.float32),
-        qkv.new_empty(b, num_heads[1], blocks, tokens, dtype=torch.float32),
+        qkv.new_empty(b, num_heads[1], 0, block[0] * block[1], dtype=torch.float32),
     )
 
 

@@ -13,8 +13,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from elfatt.ops import fused  # noqa: E402
-
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 POINTERS = {FLOAT: "*fp32", HALF: "*fp16", BRAIN: "*bf16"}
 
@@ -49,7 +47,7 @@ def recorded_launches(monkeypatch, shape, split, heads, block, dtype, lepe):
     weight_global, bias_global, weight_local, bias_local = (
         tensor(*size) if lepe else None for width in (split, c - split) for size in ((width, 1, 3, 3), (width,))
     )
-    kept = fused._empty(qkv, heads, split, block, "triton")
+    kept = launch.new_buffers(qkv, heads, split, block)
     options = (heads, split, block)
     launch.forward(qkv, weight_global, bias_global, weight_local, bias_local, *kept, *options)
     launch.lepe(qkv[..., 2 * c :], tensor(c, 1, 3, 3), tensor(c), kept[0], kept[0])
@@ -131,7 +129,7 @@ def test_four_launches_forward(monkeypatch):
     calls = []
     monkeypatch.setattr(launch, "launch", lambda kernel, *_, **__: calls.append(kernel.__name__))
     qkv = torch.empty(1, 128, 512, 192, dtype=BRAIN, device="meta")
-    kept = fused._empty(qkv, (1, 1), 32, (14, 14), "triton")
+    kept = launch.new_buffers(qkv, (1, 1), 32, (14, 14))
     launch.forward(qkv, None, None, None, None, *kept, (1, 1), 32, (14, 14))
     assert calls == ["context_kernel", "combine_kernel", "global_out_kernel", "local_out_kernel"]
 
