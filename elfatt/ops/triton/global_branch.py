@@ -8,13 +8,13 @@ of K needs, are the row sums of ``A ⊙ dA``, so K needs no pass of its own. LeP
 import triton
 import triton.language as tl
 
-from elfatt.ops.triton.common import LOG2_E, advance, dot, load_tile, store_tile, trips
+from elfatt.ops.triton.common import LOG2_E, advance, dot, load_tile, store_tile, trips, widen
 from elfatt.ops.triton.lepe import load_taps, map_lepe, map_tile
 
 
 @triton.jit
 def feature_softmax(q, lanes):
-    q = tl.where(lanes[None, :], q.to(tl.float32), float("-inf"))
+    q = tl.where(lanes[None, :], widen(q), float("-inf"))
     p = tl.exp2(q * LOG2_E - (tl.max(q, axis=1) * LOG2_E)[:, None])
     return p * (1 / tl.sum(p, axis=1))[:, None]
 
@@ -47,7 +47,7 @@ def context_kernel(
         token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (token < tokens)[:, None] & lanes[None, :]
         place = k_base + token[:, None] * (3 * C) + lane[None, :]
-        largest = tl.maximum(largest, tl.load(place, mask=mask, other=float("-inf")).to(tl.float32))
+        largest = tl.maximum(largest, widen(tl.load(place, mask=mask, other=float("-inf"))))
     largest = tl.where(lanes, tl.max(largest, axis=0), 0.0) * LOG2_E  # a split has a token: the maximum is finite
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
@@ -55,7 +55,7 @@ def context_kernel(
         token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (token < tokens)[:, None] & lanes[None, :]
         v = load_tile(k_base + C, token, 3 * C, lane, mask)
-        k = load_tile(k_base, token, 3 * C, lane, mask).to(tl.float32)
+        k = widen(load_tile(k_base, token, 3 * C, lane, mask))
         p = tl.where((token < tokens)[:, None], tl.exp2(k * LOG2_E - largest[None, :]), 0.0)
         total += p  # added up across threads once, at the end
         acc = dot(tl.trans(p).to(v.dtype), v, acc, PRECISION)
@@ -74,30 +74,27 @@ def combine_kernel(
     splits,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,  # no fewer than ``splits``
     TILE: tl.constexpr,
 ):
     """Merge the splits: one program for one row of one head's context, so that few heads still fill the device."""
     pid = tl.program_id(0).to(tl.int64)
     feature, head = pid % D, pid // D
     lane = tl.arange(0, BLOCK_D)
+    every = tl.arange(0, SPLITS)
     lse_base = parts_lse + head * splits * D + feature
-    largest = tl.full([TILE], float("-inf"), tl.float32)
-    for start in tl.range(0, trips(splits), TILE):
-        split = start + tl.arange(0, TILE)
-        largest = tl.maximum(largest, tl.load(lse_base + split * D, mask=split < splits, other=float("-inf")))
-    largest = tl.max(largest, axis=0)
-    total = tl.zeros([TILE], tl.float32)
+    lse = tl.load(lse_base + every * D, mask=every < splits, other=float("-inf"))
+    largest = tl.max(lse, axis=0)
+    total = largest + tl.log2(tl.sum(tl.exp2(lse - largest), axis=0))
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in tl.range(0, trips(splits), TILE):
+    for start in range(0, SPLITS, TILE):
         split = start + tl.arange(0, TILE)
-        share = tl.exp2(tl.load(lse_base + split * D, mask=split < splits, other=float("-inf")) - largest)
+        share = tl.exp2(tl.load(lse_base + split * D, mask=split < splits, other=float("-inf")) - total)
         mask = (split < splits)[:, None] & (lane < D)[None, :]
         part = load_tile(parts + (head * splits * D + feature) * D, split, D * D, lane, mask)
-        total += share
         acc += tl.sum(part * share[:, None], axis=0)
-    total = tl.sum(total, axis=0)
-    tl.store(context + pid * D + lane, acc / total, mask=lane < D)
-    tl.store(key_lse + pid, largest + tl.log2(total))
+    tl.store(context + pid * D + lane, acc, mask=lane < D)
+    tl.store(key_lse + pid, total)
 
 
 @triton.jit(do_not_specialize=["height", "width", "groups", "group"])
@@ -132,7 +129,7 @@ def global_out_kernel(
     columns = tl.cdiv(width, SIDE)
     row, column = part * group // columns, part * group % columns
     count = tl.minimum(group, tl.cdiv(height, SIDE) * columns - part * group)
-    for _ in tl.range(0, trips(count), num_stages=1):
+    for _step in tl.range(0, trips(count), num_stages=1):
         token, exists = map_tile(row, column, height, width, SIDE, ROWS)
         mask = exists[:, None] & lanes[None, :]
         p = feature_softmax(load_tile(q_base, token, 3 * C, lane, mask), lanes)
@@ -224,7 +221,7 @@ def global_key_value_gradient_kernel(
     for step in tl.range(0, trips(count), num_stages=1):
         token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (token < tokens)[:, None] & lanes[None, :]
-        k = load_tile(qkv + k_offset, token, 3 * C, lane, mask).to(tl.float32)
+        k = widen(load_tile(qkv + k_offset, token, 3 * C, lane, mask))
         v = load_tile(qkv + k_offset + C, token, 3 * C, lane, mask)
         n = tl.exp2(k * LOG2_E - lse[None, :])
         zero = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

@@ -28,7 +28,18 @@ LANES = 32  # channels of a program that knows no heads
 # for each leaves a partial result. Tiles with no more than a head in common: so many that the last ones are few.
 SUMS = 512, 16
 APART = 4096, 4
+COMBINED = 4, 16, 128, 1024, 2**14, 2**18  # partial contexts that a kernel of its own is compiled for
 FEW_PARTS = 8  # partial sums that every program that needs them adds up itself
+
+
+# Registers of a thread, by kernel and lanes of a row in half precision, where the compiler would take so many that too
+# few programs share a multiprocessor
+REGISTERS = {
+    "global_out": {64: 168},
+    "local_out": {16: 128, 32: 128, 64: 168},
+    "local_out_large": {16: 168, 32: 168, 64: 168},  # of blocks that are walked over
+    "lepe_gradient": {16: 168, 32: 168},
+}
 
 
 class Launch(NamedTuple):
@@ -159,7 +170,7 @@ def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
     """Gradients ``[10, channels]`` in float32 of LePE's nine weights and bias."""
     if not v.numel():
         return v.new_zeros(10, v.shape[-1], dtype=torch.float32)
-    step, shape = _lepe_gradient(v.shape, v.stride(2), v.shape[-1], v.shape[1:3], (True, False))
+    step, shape = _lepe_gradient(v.shape, v.dtype, v.stride(2), v.shape[-1], v.shape[1:3], (True, False))
     sums = torch.empty(shape, dtype=torch.float32, device=v.device)
     with _device(v):
         step(v, dout, None, None, None, sums)
@@ -198,24 +209,26 @@ def _forward_plan(shape, dtype, heads, global_channels, block, tf32):
             global_branch.context_kernel, outer * splits, (h * w, splits, steps), {**constants, "BLOCK_N": TILE}
         )
         if splits > 1:
-            tile = 4 if splits <= 4 else 16 if splits <= 16 else 128
+            most = next(n for n in COMBINED if splits <= n)
             plan["combine"] = Launch(
                 global_branch.combine_kernel, outer * width, (splits,),
-                {"D": width, "BLOCK_D": _padded(width), "TILE": tile, "num_warps": 4 if tile == 128 else 1},
+                {"D": width, "BLOCK_D": _padded(width), "SPLITS": most, "TILE": min(128, most),
+                 "num_warps": 1 if most <= 16 else 4},
             )  # fmt: skip
         groups, group = _groups(outer, _cdiv(h, SIDE) * _cdiv(w, SIDE), *APART)
         plan["global_out"] = Launch(
             global_branch.global_out_kernel, outer * groups, (h, w, groups, group),
-            {**constants, "SIDE": SIDE, "ROWS": ROWS},
+            {**constants, "SIDE": SIDE, "ROWS": ROWS, **_registers("global_out", dtype, _padded(width))},
         )  # fmt: skip
     if global_channels < channels:
         constants = _local(dtype, channels, heads[1], global_channels, block, tf32)
         own, walked = _block_tiles(dtype, constants)
         tiles = _cdiv(h, block[0]) * _cdiv(w, block[1]) * _cdiv(constants["PLACES"], own)
         groups, group = _block_groups(dtype, b * heads[1], tiles)
+        registers = _registers("local_out" if own == walked else "local_out_large", dtype, constants["BLOCK_D"])
         plan["local_out"] = Launch(
             local_branch.local_out_kernel, b * heads[1] * groups, (h, w, groups, group),
-            {**constants, "BLOCK_M": own, "BLOCK_N": walked},
+            {**constants, "BLOCK_M": own, "BLOCK_N": walked, **registers},
         )  # fmt: skip
     return _Forward(**plan)
 
@@ -260,7 +273,7 @@ def _backward_plan(shape, dtype, heads, global_channels, block, lepes, tf32):
                 {**constants, "BLOCK_M": walked, "BLOCK_N": own},
             )  # fmt: skip
     if any(lepes):
-        plan["lepe"], plan["sums"] = _lepe_gradient((b, h, w, channels), packed, global_channels, block, lepes)
+        plan["lepe"], plan["sums"] = _lepe_gradient((b, h, w, channels), dtype, packed, global_channels, block, lepes)
     return _Backward(**plan)
 
 
@@ -276,7 +289,7 @@ def _lepe_plan(shape, stride, transposed):
 
 
 @lru_cache(4096)
-def _lepe_gradient(shape, stride, split, block, lepes):
+def _lepe_gradient(shape, dtype, stride, split, block, lepes):
     """The launch for the ``split`` first channels, with LePE over the map, and the others; the shape of its sums."""
     b, h, w, channels = shape
     lanes = 16 if any(n % 32 and not n % 16 for n in (split, channels - split)) else LANES
@@ -289,7 +302,7 @@ def _lepe_gradient(shape, stride, split, block, lepes):
     constants = {
         "C": channels, "SPLIT": split, "MAP_PARTS": parts[0], "PARTS": sum(parts), "V_STRIDE": stride,
         "BH": block[0] if lepes[1] else 1, "BW": block[1] if lepes[1] else 1, "ACROSS": across, "DOWN": down,
-        "ROWS": rows, "LANES": lanes, "num_warps": 4,
+        "ROWS": rows, "LANES": lanes, "num_warps": 4, **_registers("lepe_gradient", dtype, lanes),
     }  # fmt: skip
     sizes = h, w, groups, *(_cdiv(n, groups) for n in tiles)
     return Launch(lepe_gradient_kernel, b * groups * sum(parts), sizes, constants), (b * groups, 10, channels)
@@ -324,6 +337,11 @@ def _head(dtype, width, tf32):
     return {
         "D": width, "BLOCK_D": lanes, "PRECISION": precision, "num_warps": 8 if lanes * dtype.itemsize > 128 else 4,
     }  # fmt: skip
+
+
+def _registers(kernel, dtype, lanes):
+    most = REGISTERS[kernel].get(lanes) if dtype.itemsize == 2 else None
+    return {"maxnreg": most} if most else {}
 
 
 def _block_tiles(dtype, constants):

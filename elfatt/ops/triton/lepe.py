@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from elfatt.ops.triton.common import advance, load_tile, store_tile, trips
+from elfatt.ops.triton.common import advance, load_tile, store_tile, trips, widen
 
 
 @triton.jit
@@ -17,15 +17,6 @@ def strip_tokens(index, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 def within(place, first, end):
     """``first <= place < end`` in one comparison, for no ``end`` before ``first``."""
     return (place - first).to(tl.uint32) < (end - first).to(tl.uint32)
-
-
-@triton.jit
-def widen(x):
-    """To float32, by integers where two instructions for every other bfloat16 become one."""
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
 
 
 @triton.jit
@@ -141,7 +132,7 @@ def lepe_kernel(
     )
     start = image * height * width * C
     if residual is not None:
-        acc += load_tile(residual + start, token, C, lane, mask).to(tl.float32)
+        acc += widen(load_tile(residual + start, token, C, lane, mask))
     store_tile(out + start, token, C, lane, mask, acc)
 
 
@@ -201,7 +192,7 @@ def lepe_gradient_kernel(
     found = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
     total = zero
     count = tl.minimum(size, tl.cdiv(strips, DOWN) * columns - group * size)
-    for _ in tl.range(0, trips(count), num_stages=1):
+    for _step in tl.range(0, trips(count), num_stages=1):
         strip = row * DOWN + index // ACROSS  # past the last one, below the map
         x = column * ACROSS + index % ACROSS
         top, left = tl.where(in_map, 0, strip // IN_BLOCK * BH), tl.where(in_map, 0, x // BW * BW)
@@ -216,7 +207,7 @@ def lepe_gradient_kernel(
             vs = vs + (tl.load(v_place + own * width * V_STRIDE, mask=mask, other=0.0),)
             if dv is not None:
                 dv_place = dv + start * V_STRIDE + token[:, None] * V_STRIDE + lane[None, :]
-                out = out + (tl.load(dv_place + own * width * V_STRIDE, mask=mask, other=0.0).to(tl.float32),)
+                out = out + (widen(tl.load(dv_place + own * width * V_STRIDE, mask=mask, other=0.0)),)
         place = dout + start * C + (token - width)[:, None] * C + lane[None, :]
         for near in tl.static_range(ROWS + 2):
             inside = within(y + (near - 1), top, bottom)

@@ -74,18 +74,19 @@ def local_out_kernel(
     q_base = qkv + image * height * width * (3 * C) + FIRST + head * D
     v_base = q_base + 2 * C
     out += image * height * width * C + FIRST + head * D
-    if weight is not None:
+    WHOLE: tl.constexpr = PLACES <= BLOCK_N  # one tile holds the block
+    if WHOLE and weight is not None:  # the walk over the keys has no registers to keep them in
         taps = load_taps(weight, bias, head * D + lane, lanes)
     columns = tl.cdiv(width, BW)
     blocks = tl.cdiv(height, BH) * columns
     block, query_tile = part * group // TILES, part * group % TILES
     row, column = block // columns, block % columns
-    for _ in tl.range(0, trips(tl.minimum(group, blocks * TILES - part * group)), num_stages=1):
-        index = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        token, exists, q_inside, number = block_tokens(index, row, column, height, width, BH, BW, ROWS)
+    for _step in tl.range(0, trips(tl.minimum(group, blocks * TILES - part * group)), num_stages=1):
+        own = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        token, exists, q_inside, number = block_tokens(own, row, column, height, width, BH, BW, ROWS)
         mask = exists[:, None] & lanes[None, :]
         q = load_tile(q_base, token, 3 * C, lane, mask)
-        if PLACES <= BLOCK_N:
+        if WHOLE:
             other, there, k_inside, _ = block_tokens(tl.arange(0, BLOCK_N), row, column, height, width, BH, BW, ROWS)
             k = load_tile(q_base + C, other, 3 * C, lane, there[:, None] & lanes[None, :])
             v = load_tile(v_base, other, 3 * C, lane, there[:, None] & lanes[None, :])
@@ -115,9 +116,11 @@ def local_out_kernel(
             lse_base = row_lse + ((image * HEADS + head) * blocks + row * columns + column) * (BH * BW)
             tl.store(lse_base + number, largest + tl.log2(total), mask=q_inside)
         if weight is not None:
-            start = query_tile * BLOCK_M
+            if not WHOLE:
+                taps = load_taps(weight, bias, head * D + lane, lanes)
+            first = query_tile * BLOCK_M
             acc += block_lepe(
-                v_base, start, row, column, height, width, taps, lane, lanes, 3 * C, BH, BW, ROWS, BLOCK_M
+                v_base, first, row, column, height, width, taps, lane, lanes, 3 * C, BH, BW, ROWS, BLOCK_M
             )
         store_tile(out, token, C, lane, mask, acc)
         query_tile, following = advance(query_tile, 0, TILES)
@@ -157,7 +160,7 @@ def local_gradient_kernel(
     index = tl.arange(0, BLOCK_T)
     columns = tl.cdiv(width, BW)
     row, column = part * group // columns, part * group % columns
-    for _ in tl.range(0, trips(tl.minimum(group, tl.cdiv(height, BH) * columns - part * group)), num_stages=1):
+    for _step in tl.range(0, trips(tl.minimum(group, tl.cdiv(height, BH) * columns - part * group)), num_stages=1):
         token, exists, inside, _ = block_tokens(index, row, column, height, width, BH, BW, ROWS)
         mask = exists[:, None] & lanes[None, :]
         q = load_tile(qkv + q_offset, token, 3 * C, lane, mask)
@@ -215,8 +218,8 @@ def local_query_gradient_kernel(
     k_base = qkv + q_offset + C
     do_base = dout + image * height * width * C + FIRST + head * D
     rows = ((image * HEADS + head) * blocks + block) * (BH * BW)
-    index = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, exists, q_inside, number = block_tokens(index, row, column, height, width, BH, BW, ROWS)
+    own = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, exists, q_inside, number = block_tokens(own, row, column, height, width, BH, BW, ROWS)
     mask = exists[:, None] & lanes[None, :]
     q = load_tile(qkv + q_offset, token, 3 * C, lane, mask)
     do = load_tile(do_base, token, C, lane, mask)
@@ -280,8 +283,8 @@ def local_key_value_gradient_kernel(
     k_offset = image * height * width * (3 * C) + C + FIRST + head * D
     do_base = dout + image * height * width * C + FIRST + head * D
     rows = ((image * HEADS + head) * blocks + block) * (BH * BW)
-    index = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    token, exists, k_inside, _ = block_tokens(index, row, column, height, width, BH, BW, ROWS)
+    own = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    token, exists, k_inside, _ = block_tokens(own, row, column, height, width, BH, BW, ROWS)
     mask = exists[:, None] & lanes[None, :]
     k = load_tile(qkv + k_offset, token, 3 * C, lane, mask)
     v = load_tile(qkv + k_offset + C, token, 3 * C, lane, mask)
