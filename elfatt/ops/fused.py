@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from elfatt.ops.pytorch import PyTorchBackend, dtype_name, refusal, without_autocast
 
+MESSAGE = 400  # characters of a kernel's error that a warning repeats
 _logger = logging.getLogger("elfatt")
 _explained: set[tuple[str, str]] = set()
 _INSTANCES: dict[tuple[str, bool], FusedBackend] = {}
@@ -114,7 +115,7 @@ class FusedBackend(PyTorchBackend):
                         f"backend 'auto' falls back to PyTorch's operators here, {_PORTABLE.name!r} uses them"
                     )
                     raise
-                message = str(error).strip() or type(error).__name__
+                message = " ".join(str(error).split())[:MESSAGE] or type(error).__name__
                 self.failures[configuration] = reason = f"{_describe(configuration)}: {message}"
                 _explained.add((self.name, reason))
                 _logger.warning(

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_the_kernels_in_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@contextmanager
+def tf32(allowed):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def recorded_launches(monkeypatch, shape, split, heads, block, dtype, lepe):
     """What the operation would launch, forward and backward, in mixed precision, for tensors without data."""
     from elfatt.ops.triton import launch
@@ -56,60 +67,58 @@ def recorded_launches(monkeypatch, shape, split, heads, block, dtype, lepe):
 
 
 def compile_for(capability, kernel, arguments, meta):
-    """Bytes of registers that a thread spills and of shared memory, for one launch on a GPU that need not be there."""
-    options = {"num_warps": meta["num_warps"]}
-    constants = {name: value for name, value in meta.items() if name != "num_warps"}
+    """Registers and bytes of stack of a thread, bytes of shared memory, of a launch on a GPU that need not be there."""
+    options = {name: meta[name] for name in ("num_warps", "maxnreg") if name in meta}
+    constants = {name: value for name, value in meta.items() if name not in options}
     signature, attributes = {}, {}
-    for place, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):  # as Triton specialises a launch
-            constants[name] = value
+    for place, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
+        if value is None:
+            constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(place,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
+            signature[parameter.name], attributes[(place,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
+            assert parameter.do_not_specialize, f"{kernel.__name__} is compiled for values of {parameter.name}"
+            signature[parameter.name] = "i32"
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     source = triton.compiler.ASTSource(
         kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, attributes
     )
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     built = triton.compile(source, target=target, options=options)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(built.asm["ptx"])
-        ptx.flush()
-        architecture = re.search(r"\.target (\w+)", built.asm["ptx"])[1]
-        assembler = Path(inspect.getfile(triton)).parent / "backends/nvidia/bin/ptxas"
-        command = [assembler, "-v", f"--gpu-name={architecture}", ptx.name, "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = sum(int(size) for size in re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups())
-    return spills, built.metadata.shared
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(built.asm["cubin"])
+        cubin.flush()
+        tool = Path(inspect.getfile(triton)).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return registers, stack, built.metadata.shared
 
 
-# what real models launch, with LePE or without, and bytes a thread may spill on an A100 and on an H100
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program may have
+CHIPS, WIDTHS, SIDES = list(SHARED), (24, 32, 48, 64), (7, 14, 24)
+DTYPES = {"bf16": BRAIN, "fp32": FLOAT, "tf32": FLOAT, "fp16": HALF}
+# bytes of a thread's stack: half precision spills next to nothing, float32 as three products a few hundred
+STACK = {"bf16": 256, "fp16": 256, "tf32": 256, "fp32": 1024}
 COMPILED = [
-    ((512, 56, 56, 64), 32, (1, 1), (7, 7), BRAIN, True, 0, 0),  # CSWin-T's first stage, several tiles a program
-    ((512, 56, 56, 64), 32, (1, 1), (7, 7), FLOAT, False, 1536, 0),
-    ((64, 14, 14, 256), 128, (4, 4), (14, 14), BRAIN, True, 0, 0),  # its third
-    ((1, 128, 512, 96), 48, (1, 1), (14, 14), HALF, True, 64, 0),  # Swin-T's first on a street scene
-    ((64, 28, 28, 128), 64, (2, 2), (7, 7), FLOAT, True, 1024, 0),
+    (chip, name, WIDTHS[(i + j) % 4], SIDES[(i + j // 2) % 3])
+    for i, chip in enumerate(CHIPS)
+    for j, name in enumerate(DTYPES)
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-@pytest.mark.parametrize(("shape", "split", "heads", "block", "dtype", "lepe", "ampere", "hopper"), COMPILED, ids=str)
-def test_kernels_compile_without_a_gpu(monkeypatch, shape, split, heads, block, dtype, lepe, ampere, hopper):
-    calls = recorded_launches(monkeypatch, shape, split, heads, block, dtype, lepe)
-    assert len(calls) >= 5
-    for capability, limit in ((80, ampere), (90, hopper)):
-        for kernel, (arguments, meta) in calls.items():
-            spills, shared = compile_for(capability, kernel, arguments, meta)
-            print(f"sm_{capability} {kernel.__name__}: {spills} bytes spilled, {shared} bytes of shared memory")
-            assert spills <= limit, f"{kernel.__name__} spills {spills} bytes on sm_{capability}"
-            assert shared <= (99 if dtype == FLOAT else 64) * 1024  # what GPUs of any kind give one program; half of it
+@pytest.mark.parametrize(("chip", "name", "width", "side"), COMPILED, ids=str)
+def test_kernels_compile_without_a_gpu(monkeypatch, chip, name, width, side):
+    """24 of the 288 products of six chips, four kinds of numbers, four head widths and three blocks: every pair of chip
+    and kind, chip and width, kind and width, kind and block, and every block on every chip."""
+    shape = 64, 56, 56, 2 * width
+    with tf32(name == "tf32"):
+        calls = recorded_launches(monkeypatch, shape, width, (1, 1), (side, side), DTYPES[name], True)
+    assert len(calls) >= 7
+    found = {kernel.__name__: compile_for(chip, kernel, *call) for kernel, call in calls.items()}
+    print("".join(f"\n{k}: {r} registers, {stack} stack, {shared} shared" for k, (r, stack, shared) in found.items()))
+    assert {k: v for k, v in found.items() if v[1] > STACK[name] or v[2] > SHARED[chip] * 1024} == {}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +128,7 @@ def test_kernels_compile_without_a_gpu(monkeypatch, shape, split, heads, block, 
 def test_strips_take_no_more_tiles_than_their_tokens(block, rows):
     from elfatt.ops.triton import launch
 
-    constants = launch._local(torch.empty(1, 24, 70, 96, device="meta"), 1, 0, block)[-1]
+    constants = launch._local(FLOAT, 96, 1, 0, block, False)
     assert (constants["ROWS"], constants["PLACES"]) == (rows, -(-block[0] // rows) * rows * block[1])
 
 
@@ -134,12 +143,68 @@ def test_four_launches_forward(monkeypatch):
     assert calls == ["context_kernel", "combine_kernel", "global_out_kernel", "local_out_kernel"]
 
 
-def test_float32_products_follow_pytorch():
+def test_float32_products_follow_pytorch(monkeypatch):
+    precisions = set()
+    for allowed in (False, True):
+        with tf32(allowed):
+            calls = recorded_launches(monkeypatch, (1, 8, 8, 64), 32, (1, 1), (4, 4), FLOAT, False)
+        precisions.add((allowed, *{meta["PRECISION"] for _, meta in calls.values() if "PRECISION" in meta}))
+    assert precisions == {(False, "tf32x3"), (True, "tf32")}
+
+
+class NoDevice:
+    """What Triton asks a driver before it compiles."""
+
+    def get_current_device(self):
+        return 1000  # not to be confused with one that is there
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_an_epoch_of_detection_compiles_little(monkeypatch):
+    """Multi-scale training of CSWin-T: 800 sizes of a batch's images, each of which other ranks wait for."""
     from elfatt.ops.triton import launch
 
-    assert launch._precision(torch.empty(1)) == "tf32x3"
-    torch.backends.cuda.matmul.allow_tf32 = True
+    if not hasattr(triton, "knobs"):
+        pytest.skip("Triton before 3.4 has its hooks elsewhere")
+    compiled = set()
+
+    def hook(*, key, fn, **_):
+        compiled.add((fn.name, str(key)))
+        return True  # compile nothing, launch nothing
+
+    def tensor(*size, dtype=BRAIN):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    sizes = {(s, long) for s in range(480, 801, 32) for long in range(s, 1345, 32)}
+    sizes |= {(w, h) for h, w in sizes}
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
+    triton.runtime.driver.set_active(NoDevice())
     try:
-        assert launch._precision(torch.empty(1)) == "tf32"
+        for height, width in sizes:
+            for level, block in enumerate((7, 7, 14)):
+                c, heads = 64 << level, 1 << level
+                h, w = height >> level + 2, width >> level + 2
+                qkv, lepe = tensor(2, h, w, 3 * c), (tensor(c // 2, 1, 3, 3, dtype=FLOAT), tensor(c // 2, dtype=FLOAT))
+                options = ((heads, heads), c // 2, (block, block))
+                kept = launch.new_buffers(qkv, *options)
+                launch.forward(qkv, *lepe, *lepe, *kept, *options)
+                launch.backward(kept[0], qkv, lepe[0], lepe[0], *kept[1:], *options)
+            v, weight = tensor(2, height >> 5, width >> 5, 1536)[..., 1024:], tensor(512, 1, 3, 3, dtype=FLOAT)
+            out = tensor(*v.shape)
+            launch.lepe(v, weight, tensor(512, dtype=FLOAT), out, out)
+            launch.lepe(out, weight, None, None, out, transposed=True)
+            launch.lepe_sums(v, out)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        with suppress(RuntimeError):  # without a GPU there is no other
+            triton.runtime.driver.reset_active()
+    print(f"{len(sizes)} sizes, {len(compiled)} compilations")
+    assert len(compiled) <= 60

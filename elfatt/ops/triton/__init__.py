@@ -88,7 +88,7 @@ def _missing_package() -> str | None:
 
 @cache
 def _missing_toolchain() -> str | None:
-    """Triton compiles the code that starts a kernel with a C compiler and Python's headers."""
+    """Triton builds the code that starts a kernel with a C compiler and Python's headers."""
     version = importlib.metadata.version("triton")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return f"it needs triton {OLDEST[0]}.{OLDEST[1]} or newer, not {version}: pip install --upgrade triton"
@@ -98,6 +98,10 @@ def _missing_toolchain() -> str | None:
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists():
         return f"triton needs Python's headers and {header} is missing: install python3-dev"
+    try:
+        importlib.import_module(TritonBackend.kernels_module)
+    except Exception as error:
+        return f"triton {version} cannot be imported: {error}"
     return None
 
 

@@ -1,9 +1,11 @@
-"""What the kernels of both branches share: products and tiles.
+"""What the kernels of both branches share: products, tiles, and the walk over them.
 
 A kernel addresses the packed qkv ``[B, N, 3C]`` and the output ``[B, N, C]`` by a token stride and a channel offset, so
 that a branch and a head are offsets and nothing is cut, permuted or concatenated in memory. Head widths that are no
-power of two are masked lanes. Everything between loads and stores is float32 but the operands of the products. Loops
-over a program's tiles have one stage: pipelined, they hold the tiles twice, more than some GPUs' shared memory.
+power of two are masked lanes. Everything between loads and stores is float32 but the operands of the products. What
+belongs to the model, as channels and heads, is a constant, and strides with it; what belongs to the image is not, and
+no kernel is compiled for a size of its own. Loops over a program's tiles have one stage: pipelined, they hold the tiles
+twice, more than some GPUs' shared memory.
 """
 
 import os
@@ -33,3 +35,31 @@ def load_tile(base, token, stride, lane, mask):
 @triton.jit
 def store_tile(base, token, stride, lane, mask, value):
     tl.store(base + token[:, None] * stride + lane[None, :], value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def widen(x):
+    """To float32, by integers where two instructions for every other bfloat16 become one."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def trips(count):
+    """The end of a loop."""
+    if INTERPRETED:  # numpy 2.4 makes no integer of an array, as whose only element the interpreter holds a number
+        number = 0
+        while count > number:
+            number += 1
+        return number
+    else:
+        return count
+
+
+@triton.jit
+def advance(low, high, count):
+    """What follows (low, high) where ``high`` grows after every ``count`` steps of ``low``: no division by a size."""
+    over = low + 1 == count
+    return tl.where(over, 0, low + 1), tl.where(over, high + 1, high)

@@ -1,69 +1,71 @@
 """Kernels of the global branch: ``softmax_features(Q) · (softmax_tokens(K)ᵀ V) + L(V)``.
 
 Backward, with ``P = softmax(Q)``, ``N = softmax(K)``, ``A = NᵀV``, and dO the gradient of the output:
-``dA = Pᵀ dO``, ``dP = dO Aᵀ``, ``dV = N dA + Lᵀ(dO)``, ``dN = V dAᵀ``; the sums of ``N ⊙ dN`` over
-the tokens, which the softmax of K needs, are the row sums of ``A ⊙ dA``, so K needs no pass of its own.
+``dA = Pᵀ dO``, ``dP = dO Aᵀ``, ``dV = N dA``, ``dN = V dAᵀ``; the sums of ``N ⊙ dN`` over the tokens, which the softmax
+of K needs, are the row sums of ``A ⊙ dA``, so K needs no pass of its own. LePE's part of dV is ``lepe.py``'s.
 """
 
 import triton
 import triton.language as tl
 
-from elfatt.ops.triton.common import LOG2_E, dot, load_tile, store_tile
-from elfatt.ops.triton.lepe import map_lepe, map_tile
+from elfatt.ops.triton.common import LOG2_E, advance, dot, load_tile, store_tile, trips, widen
+from elfatt.ops.triton.lepe import load_taps, map_lepe, map_tile
 
 
 @triton.jit
 def feature_softmax(q, lanes):
-    q = tl.where(lanes[None, :], q.to(tl.float32), float("-inf"))
+    q = tl.where(lanes[None, :], widen(q), float("-inf"))
     p = tl.exp2(q * LOG2_E - (tl.max(q, axis=1) * LOG2_E)[:, None])
     return p * (1 / tl.sum(p, axis=1))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "splits", "steps"])
 def context_kernel(
     qkv,  # [B, N, 3C]
     context,  # [B, heads, splits, D, D] float32: softmax(K)ᵀV over the tokens of each split
     key_lse,  # [B, heads, splits, D] float32: log2 of the sum of exp(K) over them
     tokens,
-    channels,
-    heads,
     splits,
+    steps,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """K is read twice, for its maxima first: with them at hand, a step neither looks for one nor shrinks the sums."""
     pid = tl.program_id(0).to(tl.int64)
-    split, head, image = pid % splits, pid // splits % heads, pid // splits // heads
+    split, head, image = (pid % splits).to(tl.int32), pid // splits % HEADS, pid // splits // HEADS
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    stride = 3 * channels
-    k_base = qkv + image * tokens * stride + channels + head * D
-    largest = tl.full([BLOCK_D], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    acc = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
-    start = (split * STEPS * BLOCK_N).to(tl.int32)
-    for step in range(STEPS):
+    k_base = qkv + image * tokens * (3 * C) + C + head * D
+    start = split * steps * BLOCK_N
+    count = trips(tl.minimum(steps, tl.cdiv(tokens - start, BLOCK_N)))
+    largest = tl.full([BLOCK_N, BLOCK_D], float("-inf"), tl.float32)
+    for step in tl.range(0, count, loop_unroll_factor=2):
         token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (token < tokens)[:, None] & lanes[None, :]
-        v = load_tile(k_base + channels, token, stride, lane, mask)
-        k = load_tile(k_base, token, stride, lane, mask).to(tl.float32)
-        k = tl.where((token < tokens)[:, None], k, float("-inf"))
-        # online softmax; the first step of a split has a token, so the maximum is finite from there on
-        larger = tl.maximum(largest, tl.max(k, axis=0) * LOG2_E)
-        p = tl.exp2(k * LOG2_E - larger[None, :])
-        shrink = tl.exp2(largest - larger)
-        total = total * shrink[None, :] + p  # added up across threads once, at the end
-        acc = dot(tl.trans(p).to(v.dtype), v, acc * shrink[:, None], PRECISION)
-        largest = larger
+        place = k_base + token[:, None] * (3 * C) + lane[None, :]
+        largest = tl.maximum(largest, widen(tl.load(place, mask=mask, other=float("-inf"))))
+    largest = tl.where(lanes, tl.max(largest, axis=0), 0.0) * LOG2_E  # a split has a token: the maximum is finite
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    for step in tl.range(0, count):
+        token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (token < tokens)[:, None] & lanes[None, :]
+        v = load_tile(k_base + C, token, 3 * C, lane, mask)
+        k = widen(load_tile(k_base, token, 3 * C, lane, mask))
+        p = tl.where((token < tokens)[:, None], tl.exp2(k * LOG2_E - largest[None, :]), 0.0)
+        total += p  # added up across threads once, at the end
+        acc = dot(tl.trans(p).to(v.dtype), v, acc, PRECISION)
     total = tl.sum(total, axis=0)
     square = lane[:, None] * D + lane[None, :]
     tl.store(context + pid * D * D + square, acc / total[:, None], mask=lanes[:, None] & lanes[None, :])
     tl.store(key_lse + pid * D + lane, largest + tl.log2(total), mask=lanes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     parts,  # [B, heads, splits, D, D]
     parts_lse,  # [B, heads, splits, D]
@@ -72,7 +74,7 @@ def combine_kernel(
     splits,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,  # next power of two
+    SPLITS: tl.constexpr,  # no fewer than ``splits``
     TILE: tl.constexpr,
 ):
     """Merge the splits: one program for one row of one head's context, so that few heads still fill the device."""
@@ -95,7 +97,7 @@ def combine_kernel(
     tl.store(key_lse + pid, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "groups", "group"])
 def global_out_kernel(
     qkv,  # [B, N, 3C]
     context,  # [B, heads, D, D]
@@ -104,42 +106,41 @@ def global_out_kernel(
     out,  # [B, N, C]
     height,
     width,
-    channels,
-    heads,
     groups,
+    group,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SIDE: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    group, head, image = pid % groups, pid // groups % heads, (pid // groups // heads).to(tl.int64)
+    part, head, image = pid % groups, pid // groups % HEADS, (pid // groups // HEADS).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    stride = 3 * channels
-    q_base = qkv + image * height * width * stride + head * D
-    out += image * height * width * channels + head * D
+    q_base = qkv + image * height * width * (3 * C) + head * D
+    out += image * height * width * C + head * D
     half = qkv.dtype.element_ty
-    a = load_tile(context + (image * heads + head) * D * D, lane, D, lane, lanes[:, None] & lanes[None, :]).to(half)
+    a = load_tile(context + (image * HEADS + head) * D * D, lane, D, lane, lanes[:, None] & lanes[None, :]).to(half)
     if weight is not None:
-        weight += head * D * 9
-        if bias is not None:
-            bias += head * D
-    for step in tl.range(GROUP, num_stages=1):
-        # past the last tile, below the map
-        top, left, token, exists = map_tile(group * GROUP + step, height, width, SIDE, ROWS)
+        taps = load_taps(weight, bias, head * D + lane, lanes)
+    columns = tl.cdiv(width, SIDE)
+    row, column = part * group // columns, part * group % columns
+    count = tl.minimum(group, tl.cdiv(height, SIDE) * columns - part * group)
+    for _step in tl.range(0, trips(count), num_stages=1):
+        token, exists = map_tile(row, column, height, width, SIDE, ROWS)
         mask = exists[:, None] & lanes[None, :]
-        p = feature_softmax(load_tile(q_base, token, stride, lane, mask), lanes)
+        p = feature_softmax(load_tile(q_base, token, 3 * C, lane, mask), lanes)
         acc = dot(p.to(half), a, tl.zeros([SIDE * SIDE, BLOCK_D], tl.float32), PRECISION)
         if weight is not None:
-            v_base = q_base + 2 * channels
-            acc += map_lepe(v_base, stride, top, left, height, width, weight, bias, lane, lanes, SIDE, ROWS)
-        store_tile(out, token, channels, lane, mask, acc)
+            acc += map_lepe(q_base + 2 * C, row, column, height, width, taps, lane, lanes, 3 * C, SIDE, ROWS)
+        store_tile(out, token, C, lane, mask, acc)
+        column, row = advance(column, row, columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "splits", "steps"])
 def global_query_gradient_kernel(
     qkv,  # [B, N, 3C]
     dout,  # [B, N, C]
@@ -147,89 +148,83 @@ def global_query_gradient_kernel(
     dqkv,  # [B, N, 3C]: the part of Q is written
     dcontext,  # [B, heads, splits, D, D] float32: PᵀdO over the tokens of each split
     tokens,
-    channels,
-    heads,
     splits,
+    steps,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    split, head, image = pid % splits, pid // splits % heads, pid // splits // heads
+    split, head, image = (pid % splits).to(tl.int32), pid // splits % HEADS, pid // splits // HEADS
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
     square = lanes[:, None] & lanes[None, :]
     half = qkv.dtype.element_ty
-    a = load_tile(context + (image * heads + head) * D * D, lane, D, lane, square).to(half)
-    q_offset = image * tokens * 3 * channels + head * D
-    do_base = dout + image * tokens * channels + head * D
+    a = load_tile(context + (image * HEADS + head) * D * D, lane, D, lane, square).to(half)
+    q_offset = image * tokens * (3 * C) + head * D
+    do_base = dout + image * tokens * C + head * D
     acc = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
-    start = (split * STEPS * BLOCK_N).to(tl.int32)
-    for step in range(STEPS):
+    start = split * steps * BLOCK_N
+    count = tl.minimum(steps, tl.cdiv(tokens - start, BLOCK_N))
+    for step in tl.range(0, trips(count), num_stages=1):
         token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (token < tokens)[:, None] & lanes[None, :]
-        do = load_tile(do_base, token, channels, lane, mask)
-        p = feature_softmax(load_tile(qkv + q_offset, token, 3 * channels, lane, mask), lanes)
+        do = load_tile(do_base, token, C, lane, mask)
+        p = feature_softmax(load_tile(qkv + q_offset, token, 3 * C, lane, mask), lanes)
         dp = dot(do, tl.trans(a), tl.zeros([BLOCK_N, BLOCK_D], tl.float32), PRECISION)
         dq = p * (dp - tl.sum(p * dp, axis=1)[:, None])
-        store_tile(dqkv + q_offset, token, 3 * channels, lane, mask, dq)
+        store_tile(dqkv + q_offset, token, 3 * C, lane, mask, dq)
         acc = dot(tl.trans(p).to(half), do, acc, PRECISION)
     tl.store(dcontext + pid * D * D + lane[:, None] * D + lane[None, :], acc, mask=square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "parts", "splits", "steps"])
 def global_key_value_gradient_kernel(
     qkv,  # [B, N, 3C]
-    dout,  # [B, N, C]
     context,  # [B, heads, D, D]
-    dcontext,  # [B, heads, D, D]
+    dcontext,  # [B, heads, parts, D, D], to be added up
     key_lse,  # [B, heads, D]
-    weight,  # [heads * D, 9] or None
     dqkv,  # [B, N, 3C]: the parts of K and V are written
-    height,
-    width,
-    channels,
-    heads,
-    groups,
+    tokens,
+    parts,
+    splits,
+    steps,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    group, head, image = pid % groups, pid // groups % heads, (pid // groups // heads).to(tl.int64)
+    pid = tl.program_id(0).to(tl.int64)
+    split, head, image = (pid % splits).to(tl.int32), pid // splits % HEADS, pid // splits // HEADS
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    stride = 3 * channels
     square = lanes[:, None] & lanes[None, :]
-    which = image * heads + head
-    da = load_tile(dcontext + which * D * D, lane, D, lane, square)
+    which = image * HEADS + head
+    da = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    for part in tl.range(0, trips(parts)):
+        da += load_tile(dcontext + (which * parts + part) * D * D, lane, D, lane, square)
     a = load_tile(context + which * D * D, lane, D, lane, square)
     column_sum = tl.sum(a * da, axis=1)
     lse = tl.load(key_lse + which * D + lane, mask=lanes, other=0.0)
-    k_offset = image * height * width * stride + channels + head * D
-    do_base = dout + image * height * width * channels + head * D
+    k_offset = image * tokens * (3 * C) + C + head * D
     # dA sums over every token and N is about one over their number: both leave the range of float16
     half: tl.constexpr = qkv.dtype.element_ty
     wide: tl.constexpr = tl.float32 if half == tl.float16 else half
     da = da.to(wide)
-    if weight is not None:
-        weight += head * D * 9
-    for step in tl.range(GROUP, num_stages=1):
-        # past the last tile, below the map
-        top, left, token, exists = map_tile(group * GROUP + step, height, width, SIDE, ROWS)
-        mask = exists[:, None] & lanes[None, :]
-        k = load_tile(qkv + k_offset, token, stride, lane, mask).to(tl.float32)
-        v = load_tile(qkv + k_offset + channels, token, stride, lane, mask)
-        n = tl.where(mask, tl.exp2(k * LOG2_E - lse[None, :]), 0.0)
-        zero = tl.zeros([SIDE * SIDE, BLOCK_D], tl.float32)
+    start = split * steps * BLOCK_N
+    count = tl.minimum(steps, tl.cdiv(tokens - start, BLOCK_N))
+    for step in tl.range(0, trips(count), num_stages=1):
+        token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (token < tokens)[:, None] & lanes[None, :]
+        k = widen(load_tile(qkv + k_offset, token, 3 * C, lane, mask))
+        v = load_tile(qkv + k_offset + C, token, 3 * C, lane, mask)
+        n = tl.exp2(k * LOG2_E - lse[None, :])
+        zero = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dn = dot(v.to(wide), tl.trans(da), zero, PRECISION)
-        dv = dot(n.to(wide), da, zero, PRECISION)
-        if weight is not None:
-            dv += map_lepe(do_base, channels, top, left, height, width, weight, None, lane, lanes, SIDE, ROWS, True)
-        store_tile(dqkv + k_offset, token, stride, lane, mask, n * (dn - column_sum[None, :]))
-        store_tile(dqkv + k_offset + channels, token, stride, lane, mask, dv)
+        store_tile(dqkv + k_offset, token, 3 * C, lane, mask, n * (dn - column_sum[None, :]))
+        store_tile(dqkv + k_offset + C, token, 3 * C, lane, mask, dot(n.to(wide), da, zero, PRECISION))

@@ -1,9 +1,9 @@
-"""LePE, the depthwise 3×3 of V, inside the kernels of both branches, and the gradients of its weights."""
+"""LePE, the depthwise 3×3 of V, inside the kernels of both branches; its gradients."""
 
 import triton
 import triton.language as tl
 
-from elfatt.ops.triton.common import load_tile, store_tile
+from elfatt.ops.triton.common import advance, load_tile, store_tile, trips, widen
 
 
 @triton.jit
@@ -14,74 +14,80 @@ def strip_tokens(index, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def lepe(
-    v, stride, y, x, top, left, bottom, right, width, weight, bias, lane, lanes,
-    ROWS: tl.constexpr, TRANSPOSED: tl.constexpr = False,
-):  # fmt: skip
-    """``L(v)``, or ``Lᵀ(v)``, for strips of ROWS tokens, the first of them (y, x), each below the one before.
+def within(place, first, end):
+    """``first <= place < end`` in one comparison, for no ``end`` before ``first``."""
+    return (place - first).to(tl.uint32) < (end - first).to(tl.uint32)
+
+
+@triton.jit
+def load_taps(weight, bias, lane, lanes, TRANSPOSED: tl.constexpr = False):
+    """The nine weights of each lane, ``[1, lanes]`` each, and the bias or zero: once for all of a program's tiles."""
+    taps = ()
+    for tap in tl.static_range(9):
+        w = tl.load(weight + lane * 9 + (8 - tap if TRANSPOSED else tap), mask=lanes, other=0.0)
+        taps = taps + (w.to(tl.float32)[None, :],)
+    if bias is not None:
+        offset = tl.load(bias + lane, mask=lanes, other=0.0).to(tl.float32)[None, :]
+    else:
+        offset = tl.zeros([1, lane.shape[0]], tl.float32)
+    return taps + (offset,)
+
+
+@triton.jit
+def add_row(out, tokens, taps, ROW: tl.constexpr):
+    """``out`` with three neighbours, side by side, added to it."""
+    return out + tokens[0] * taps[3 * ROW] + tokens[1] * taps[3 * ROW + 1] + tokens[2] * taps[3 * ROW + 2]
+
+
+@triton.jit
+def lepe(v, y, x, top, left, bottom, right, width, taps, lane, lanes, STRIDE: tl.constexpr, ROWS: tl.constexpr):
+    """``L(v)`` for strips of ROWS tokens, the first of them (y, x), each below the one before.
 
     V is zero outside the area [top, bottom) × [left, right). A thread sums whole strips, so that a read serves up to
     three of its tokens: else addresses and conversions take longer than memory does. The sums are apart from those
     of the attention, whose registers are laid out for the tensor cores: one sum is laid out anew, not nine tiles.
     """
-    zero = tl.zeros([y.shape[0], lane.shape[0]], tl.float32)
-    if bias is not None:
-        zero += tl.load(bias + lane, mask=lanes, other=0.0).to(tl.float32)[None, :]
-    out = (zero,) * ROWS
-    for dx in tl.range(3, loop_unroll_factor=1):
-        xs = x + (dx - 1)
-        column = (xs >= left) & (xs < right)
-        above = strip_row(v, stride, y - 1, xs, column, top, bottom, width, lane, lanes)
-        here = strip_row(v, stride, y, xs, column, top, bottom, width, lane, lanes)
-        w_above = tap_weights(weight, dx, lane, lanes, TRANSPOSED)
-        w_here = tap_weights(weight, 3 + dx, lane, lanes, TRANSPOSED)
-        w_below = tap_weights(weight, 6 + dx, lane, lanes, TRANSPOSED)
+    out = (tl.zeros([y.shape[0], lane.shape[0]], tl.float32) + taps[9],) * ROWS
+    place = v + ((y - 1) * width + x)[:, None] * STRIDE + lane[None, :]
+    before, here, after = within(x - 1, left, right), within(x, left, right), within(x + 1, left, right)
+    for row in tl.static_range(ROWS + 2):
+        inside = within(y + (row - 1), top, bottom)
+        one = widen(tl.load(place + (-STRIDE), mask=(inside & before)[:, None] & lanes[None, :], other=0.0))
+        two = widen(tl.load(place, mask=(inside & here)[:, None] & lanes[None, :], other=0.0))
+        three = widen(tl.load(place + STRIDE, mask=(inside & after)[:, None] & lanes[None, :], other=0.0))
         grown = ()
-        for row in tl.static_range(ROWS):
-            below = strip_row(v, stride, y + (row + 1), xs, column, top, bottom, width, lane, lanes)
-            grown = grown + (out[row] + above * w_above + here * w_here + below * w_below,)
-            above, here = here, below
+        for own in tl.static_range(ROWS):
+            if (own <= row) & (row <= own + 2):
+                grown = grown + (add_row(out[own], (one, two, three), taps, row - own),)
+            else:
+                grown = grown + (out[own],)
         out = grown
+        place += width * STRIDE
     return stack(out, ROWS)
 
 
 @triton.jit
-def strip_row(v, stride, y, x, column, top, bottom, width, lane, lanes):
-    mask = (column & (y >= top) & (y < bottom))[:, None] & lanes[None, :]
-    return load_tile(v, y * width + x, stride, lane, mask).to(tl.float32)
-
-
-@triton.jit
-def tap_weights(weight, tap, lane, lanes, TRANSPOSED: tl.constexpr):
-    w = tl.load(weight + lane * 9 + (8 - tap if TRANSPOSED else tap), mask=lanes, other=0.0)
-    return w.to(tl.float32)[None, :]
-
-
-@triton.jit
-def map_tile(tile, height, width, SIDE: tl.constexpr, ROWS: tl.constexpr):
-    """Top and left of a square tile of the map, its tokens in the order of its strips, and which of them exist."""
-    columns = tl.cdiv(width, SIDE)
-    top, left = tile // columns * SIDE, tile % columns * SIDE
+def map_tile(row, column, height, width, SIDE: tl.constexpr, ROWS: tl.constexpr):
+    """A square tile of the map: its tokens in the order of its strips, and which of them exist."""
     y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
-    return top, left, (top + y) * width + left + x, (top + y < height) & (left + x < width)
+    y, x = row * SIDE + y, column * SIDE + x
+    return y * width + x, (y < height) & (x < width)
 
 
 @triton.jit
 def map_lepe(
-    v, stride, top, left, height, width, weight, bias, lane, lanes,
-    SIDE: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr = False,
-):  # fmt: skip
+    v, row, column, height, width, taps, lane, lanes, STRIDE: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr
+):
     """LePE over the map of a square tile's tokens."""
     y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
-    return lepe(
-        v, stride, top + y, left + x, 0, 0, height, width, width, weight, bias, lane, lanes, ROWS, TRANSPOSED
-    )  # fmt: skip
+    y, x = row * SIDE + y, column * SIDE + x
+    return lepe(v, y, x, 0, 0, height, width, width, taps, lane, lanes, STRIDE, ROWS)
 
 
 @triton.jit
 def stack(rows, ROWS: tl.constexpr):
     """One tile of the rows [strips, lanes] of its strips, by registers alone."""
-    tl.static_assert(ROWS == 1 or ROWS == 2 or ROWS == 4)
+    tl.static_assert(ROWS == 1 or (ROWS == 2 or ROWS == 4))  # Triton 3.3 knows no chains of three
     if ROWS == 1:
         tile = rows[0]
     elif ROWS == 2:
@@ -93,105 +99,147 @@ def stack(rows, ROWS: tl.constexpr):
     return tile.reshape(strips, width, ROWS).permute(0, 2, 1).reshape(strips * ROWS, width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "tiles"])
 def lepe_kernel(
-    v,  # [B, N, channels], tokens ``v_stride`` apart
+    v,  # [B, N, channels], tokens V_STRIDE apart
     residual,  # [B, N, channels] or None
     weight,  # [channels, 9]
     bias,  # [channels] or None
     out,  # [B, N, channels]: residual + L(v), or Lᵀ(v)
     height,
     width,
-    channels,
-    v_stride,
     tiles,
+    C: tl.constexpr,
+    V_STRIDE: tl.constexpr,
     SIDE: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """LePE over the map, for attention that runs elsewhere."""
+    PARTS: tl.constexpr = (C + LANES - 1) // LANES
     pid = tl.program_id(0)
-    parts = tl.cdiv(channels, LANES)
-    tile, part, image = pid % tiles, pid // tiles % parts, (pid // tiles // parts).to(tl.int64)
+    tile, part, image = pid % tiles, pid // tiles % PARTS, (pid // tiles // PARTS).to(tl.int64)
+    columns = tl.cdiv(width, SIDE)
+    row, column = tile // columns, tile % columns
     lane = part * LANES + tl.arange(0, LANES)
-    lanes = lane < channels
-    top, left, token, exists = map_tile(tile, height, width, SIDE, ROWS)
+    lanes = lane < C
+    token, exists = map_tile(row, column, height, width, SIDE, ROWS)
     mask = exists[:, None] & lanes[None, :]
-    v_base = v + image * height * width * v_stride
-    acc = map_lepe(v_base, v_stride, top, left, height, width, weight, bias, lane, lanes, SIDE, ROWS, TRANSPOSED)
-    start = image * height * width * channels
+    taps = load_taps(weight, bias, lane, lanes, TRANSPOSED)
+    acc = map_lepe(
+        v + image * height * width * V_STRIDE, row, column, height, width, taps, lane, lanes, V_STRIDE, SIDE, ROWS
+    )
+    start = image * height * width * C
     if residual is not None:
-        acc += load_tile(residual + start, token, channels, lane, mask).to(tl.float32)
-    store_tile(out + start, token, channels, lane, mask, acc)
+        acc += widen(load_tile(residual + start, token, C, lane, mask))
+    store_tile(out + start, token, C, lane, mask, acc)
 
 
-@triton.jit
-def lepe_weight_gradient_kernel(
-    v,  # [B, N, v_stride], of which the channels from ``v_first`` on are V
-    dout,  # [B, N, dout_stride], of which the channels from ``dout_first`` on are the gradient
-    sums,  # [B * groups, 10, channels] float32, written: the nine weights and the bias
+@triton.jit(do_not_specialize=["height", "width", "groups", "map_group", "block_group"])
+def lepe_gradient_kernel(
+    v,  # [B, N, ...], tokens V_STRIDE apart
+    dout,  # [B, N, C]
+    weight_map,  # [SPLIT, 9] or None
+    weight_block,  # [C - SPLIT, 9] or None
+    dv,  # [B, N, ...], tokens V_STRIDE apart: Lᵀ(dO) is added; or None
+    sums,  # [B * groups, 10, C] float32, written: gradients of the nine weights and the bias
     height,
     width,
-    channels,
-    v_first,
-    v_stride,
-    dout_first,
-    dout_stride,
     groups,
-    block_height,
-    block_width,
+    map_group,
+    block_group,
+    C: tl.constexpr,
+    SPLIT: tl.constexpr,  # channels of the branch whose LePE is over the map, before those of the other, in blocks
+    MAP_PARTS: tl.constexpr,  # of LANES channels; none without LePE
+    PARTS: tl.constexpr,  # with those of the blocks
+    V_STRIDE: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
     ACROSS: tl.constexpr,
     DOWN: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    """Sums over GROUP tiles of ACROSS × DOWN strips, each inside one block; LePE over the map is LePE in one block.
+    """Sums over tiles of ACROSS × DOWN strips, each inside one block; LePE over the map is LePE in one block.
 
-    A kernel of its own, although it reads V and the gradient once more: ten running sums would take the registers of
-    the attention's gradients, and adding them up across threads, here done once at the end, costs as much as a tile.
+    A kernel of its own, although it reads V and the gradient once more: its weights and ten running sums would take the
+    registers of the attention's gradients, and adding them up across threads, here done once, costs as much as a tile.
     """
+    IN_BLOCK: tl.constexpr = (BH + ROWS - 1) // ROWS  # strips below one another
     pid = tl.program_id(0)
-    parts = tl.cdiv(channels, LANES)
-    part, group, image = pid % parts, pid // parts % groups, (pid // parts // groups).to(tl.int64)
-    lane = part * LANES + tl.arange(0, LANES)
-    lanes = lane < channels
-    columns = tl.cdiv(width, ACROSS)
-    in_block = tl.cdiv(block_height, ROWS)  # strips below one another
-    place = tl.arange(0, ACROSS * DOWN)
-    v_base = v + image * height * width * v_stride + v_first
-    do_base = dout + image * height * width * dout_stride + dout_first
+    part, group, image = pid % PARTS, pid // PARTS % groups, (pid // PARTS // groups).to(tl.int64)
+    in_map = part < MAP_PARTS
+    lane = tl.where(in_map, part * LANES, SPLIT + (part - MAP_PARTS) * LANES) + tl.arange(0, LANES)
+    lanes = lane < tl.where(in_map, SPLIT, C)
     zero = tl.zeros([ACROSS * DOWN, LANES], tl.float32)
+    taps = ()
+    if dv is not None:
+        for tap in tl.static_range(9):
+            w = tl.zeros([LANES], tl.float32)
+            if weight_map is not None:
+                w += tl.load(weight_map + lane * 9 + (8 - tap), mask=lanes & in_map, other=0.0).to(tl.float32)
+            if weight_block is not None:
+                w_place = weight_block + (lane - SPLIT) * 9 + (8 - tap)
+                w += tl.load(w_place, mask=lanes & (part >= MAP_PARTS), other=0.0).to(tl.float32)
+            taps = taps + (w[None, :],)
+    strips = tl.where(in_map, tl.cdiv(height, ROWS), tl.cdiv(height, BH) * IN_BLOCK)
+    columns = tl.cdiv(width, ACROSS)
+    size = tl.where(in_map, map_group, block_group)
+    row, column = group * size // columns, group * size % columns
+    start = image * height * width
+    index = tl.arange(0, ACROSS * DOWN)
     found = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
     total = zero
-    for step in range(GROUP):
-        tile = group * GROUP + step  # past the last tile, y is past the last row
-        strip = tile // columns * DOWN + place // ACROSS
-        x = tile % columns * ACROSS + place % ACROSS
-        top, left = strip // in_block * block_height, x // block_width * block_width
-        bottom, right = tl.minimum(top + block_height, height), tl.minimum(left + block_width, width)
-        y = top + strip % in_block * ROWS
-        dos = ()
-        for row in tl.static_range(ROWS):
-            dos = dos + (strip_row(do_base, dout_stride, y + row, x, x < width, top, bottom, width, lane, lanes),)
-            total += dos[row]
-        grown = ()
-        for dx in tl.static_range(3):
-            xs = x + (dx - 1)
-            column = (x < width) & (xs >= left) & (xs < right)
-            above = strip_row(v_base, v_stride, y - 1, xs, column, top, bottom, width, lane, lanes)
-            here = strip_row(v_base, v_stride, y, xs, column, top, bottom, width, lane, lanes)
-            d_above, d_here, d_below = found[3 * dx], found[3 * dx + 1], found[3 * dx + 2]
-            for row in tl.static_range(ROWS):
-                below = strip_row(v_base, v_stride, y + (row + 1), xs, column, top, bottom, width, lane, lanes)
-                d_above += dos[row] * above
-                d_here += dos[row] * here
-                d_below += dos[row] * below
-                above, here = here, below
-            grown = grown + (d_above, d_here, d_below)
-        found = grown
-    sums += (image * groups + group) * 10 * channels + lane
+    count = tl.minimum(size, tl.cdiv(strips, DOWN) * columns - group * size)
+    for _step in tl.range(0, trips(count), num_stages=1):
+        strip = row * DOWN + index // ACROSS  # past the last one, below the map
+        x = column * ACROSS + index % ACROSS
+        top, left = tl.where(in_map, 0, strip // IN_BLOCK * BH), tl.where(in_map, 0, x // BW * BW)
+        y = tl.where(in_map, strip * ROWS, top + strip % IN_BLOCK * ROWS)
+        bottom = tl.where(in_map, height, tl.maximum(tl.minimum(top + BH, height), top))
+        right = tl.where(in_map, width, tl.maximum(tl.minimum(left + BW, width), left))
+        token = y * width + x
+        v_place = v + start * V_STRIDE + token[:, None] * V_STRIDE + lane[None, :]
+        vs, out = (), ()
+        for own in tl.static_range(ROWS):
+            mask = ((y + own < bottom) & (x < right))[:, None] & lanes[None, :]
+            vs = vs + (tl.load(v_place + own * width * V_STRIDE, mask=mask, other=0.0),)
+            if dv is not None:
+                dv_place = dv + start * V_STRIDE + token[:, None] * V_STRIDE + lane[None, :]
+                out = out + (widen(tl.load(dv_place + own * width * V_STRIDE, mask=mask, other=0.0)),)
+        place = dout + start * C + (token - width)[:, None] * C + lane[None, :]
+        for near in tl.static_range(ROWS + 2):
+            inside = within(y + (near - 1), top, bottom)
+            dos = ()
+            for dx in tl.static_range(3):
+                mask = (inside & within(x + (dx - 1), left, right))[:, None] & lanes[None, :]
+                dos = dos + (widen(tl.load(place + (dx - 1) * C, mask=mask, other=0.0)),)
+            if (0 < near) & (near <= ROWS):
+                total += dos[1]
+            for own in tl.static_range(ROWS):
+                if (own <= near) & (near <= own + 2):
+                    found = replace(found, 3 * (near - own), widen(vs[own]), dos)
+                    if dv is not None:
+                        out = out[:own] + (add_row(out[own], dos, taps, near - own),) + out[own + 1 :]
+            place += width * C
+        if dv is not None:
+            for own in tl.static_range(ROWS):
+                mask = ((y + own < bottom) & (x < right))[:, None] & lanes[None, :]
+                dv_place = dv + start * V_STRIDE + token[:, None] * V_STRIDE + lane[None, :]
+                tl.store(dv_place + own * width * V_STRIDE, out[own].to(dv.dtype.element_ty), mask=mask)
+        column, row = advance(column, row, columns)
+    sums += (image * groups + group) * 10 * C + lane
     for tap in tl.static_range(9):
-        tl.store(sums + (tap % 3 * 3 + tap // 3) * channels, tl.sum(found[tap], axis=0), mask=lanes)
-    tl.store(sums + 9 * channels, tl.sum(total, axis=0), mask=lanes)
+        tl.store(sums + (8 - tap) * C, tl.sum(found[tap], axis=0), mask=lanes)
+    tl.store(sums + 9 * C, tl.sum(total, axis=0), mask=lanes)
+
+
+@triton.jit
+def replace(found, AT: tl.constexpr, here, dos):
+    """``found`` with three of its sums grown."""
+    return (
+        found[:AT]
+        + (found[AT] + here * dos[0], found[AT + 1] + here * dos[1], found[AT + 2] + here * dos[2])
+        + found[AT + 3 :]
+    )

@@ -2,45 +2,36 @@
 
 A block that leaves the map is zero there and its zero keys take part in the softmax; its zero queries have neither an
 output nor a gradient. Blocks of up to 64 tokens have one backward kernel, in which a program holds its whole block;
-larger ones have two, as in FlashAttention-2 (Dao, arXiv 2307.08691).
+larger ones have two, as in FlashAttention-2 (Dao, arXiv 2307.08691). LePE's part of dV is ``lepe.py``'s.
 """
 
 import triton
 import triton.language as tl
 
-from elfatt.ops.triton.common import LOG2_E, dot, load_tile, store_tile
-from elfatt.ops.triton.lepe import lepe, strip_tokens
+from elfatt.ops.triton.common import LOG2_E, advance, dot, load_tile, store_tile, trips
+from elfatt.ops.triton.lepe import lepe, load_taps, strip_tokens
 
 
 @triton.jit
-def block_tokens(index, block, height, width, BH: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr):
+def block_tokens(index, row, column, height, width, BH: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr):
     """Of the places ``index`` of a block, in the order of its strips: the token in the map and whether it exists there,
     whether it exists in the block and the token there."""
-    columns = tl.cdiv(width, BW)
-    row, column = strip_tokens(index, BW, ROWS)
-    y, x = block // columns * BH + row, block % columns * BW + column
-    return y * width + x, (row < BH) & (y < height) & (x < width), row < BH, row * BW + column
+    y, x = strip_tokens(index, BW, ROWS)
+    top, left = row * BH, column * BW
+    exists = (y < tl.minimum(BH, height - top)) & (x < width - left)
+    return (top + y) * width + left + x, exists, y < BH, y * BW + x
 
 
 @triton.jit
 def block_lepe(
-    v, stride, start, block, height, width, weight, bias, lane, lanes,
-    BH: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, TRANSPOSED: tl.constexpr = False,
+    v, start, row, column, height, width, taps, lane, lanes,
+    STRIDE: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """LePE of COUNT places of a block, from ``start`` on."""
-    top, left, bottom, right = block_area(block, height, width, BH, BW)
+    top, left = row * BH, column * BW
+    bottom, right = tl.minimum(top + BH, height), tl.minimum(left + BW, width)
     y, x = strip_tokens(start + tl.arange(0, COUNT // ROWS) * ROWS, BW, ROWS)
-    return lepe(
-        v, stride, top + y, left + x, top, left, bottom, right, width, weight, bias, lane, lanes, ROWS, TRANSPOSED
-    )
-
-
-@triton.jit
-def block_area(block, height, width, BH: tl.constexpr, BW: tl.constexpr):
-    """The part of the map that a block covers: top, left, bottom, right."""
-    columns = tl.cdiv(width, BW)
-    top, left = block // columns * BH, block % columns * BW
-    return top, left, tl.minimum(top + BH, height), tl.minimum(left + BW, width)
+    return lepe(v, top + y, left + x, top, left, bottom, right, width, taps, lane, lanes, STRIDE, ROWS)
 
 
 @triton.jit
@@ -50,7 +41,7 @@ def scores(q, k, inside, PRECISION: tl.constexpr):
     return tl.where(inside[None, :], s, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "groups", "group"])
 def local_out_kernel(
     qkv,  # [B, N, 3C]
     weight,  # [heads * D, 9] or None
@@ -59,17 +50,15 @@ def local_out_kernel(
     row_lse,  # [B, heads, blocks, BH * BW] float32 or None: log2 of the sum of exp(scores)
     height,
     width,
-    channels,
-    first,  # the branch's first channel
-    heads,
-    blocks,
     groups,
-    scale,
+    group,
+    C: tl.constexpr,
+    FIRST: tl.constexpr,  # the branch's first channel
+    HEADS: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
     ROWS: tl.constexpr,
     PLACES: tl.constexpr,
-    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -78,114 +67,120 @@ def local_out_kernel(
 ):
     TILES: tl.constexpr = (PLACES + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
-    group, head, image = pid % groups, pid // groups % heads, (pid // groups // heads).to(tl.int64)
+    part, head, image = pid % groups, pid // groups % HEADS, (pid // groups // HEADS).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    stride = 3 * channels
-    base2 = scale * LOG2_E
-    q_base = qkv + image * height * width * stride + first + head * D
-    v_base = q_base + 2 * channels
-    out += image * height * width * channels + first + head * D
-    if weight is not None:
-        weight += head * D * 9
-        if bias is not None:
-            bias += head * D
-    for step in tl.range(GROUP, num_stages=1):
-        tile = group * GROUP + step
-        block, query_tile = tile // TILES, tile % TILES  # past the last block, below the map
-        row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        token, exists, q_inside, number = block_tokens(row, block, height, width, BH, BW, ROWS)
+    base2: tl.constexpr = D**-0.5 * LOG2_E
+    q_base = qkv + image * height * width * (3 * C) + FIRST + head * D
+    v_base = q_base + 2 * C
+    out += image * height * width * C + FIRST + head * D
+    WHOLE: tl.constexpr = PLACES <= BLOCK_N  # one tile holds the block
+    if WHOLE and weight is not None:  # the walk over the keys has no registers to keep them in
+        taps = load_taps(weight, bias, head * D + lane, lanes)
+    columns = tl.cdiv(width, BW)
+    blocks = tl.cdiv(height, BH) * columns
+    block, query_tile = part * group // TILES, part * group % TILES
+    row, column = block // columns, block % columns
+    for _step in tl.range(0, trips(tl.minimum(group, blocks * TILES - part * group)), num_stages=1):
+        own = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        token, exists, q_inside, number = block_tokens(own, row, column, height, width, BH, BW, ROWS)
         mask = exists[:, None] & lanes[None, :]
-        q = load_tile(q_base, token, stride, lane, mask)
-        largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in range(0, PLACES, BLOCK_N):
-            index = start + tl.arange(0, BLOCK_N)
-            other, there, k_inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
-            k = load_tile(q_base + channels, other, stride, lane, there[:, None] & lanes[None, :])
-            v = load_tile(v_base, other, stride, lane, there[:, None] & lanes[None, :])
+        q = load_tile(q_base, token, 3 * C, lane, mask)
+        if WHOLE:
+            other, there, k_inside, _ = block_tokens(tl.arange(0, BLOCK_N), row, column, height, width, BH, BW, ROWS)
+            k = load_tile(q_base + C, other, 3 * C, lane, there[:, None] & lanes[None, :])
+            v = load_tile(v_base, other, 3 * C, lane, there[:, None] & lanes[None, :])
             s = scores(q, k, k_inside, PRECISION)
-            larger = tl.maximum(largest, tl.max(s, axis=1) * base2)
-            p = tl.exp2(s * base2 - larger[:, None])
-            shrink = tl.exp2(largest - larger)
-            total = total * shrink + tl.sum(p, axis=1)
-            acc = dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
-            largest = larger
+            largest = tl.max(s, axis=1) * base2
+            p = tl.exp2(s * base2 - largest[:, None])
+            total = tl.sum(p, axis=1)
+            acc = dot(p.to(v.dtype), v, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), PRECISION)
+        else:
+            largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            for start in range(0, PLACES, BLOCK_N):
+                index = start + tl.arange(0, BLOCK_N)
+                other, there, k_inside, _ = block_tokens(index, row, column, height, width, BH, BW, ROWS)
+                k = load_tile(q_base + C, other, 3 * C, lane, there[:, None] & lanes[None, :])
+                v = load_tile(v_base, other, 3 * C, lane, there[:, None] & lanes[None, :])
+                s = scores(q, k, k_inside, PRECISION)
+                larger = tl.maximum(largest, tl.max(s, axis=1) * base2)
+                p = tl.exp2(s * base2 - larger[:, None])
+                shrink = tl.exp2(largest - larger)
+                total = total * shrink + tl.sum(p, axis=1)
+                acc = dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
+                largest = larger
         acc = acc * (1 / total)[:, None]
         if row_lse is not None:
-            lse_base = row_lse + ((image * heads + head) * blocks + block) * BH * BW
-            tl.store(lse_base + number, largest + tl.log2(total), mask=q_inside & (block < blocks))
+            lse_base = row_lse + ((image * HEADS + head) * blocks + row * columns + column) * (BH * BW)
+            tl.store(lse_base + number, largest + tl.log2(total), mask=q_inside)
         if weight is not None:
+            if not WHOLE:
+                taps = load_taps(weight, bias, head * D + lane, lanes)
+            first = query_tile * BLOCK_M
             acc += block_lepe(
-                v_base, stride, query_tile * BLOCK_M, block, height, width, weight, bias, lane, lanes,
-                BH, BW, ROWS, BLOCK_M,
-            )  # fmt: skip
-        store_tile(out, token, channels, lane, mask, acc)
+                v_base, first, row, column, height, width, taps, lane, lanes, 3 * C, BH, BW, ROWS, BLOCK_M
+            )
+        store_tile(out, token, C, lane, mask, acc)
+        query_tile, following = advance(query_tile, 0, TILES)
+        column, row = advance(column + following - 1, row, columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "groups", "group"])
 def local_gradient_kernel(
     qkv,  # [B, N, 3C]
     dout,  # [B, N, C]
-    weight,  # [heads * D, 9] or None
     dqkv,  # [B, N, 3C]
     height,
     width,
-    channels,
-    first,
-    heads,
     groups,
-    scale,
+    group,
+    C: tl.constexpr,
+    FIRST: tl.constexpr,
+    HEADS: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
     ROWS: tl.constexpr,
-    PLACES: tl.constexpr,
-    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # PLACES, to the next power of two
+    BLOCK_T: tl.constexpr,  # places of a block, to the next power of two
     PRECISION: tl.constexpr,
 ):
     """The whole gradient of one block and head; softmax is recomputed, nothing kept from the forward pass."""
     pid = tl.program_id(0)
-    group, head, image = pid % groups, pid // groups % heads, (pid // groups // heads).to(tl.int64)
+    part, head, image = pid % groups, pid // groups % HEADS, (pid // groups // HEADS).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    stride = 3 * channels
-    base2 = scale * LOG2_E
+    scale: tl.constexpr = D**-0.5
+    base2: tl.constexpr = scale * LOG2_E
     half = qkv.dtype.element_ty
-    q_offset = image * height * width * stride + first + head * D
-    do_base = dout + image * height * width * channels + first + head * D
+    q_offset = image * height * width * (3 * C) + FIRST + head * D
+    do_base = dout + image * height * width * C + FIRST + head * D
     index = tl.arange(0, BLOCK_T)
-    if weight is not None:
-        weight += head * D * 9
-    for step in tl.range(GROUP, num_stages=1):
-        block = group * GROUP + step  # past the last, below the map
-        token, exists, inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
+    columns = tl.cdiv(width, BW)
+    row, column = part * group // columns, part * group % columns
+    for _step in tl.range(0, trips(tl.minimum(group, tl.cdiv(height, BH) * columns - part * group)), num_stages=1):
+        token, exists, inside, _ = block_tokens(index, row, column, height, width, BH, BW, ROWS)
         mask = exists[:, None] & lanes[None, :]
-        q = load_tile(qkv + q_offset, token, stride, lane, mask)
-        k = load_tile(qkv + q_offset + channels, token, stride, lane, mask)
-        v = load_tile(qkv + q_offset + 2 * channels, token, stride, lane, mask)
-        do = load_tile(do_base, token, channels, lane, mask)
+        q = load_tile(qkv + q_offset, token, 3 * C, lane, mask)
+        k = load_tile(qkv + q_offset + C, token, 3 * C, lane, mask)
+        v = load_tile(qkv + q_offset + 2 * C, token, 3 * C, lane, mask)
+        do = load_tile(do_base, token, C, lane, mask)
         s = scores(q, k, inside, PRECISION)
         p = tl.exp2(s * base2 - (tl.max(s, axis=1) * base2)[:, None])
         p = p * (1 / tl.sum(p, axis=1))[:, None]
         zero = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         dp = dot(do, tl.trans(v), tl.zeros([BLOCK_T, BLOCK_T], tl.float32), PRECISION)
         ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None])).to(half)
-        store_tile(dqkv + q_offset, token, stride, lane, mask, dot(ds, k, zero, PRECISION) * scale)
+        store_tile(dqkv + q_offset, token, 3 * C, lane, mask, dot(ds, k, zero, PRECISION) * scale)
         dk = dot(tl.trans(ds), q, zero, PRECISION) * scale
-        store_tile(dqkv + q_offset + channels, token, stride, lane, mask, dk)
-        dv = dot(tl.trans(p.to(half)), do, zero, PRECISION)
-        if weight is not None:
-            dv += block_lepe(
-                do_base, channels, 0, block, height, width, weight, None, lane, lanes, BH, BW, ROWS, BLOCK_T, True
-            )
-        store_tile(dqkv + q_offset + 2 * channels, token, stride, lane, mask, dv)
+        store_tile(dqkv + q_offset + C, token, 3 * C, lane, mask, dk)
+        store_tile(dqkv + q_offset + 2 * C, token, 3 * C, lane, mask, dot(tl.trans(p.to(half)), do, zero, PRECISION))
+        column, row = advance(column, row, columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def local_query_gradient_kernel(
     qkv,  # [B, N, 3C]
     dout,  # [B, N, C]
@@ -194,11 +189,9 @@ def local_query_gradient_kernel(
     dqkv,  # [B, N, 3C]: the part of Q is written
     height,
     width,
-    channels,
-    first,
-    heads,
-    blocks,
-    scale,
+    C: tl.constexpr,
+    FIRST: tl.constexpr,
+    HEADS: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -209,65 +202,62 @@ def local_query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """The keys are walked over twice: the rows' sums of P ⊙ dP cannot come from the output, which holds LePE too."""
     TILES: tl.constexpr = (PLACES + BLOCK_M - 1) // BLOCK_M
+    columns = tl.cdiv(width, BW)
+    blocks = tl.cdiv(height, BH) * columns
     pid = tl.program_id(0)
-    query_tile, block, head = pid % TILES, pid // TILES % blocks, pid // TILES // blocks % heads
-    image = (pid // TILES // blocks // heads).to(tl.int64)
+    query_tile, block, head = pid % TILES, pid // TILES % blocks, pid // TILES // blocks % HEADS
+    image = (pid // TILES // blocks // HEADS).to(tl.int64)
+    row, column = block // columns, block % columns
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    stride = 3 * channels
-    base2 = scale * LOG2_E
-    q_offset = image * height * width * stride + first + head * D
-    k_base = qkv + q_offset + channels
-    do_base = dout + image * height * width * channels + first + head * D
-    rows = ((image * heads + head) * blocks + block) * BH * BW
-    row = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, exists, q_inside, number = block_tokens(row, block, height, width, BH, BW, ROWS)
+    scale: tl.constexpr = D**-0.5
+    base2: tl.constexpr = scale * LOG2_E
+    q_offset = image * height * width * (3 * C) + FIRST + head * D
+    k_base = qkv + q_offset + C
+    do_base = dout + image * height * width * C + FIRST + head * D
+    rows = ((image * HEADS + head) * blocks + block) * (BH * BW)
+    own = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, exists, q_inside, number = block_tokens(own, row, column, height, width, BH, BW, ROWS)
     mask = exists[:, None] & lanes[None, :]
-    q = load_tile(qkv + q_offset, token, stride, lane, mask)
-    do = load_tile(do_base, token, channels, lane, mask)
+    q = load_tile(qkv + q_offset, token, 3 * C, lane, mask)
+    do = load_tile(do_base, token, C, lane, mask)
     lse = tl.load(row_lse + rows + number, mask=q_inside, other=0.0)
-    # The rows' sums of P ⊙ dP cannot come from the output, which holds LePE too, and end with the walk over the keys.
-    # So dQ = (P ⊙ dP) K - sum · P K, and dP is taken against a rough mean of V lest the difference cancel.
-    index = tl.arange(0, BLOCK_N)
-    other, there, k_inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
-    v = load_tile(k_base + channels, other, stride, lane, there[:, None] & lanes[None, :])
-    mean_v = tl.sum(v.to(tl.float32), axis=0) / BLOCK_N
-    shift = tl.sum(do.to(tl.float32) * mean_v[None, :], axis=1)
     total = tl.zeros([BLOCK_M], tl.float32)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    mean_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, PLACES, BLOCK_N):
         index = start + tl.arange(0, BLOCK_N)
-        other, there, k_inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
-        k = load_tile(k_base, other, stride, lane, there[:, None] & lanes[None, :])
-        v = load_tile(k_base + channels, other, stride, lane, there[:, None] & lanes[None, :])
+        other, there, k_inside, _ = block_tokens(index, row, column, height, width, BH, BW, ROWS)
+        k = load_tile(k_base, other, 3 * C, lane, there[:, None] & lanes[None, :])
+        v = load_tile(k_base + C, other, 3 * C, lane, there[:, None] & lanes[None, :])
         p = tl.exp2(scores(q, k, k_inside, PRECISION) * base2 - lse[:, None])
-        dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) - shift[:, None]
+        dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         total += tl.sum(p * dp, axis=1)
-        dq = dot((p * dp).to(k.dtype), k, dq, PRECISION)
-        mean_k = dot(p.to(k.dtype), k, mean_k, PRECISION)
-    dq -= total[:, None] * mean_k
-    total += shift
     tl.store(row_sum + rows + number, total, mask=q_inside)
-    store_tile(dqkv + q_offset, token, stride, lane, mask, dq * scale)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, PLACES, BLOCK_N):
+        index = start + tl.arange(0, BLOCK_N)
+        other, there, k_inside, _ = block_tokens(index, row, column, height, width, BH, BW, ROWS)
+        k = load_tile(k_base, other, 3 * C, lane, there[:, None] & lanes[None, :])
+        v = load_tile(k_base + C, other, 3 * C, lane, there[:, None] & lanes[None, :])
+        p = tl.exp2(scores(q, k, k_inside, PRECISION) * base2 - lse[:, None])
+        dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        dq = dot((p * (dp - total[:, None])).to(k.dtype), k, dq, PRECISION)
+    store_tile(dqkv + q_offset, token, 3 * C, lane, mask, dq * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def local_key_value_gradient_kernel(
     qkv,  # [B, N, 3C]
     dout,  # [B, N, C]
     row_lse,  # [B, heads, blocks, BH * BW]
     row_sum,  # [B, heads, blocks, BH * BW]
-    weight,  # [heads * D, 9] or None
     dqkv,  # [B, N, 3C]: the parts of K and V are written
     height,
     width,
-    channels,
-    first,
-    heads,
-    blocks,
-    scale,
+    C: tl.constexpr,
+    FIRST: tl.constexpr,
+    HEADS: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -279,39 +269,37 @@ def local_key_value_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     TILES: tl.constexpr = (PLACES + BLOCK_N - 1) // BLOCK_N
+    columns = tl.cdiv(width, BW)
+    blocks = tl.cdiv(height, BH) * columns
     pid = tl.program_id(0)
-    key_tile, block, head = pid % TILES, pid // TILES % blocks, pid // TILES // blocks % heads
-    image = (pid // TILES // blocks // heads).to(tl.int64)
+    key_tile, block, head = pid % TILES, pid // TILES % blocks, pid // TILES // blocks % HEADS
+    image = (pid // TILES // blocks // HEADS).to(tl.int64)
+    row, column = block // columns, block % columns
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
-    stride = 3 * channels
-    base2 = scale * LOG2_E
-    q_base = qkv + image * height * width * stride + first + head * D
-    k_offset = image * height * width * stride + channels + first + head * D
-    do_base = dout + image * height * width * channels + first + head * D
-    rows = ((image * heads + head) * blocks + block) * BH * BW
-    index = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    token, exists, k_inside, _ = block_tokens(index, block, height, width, BH, BW, ROWS)
+    scale: tl.constexpr = D**-0.5
+    base2: tl.constexpr = scale * LOG2_E
+    q_base = qkv + image * height * width * (3 * C) + FIRST + head * D
+    k_offset = image * height * width * (3 * C) + C + FIRST + head * D
+    do_base = dout + image * height * width * C + FIRST + head * D
+    rows = ((image * HEADS + head) * blocks + block) * (BH * BW)
+    own = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    token, exists, k_inside, _ = block_tokens(own, row, column, height, width, BH, BW, ROWS)
     mask = exists[:, None] & lanes[None, :]
-    k = load_tile(qkv + k_offset, token, stride, lane, mask)
-    v = load_tile(qkv + k_offset + channels, token, stride, lane, mask)
+    k = load_tile(qkv + k_offset, token, 3 * C, lane, mask)
+    v = load_tile(qkv + k_offset + C, token, 3 * C, lane, mask)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, PLACES, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        other, there, q_inside, number = block_tokens(row, block, height, width, BH, BW, ROWS)
-        q = load_tile(q_base, other, stride, lane, there[:, None] & lanes[None, :])
-        do = load_tile(do_base, other, channels, lane, there[:, None] & lanes[None, :])
+        index = start + tl.arange(0, BLOCK_M)
+        other, there, q_inside, number = block_tokens(index, row, column, height, width, BH, BW, ROWS)
+        q = load_tile(q_base, other, 3 * C, lane, there[:, None] & lanes[None, :])
+        do = load_tile(do_base, other, C, lane, there[:, None] & lanes[None, :])
         lse = tl.load(row_lse + rows + number, mask=q_inside, other=0.0)
         total = tl.load(row_sum + rows + number, mask=q_inside, other=0.0)
         p = tl.exp2(scores(q, k, k_inside, PRECISION) * base2 - lse[:, None])
         dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         dv = dot(tl.trans(p.to(k.dtype)), do, dv, PRECISION)
         dk = dot(tl.trans((p * (dp - total[:, None])).to(k.dtype)), q, dk, PRECISION)
-    if weight is not None:
-        dv += block_lepe(
-            do_base, channels, key_tile * BLOCK_N, block, height, width, weight + head * D * 9, None, lane, lanes,
-            BH, BW, ROWS, BLOCK_N, True,
-        )  # fmt: skip
-    store_tile(dqkv + k_offset, token, stride, lane, mask, dk * scale)
-    store_tile(dqkv + k_offset + channels, token, stride, lane, mask, dv)
+    store_tile(dqkv + k_offset, token, 3 * C, lane, mask, dk * scale)
+    store_tile(dqkv + k_offset + C, token, 3 * C, lane, mask, dv)
