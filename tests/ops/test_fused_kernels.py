@@ -132,7 +132,7 @@ def test_lepe_without_a_bias(block):
 def share_work(monkeypatch):
     """Cut a small map as only large ones are."""
     launch = importlib.import_module(f"elfatt.ops.{KERNELS}.launch")
-    sizes = {"triton": {"SUMS": (2, 16), "APART": (2, 4)}, "cpp": {"SPLIT": 20, "TILE": (4, 8)}}
+    sizes = {"triton": {"SUMS": (2, 16), "APART": (2, 4)}, "cpp": {"SPLIT": 20, "TILE": (4, 8), "SMALL": 0}}
     for name, value in sizes[KERNELS].items():
         monkeypatch.setattr(launch, name, value)
     for name in ("_forward_plan", "_backward_plan", "_lepe_gradient") if KERNELS == "triton" else ():

@@ -4,6 +4,8 @@
 // rows of floats, padded with zeros to whole vectors, works in the cache and writes its slice of the result. What is
 // summed over tasks goes to a place of its own for each task, so that the same input gives the same bits on any number
 // of threads. This file walks over the tasks, on all threads, for elfatt/ops/cpp/launch.py.
+#include <memory>
+
 #include "global_branch.h"
 #include "local_branch.h"
 
@@ -11,6 +13,60 @@ namespace {
 
 constexpr int TURN = 8;   // tasks that a thread takes at a time, at most
 constexpr int TURNS = 8;  // of each thread, at least: some are slower than others
+constexpr int TASKS = 64;  // enough for the threads of a large CPU to share
+constexpr int GROUPS[] = {32, 48, 24, 16};  // channels of a task of LePE alone
+
+// Of a map, its tasks and its two branches, as elfatt/ops/cpp/launch.py has it.
+struct Shape {
+    int images, height, width, channels, threads, split, tile_height, tile_width;
+    int heads_global, heads_local, global_channels, block_height, block_width;
+    int local_channels() const { return channels - global_channels; }
+};
+
+// Calls `work` on every thread.
+template <typename Work>
+void parallel(int threads, const Work& work) {
+    if (threads == 1) return work();
+#pragma omp parallel num_threads(threads)
+    work();
+}
+
+// The tasks from 0 on, each to one thread. Threads take several in turn where there are enough for all, and go on
+// without waiting for the others.
+template <typename Work>
+void share(int64_t tasks, int threads, const Work& work) {
+    if (threads == 1) {
+        for (int64_t i = 0; i < tasks; i++) work(i);
+        return;
+    }
+    const int64_t turn = std::clamp<int64_t>(tasks / threads / TURNS, 1, TURN);
+#pragma omp for schedule(dynamic, turn) nowait
+    for (int64_t i = 0; i < tasks; i++) work(i);
+}
+
+// Until what was shared is done.
+inline void wait(int threads) {
+    if (threads == 1) return;
+#pragma omp barrier
+}
+
+typedef std::unique_ptr<float[]> Floats;
+
+inline Floats floats(int64_t size) { return Floats(size ? new float[size] : nullptr); }
+
+// LePE's nine weights and the bias of each channel as rows; nothing without LePE.
+Floats lepe_rows(const float* weight, const float* bias, int channels) {
+    if (!weight) return nullptr;
+    Floats rows = floats(int64_t(TAPS + 1) * channels);
+    for (int tap = 0; tap < TAPS; tap++)
+        for (int i = 0; i < channels; i++) rows[tap * channels + i] = weight[i * TAPS + tap];
+    float* last = rows.get() + TAPS * channels;
+    if (bias)
+        std::copy_n(bias, channels, last);
+    else
+        std::fill_n(last, channels, 0.f);
+    return rows;
+}
 
 // One head of one part (a block, a tile, a split) of one image. Heads come first: they lie side by side in memory.
 struct Task {
@@ -18,10 +74,29 @@ struct Task {
     int64_t index;
 };
 
-struct Sizes {
-    int images, height, width, channels, heads, d, first;  // the branch's first channel
-    int part_height, part_width, threads;                   // of a block or a tile; of the CPU
+// A branch of attention, or LePE alone.
+struct Branch {
+    int images, height, width, channels, threads, split;  // of the map
+    int heads, d, first;                                   // of the branch: heads, channels of each, the first channel
+    int part_height, part_width;                           // of a block or a tile
+
+    Branch(Shape s, int heads, int width, int first, int part_height, int part_width)
+        : images(s.images), height(s.height), width(s.width), channels(s.channels), threads(s.threads), split(s.split),
+          heads(heads), d(width ? width / heads : 0), first(first), part_height(part_height), part_width(part_width) {}
+    static Branch over_map(Shape s) {
+        return {s, s.heads_global, s.global_channels, 0, s.tile_height, s.tile_width};
+    }
+    static Branch in_blocks(Shape s) {
+        return {s, s.heads_local, s.local_channels(), s.global_channels, s.block_height, s.block_width};
+    }
+    static Branch in_groups(Shape s) {
+        const auto fits = [&](int group) { return s.channels % group == 0; };
+        const int* group = std::find_if(std::begin(GROUPS), std::end(GROUPS), fits);
+        const int heads = group == std::end(GROUPS) ? 1 : s.channels / *group;
+        return {s, heads, s.channels, 0, s.tile_height, s.tile_width};
+    }
     int parts() const { return (height + part_height - 1) / part_height * Block::columns(width, part_width); }
+    int splits() const { return std::max(1, std::min(height * width / split, TASKS / std::max(1, images * heads))); }
     Block block(Task t) const { return {height, width, part_height, part_width, t.part}; }
     Tile tile(Task t) const {
         const Block part = block(t);
@@ -51,113 +126,156 @@ struct Sizes {
         return {block_map(qkv, 3 * channels, t), block_map(qkv + channels, 3 * channels, t),
                 block_map(qkv + 2 * channels, 3 * channels, t)};
     }
-    Lepe kernels(const float* lepe, Task t) const { return {lepe ? lepe + t.head * d : nullptr, heads * d}; }
-    float* sums(float* all, Task t) const { return all + t.index * (TAPS + 1) * d; }
+    Lepe kernels(const Floats& lepe, Task t) const { return {lepe ? lepe.get() + t.head * d : nullptr, heads * d}; }
+    float* sums(const Floats& all, Task t) const { return all.get() + t.index * (TAPS + 1) * d; }
+    Floats room_for_sums(bool needed) const {
+        return floats(needed ? int64_t(images) * parts() * heads * (TAPS + 1) * d : 0);
+    }
     Task task(int64_t index, int parts) const {
         return {int(index / heads / parts), int(index / heads % parts), int(index % heads), index};
     }
-    // Threads take several tasks in turn where there are enough for all.
     template <typename Work>
     void run(int parts, const Work& work) const {
-        const int64_t tasks = int64_t(images) * parts * heads;
-        const int64_t turn = std::clamp<int64_t>(tasks / threads / TURNS, 1, TURN);
-#pragma omp parallel for schedule(dynamic, turn) num_threads(threads)
-        for (int64_t i = 0; i < tasks; i++) work(task(i, parts));
+        share(int64_t(images) * parts * heads, threads, [&](int64_t i) { work(task(i, parts)); });
+    }
+    // [TAPS + 1, heads * d] from every task's [TAPS + 1, d], each in one order.
+    void add_sums(const Floats& tasks, float* sums) const {
+        const int64_t rows = int64_t(TAPS + 1) * heads, count = int64_t(images) * parts();
+        share(rows, threads, [&](int64_t row) {
+            const int64_t tap = row / heads, head = row % heads;
+            const float* from = tasks.get() + (head * (TAPS + 1) + tap) * d;
+            std::vector<double> totals(d);
+            for (int64_t i = 0; i < count; i++, from += rows * d)
+                for (int j = 0; j < d; j++) totals[j] += from[j];
+            std::copy(totals.begin(), totals.end(), sums + row * d);
+        });
     }
 };
 
 template <typename T>
-void global_forward(Sizes s, const T* qkv, const float* lepe, T* out, float* context, float* key_lse, float* parts,
-                    int splits) {
-    const int64_t square = s.d * s.d;
-    s.run(splits, [&](Task t) {
-        context_part<T>(s.head(qkv, t), s.d, Tokens(s.height * s.width, splits, t.part), Part(parts, s.d, t.index));
-    });
-    s.run(1, [&](Task t) {
-        combine_parts(Part(parts, s.d, int64_t(t.image) * splits * s.heads + t.head), s.d, splits, s.heads,
-                      context + s.pair(t) * square, key_lse + s.pair(t) * s.d);
-    });
-    s.run(s.parts(), [&](Task t) {
-        global_out<T>(s.head(qkv, t), s.map(out, s.channels, t), s.d, s.tile(t), context + s.pair(t) * square,
-                      s.kernels(lepe, t));
-    });
-}
-
-template <typename T>
-void global_backward(Sizes s, const T* qkv, const T* dout, const float* lepe, const float* context,
-                     const float* key_lse, T* dqkv, float* parts, float* dcontext, float* sums, int splits) {
-    const int64_t square = s.d * s.d;
-    s.run(splits, [&](Task t) {
-        global_query_gradient<T>(s.head(qkv, t), s.map(dout, s.channels, t), s.head(dqkv, t), s.d,
-                                 Tokens(s.height * s.width, splits, t.part), context + s.pair(t) * square,
-                                 parts + t.index * square);
-    });
-    s.run(1, [&](Task t) {
-        float* total = dcontext + s.pair(t) * square;
-        std::fill_n(total, square, 0.f);
-        for (int split = 0; split < splits; split++) {
-            const float* part = parts + ((int64_t(t.image) * splits + split) * s.heads + t.head) * square;
-            for (int i = 0; i < square; i++) total[i] += part[i];
-        }
-    });
-    s.run(s.parts(), [&](Task t) {
-        global_key_value_gradient<T>(s.head(qkv, t), s.map(dout, s.channels, t), s.head(dqkv, t), s.d, s.tile(t),
-                                     context + s.pair(t) * square, dcontext + s.pair(t) * square,
-                                     key_lse + s.pair(t) * s.d, s.kernels(lepe, t), s.sums(sums, t));
+void forward(Shape shape, const T* qkv, const float* weight_global, const float* bias_global,
+             const float* weight_local, const float* bias_local, T* out, float* context, float* key_lse) {
+    const Branch g = Branch::over_map(shape), l = Branch::in_blocks(shape);
+    const int64_t square = g.d * g.d;
+    const int splits = g.splits();
+    const Floats lepe_global = lepe_rows(weight_global, bias_global, shape.global_channels);
+    const Floats lepe_local = lepe_rows(weight_local, bias_local, shape.local_channels());
+    const Floats parts = floats(g.d ? g.images * splits * g.heads * Part::size(g.d) : 0);
+    parallel(shape.threads, [&] {
+        if (g.d)
+            g.run(splits, [&](Task t) {
+                context_part<T>(g.head(qkv, t), g.d, Tokens(g.height * g.width, splits, t.part),
+                                Part(parts.get(), g.d, t.index));
+            });
+        if (l.d)
+            l.run(l.parts(), [&](Task t) {
+                local_out<T>(l.block_head(qkv, t), l.block_map(out, l.channels, t), l.d, l.block(t).zeros,
+                             l.kernels(lepe_local, t));
+            });
+        if (!g.d) return;
+        wait(shape.threads);
+        g.run(1, [&](Task t) {
+            combine_parts(Part(parts.get(), g.d, int64_t(t.image) * splits * g.heads + t.head), g.d, splits, g.heads,
+                          context + g.pair(t) * square, key_lse + g.pair(t) * g.d);
+        });
+        wait(shape.threads);
+        g.run(g.parts(), [&](Task t) {
+            global_out<T>(g.head(qkv, t), g.map(out, g.channels, t), g.d, g.tile(t), context + g.pair(t) * square,
+                          g.kernels(lepe_global, t));
+        });
     });
 }
 
 template <typename T>
-void local_forward(Sizes s, const T* qkv, const float* lepe, T* out) {
-    s.run(s.parts(), [&](Task t) {
-        local_out<T>(s.block_head(qkv, t), s.block_map(out, s.channels, t), s.d, s.block(t).zeros, s.kernels(lepe, t));
+void backward(Shape shape, const T* qkv, const T* dout, const float* weight_global,
+              const float* weight_local, const float* context, const float* key_lse, T* dqkv, float* sums_global,
+              float* sums_local) {
+    const Branch g = Branch::over_map(shape), l = Branch::in_blocks(shape);
+    const int64_t square = g.d * g.d;
+    const int splits = g.splits();
+    const Floats lepe_global = lepe_rows(weight_global, nullptr, shape.global_channels);
+    const Floats lepe_local = lepe_rows(weight_local, nullptr, shape.local_channels());
+    const Floats tasks_global = g.room_for_sums(weight_global), tasks_local = l.room_for_sums(weight_local);
+    const Floats parts = floats(g.images * splits * g.heads * square), dcontext = floats(g.images * g.heads * square);
+    parallel(shape.threads, [&] {
+        if (g.d)
+            g.run(splits, [&](Task t) {
+                global_query_gradient<T>(g.head(qkv, t), g.map(dout, g.channels, t), g.head(dqkv, t), g.d,
+                                         Tokens(g.height * g.width, splits, t.part), context + g.pair(t) * square,
+                                         parts.get() + t.index * square);
+            });
+        if (l.d)
+            l.run(l.parts(), [&](Task t) {
+                local_gradient<T>(l.block_head(qkv, t), l.block_map(dout, l.channels, t), l.block_head(dqkv, t), l.d,
+                                  l.block(t).zeros, l.kernels(lepe_local, t), l.sums(tasks_local, t));
+            });
+        wait(shape.threads);
+        if (weight_local) l.add_sums(tasks_local, sums_local);
+        if (!g.d) return;
+        g.run(1, [&](Task t) {
+            float* total = dcontext.get() + g.pair(t) * square;
+            std::fill_n(total, square, 0.f);
+            for (int split = 0; split < splits; split++) {
+                const float* part = parts.get() + ((int64_t(t.image) * splits + split) * g.heads + t.head) * square;
+                for (int i = 0; i < square; i++) total[i] += part[i];
+            }
+        });
+        wait(shape.threads);
+        g.run(g.parts(), [&](Task t) {
+            global_key_value_gradient<T>(g.head(qkv, t), g.map(dout, g.channels, t), g.head(dqkv, t), g.d, g.tile(t),
+                                         context + g.pair(t) * square, dcontext.get() + g.pair(t) * square,
+                                         key_lse + g.pair(t) * g.d, g.kernels(lepe_global, t),
+                                         g.sums(tasks_global, t));
+        });
+        if (!weight_global) return;
+        wait(shape.threads);
+        g.add_sums(tasks_global, sums_global);
     });
 }
 
 template <typename T>
-void local_backward(Sizes s, const T* qkv, const T* dout, const float* lepe, T* dqkv, float* sums) {
-    s.run(s.parts(), [&](Task t) {
-        local_gradient<T>(s.block_head(qkv, t), s.block_map(dout, s.channels, t), s.block_head(dqkv, t), s.d,
-                          s.block(t).zeros, s.kernels(lepe, t), s.sums(sums, t));
+void lepe_forward(Shape shape, const T* v, int stride, const float* weight, const float* bias,
+                  const T* residual, T* out, int transposed) {
+    const Branch b = Branch::in_groups(shape);
+    const Floats lepe = lepe_rows(weight, bias, shape.channels);
+    parallel(shape.threads, [&] {
+        b.run(b.parts(), [&](Task t) {
+            convolve<T>(b.map(v, stride, t), b.map(residual, b.channels, t), b.map(out, b.channels, t), b.d, b.tile(t),
+                        b.kernels(lepe, t), transposed);
+        });
     });
 }
 
 template <typename T>
-void lepe_forward(Sizes s, const T* v, int stride, const float* lepe, const T* residual, T* out, int transposed) {
-    s.run(s.parts(), [&](Task t) {
-        convolve<T>(s.map(v, stride, t), s.map(residual, s.channels, t), s.map(out, s.channels, t), s.d, s.tile(t),
-                    s.kernels(lepe, t), transposed);
-    });
-}
-
-template <typename T>
-void lepe_backward(Sizes s, const T* v, int stride, const T* dout, float* sums) {
-    s.run(s.parts(), [&](Task t) {
-        kernel_gradient<T>(s.map(v, stride, t), s.map(dout, s.channels, t), s.d, s.tile(t), s.sums(sums, t));
+void lepe_backward(Shape shape, const T* v, int stride, const T* dout, float* sums) {
+    const Branch b = Branch::in_groups(shape);
+    const Floats tasks = b.room_for_sums(true);
+    parallel(shape.threads, [&] {
+        b.run(b.parts(), [&](Task t) {
+            kernel_gradient<T>(b.map(v, stride, t), b.map(dout, b.channels, t), b.d, b.tile(t), b.sums(tasks, t));
+        });
+        wait(shape.threads);
+        b.add_sums(tasks, sums);
     });
 }
 
 }  // namespace
 
 #define EXPORT(DTYPE, T)                                                                                              \
-    void global_forward_##DTYPE(Sizes s, const T* qkv, const float* lepe, T* out, float* context, float* key_lse,     \
-                                float* parts, int splits) {                                                           \
-        global_forward(s, qkv, lepe, out, context, key_lse, parts, splits);                                           \
+    void forward_##DTYPE(Shape s, const T* qkv, const float* weight_global, const float* bias_global,                 \
+                         const float* weight_local, const float* bias_local, T* out, float* context, float* key_lse) { \
+        forward(s, qkv, weight_global, bias_global, weight_local, bias_local, out, context, key_lse);                 \
     }                                                                                                                 \
-    void global_backward_##DTYPE(Sizes s, const T* qkv, const T* dout, const float* lepe, const float* context,       \
-                                 const float* key_lse, T* dqkv, float* parts, float* dcontext, float* sums,           \
-                                 int splits) {                                                                        \
-        global_backward(s, qkv, dout, lepe, context, key_lse, dqkv, parts, dcontext, sums, splits);                   \
+    void backward_##DTYPE(Shape s, const T* qkv, const T* dout, const float* weight_global, const float* weight_local, \
+                          const float* context, const float* key_lse, T* dqkv, float* sums_global,                    \
+                          float* sums_local) {                                                                        \
+        backward(s, qkv, dout, weight_global, weight_local, context, key_lse, dqkv, sums_global, sums_local);         \
     }                                                                                                                 \
-    void local_forward_##DTYPE(Sizes s, const T* qkv, const float* lepe, T* out) { local_forward(s, qkv, lepe, out); } \
-    void local_backward_##DTYPE(Sizes s, const T* qkv, const T* dout, const float* lepe, T* dqkv, float* sums) {      \
-        local_backward(s, qkv, dout, lepe, dqkv, sums);                                                               \
+    void lepe_forward_##DTYPE(Shape s, const T* v, int stride, const float* weight, const float* bias,                \
+                              const T* residual, T* out, int transposed) {                                            \
+        lepe_forward(s, v, stride, weight, bias, residual, out, transposed);                                          \
     }                                                                                                                 \
-    void lepe_forward_##DTYPE(Sizes s, const T* v, int stride, const float* lepe, const T* residual, T* out,          \
-                              int transposed) {                                                                       \
-        lepe_forward(s, v, stride, lepe, residual, out, transposed);                                                  \
-    }                                                                                                                 \
-    void lepe_backward_##DTYPE(Sizes s, const T* v, int stride, const T* dout, float* sums) {                         \
+    void lepe_backward_##DTYPE(Shape s, const T* v, int stride, const T* dout, float* sums) {                         \
         lepe_backward(s, v, stride, dout, sums);                                                                      \
     }
 

@@ -1,9 +1,10 @@
-"""From tensors to calls of the C++ kernels: sizes, buffers, sums over tasks."""
+"""From tensors to calls of the C++ kernels: one for each pass, for on small maps the calls are what takes time."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 
 import torch
 
@@ -11,21 +12,53 @@ from elfatt.ops.cpp.build import library
 
 TILE = (8, 64)  # of the map in a task, so that its rows stay in the cache
 SPLIT = 512  # tokens that a task of their own is worth
-TASKS = 64  # enough for the threads of a large CPU to share
-GROUPS = (32, 48, 24, 16)  # channels of a task of LePE alone
+SMALL = 4096  # elements of a map that one thread has done before a second one wakes up
+
+
+class _Shape(ctypes.Structure):
+    """Of a map, its tasks and, for attention, its two branches; the fields of ``Shape`` in ``kernels.cpp``."""
+
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in (
+            "images",
+            "height",
+            "width",
+            "channels",
+            "threads",
+            "split",
+            "tile_height",
+            "tile_width",
+            "heads_global",
+            "heads_local",
+            "global_channels",
+            "block_height",
+            "block_width",
+        )
+    ]
+
+
+_structure = lru_cache(maxsize=1024)(_Shape)
+_INT, _ADDRESS = ctypes.c_int, ctypes.c_void_p
+_ARGUMENTS = {  # behind the shape
+    "forward": [_ADDRESS] * 8,
+    "backward": [_ADDRESS] * 9,
+    "lepe_forward": [_ADDRESS, _INT, *[_ADDRESS] * 4, _INT],
+    "lepe_backward": [_ADDRESS, _INT, _ADDRESS, _ADDRESS],
+}
 
 
 def new_buffers(
     qkv: torch.Tensor, heads: Sequence[int], global_channels: int, block: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The forward pass's results, unfilled: output, context, K's log-sum-exp, and nothing."""
+    """What ``forward`` fills: output, context, K's log-sum-exp; the scores' log-sum-exp is not needed, and empty."""
     b, h, w, packed = qkv.shape
     width = global_channels // heads[0] if global_channels else 0
     return (
-        qkv.new_empty(b, h, w, packed // 3),
-        qkv.new_empty(b, heads[0], width, width, dtype=torch.float32),
-        qkv.new_empty(b, heads[0], width, dtype=torch.float32),
-        qkv.new_empty(0, dtype=torch.float32),
+        qkv.new_empty((b, h, w, packed // 3)),
+        qkv.new_empty((b, heads[0], width, width), dtype=torch.float32),
+        qkv.new_empty((b, heads[0], width), dtype=torch.float32),
+        qkv.new_empty((0,), dtype=torch.float32),
     )
 
 
@@ -44,13 +77,11 @@ def forward(
     block: Sequence[int],
 ) -> None:
     """Fill ``out``, ``context`` and ``key_lse`` from the contiguous first five; ``row_lse`` is not needed."""
-    map_sizes, block_sizes = _branches(out, heads, global_channels, block)
-    if map_sizes:
-        splits, lepe = _splits(map_sizes), _rows(weight_global, bias_global)
-        parts = _floats(qkv, map_sizes.images * heads[0] * splits, map_sizes.d * (map_sizes.d + 2))
-        _call("global_forward", qkv, map_sizes, qkv, lepe, out, context, key_lse, parts, splits)
-    if block_sizes:
-        _call("local_forward", qkv, block_sizes, qkv, _rows(weight_local, bias_local), out)
+    _call(
+        "forward", qkv.dtype, _shape(out, *heads, global_channels, *block),
+        qkv, _float(weight_global), _float(bias_global), _float(weight_local), _float(bias_local),
+        out, context, key_lse,
+    )  # fmt: skip
 
 
 def backward(
@@ -66,22 +97,11 @@ def backward(
     block: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of qkv and, ``[10, channels]`` in float32 for each branch with LePE, of its nine weights and bias."""
-    dqkv, sums = torch.empty_like(qkv), [None, None]
-    map_sizes, block_sizes = _branches(dout, heads, global_channels, block)
-    if map_sizes:
-        splits, lepe = _splits(map_sizes), _rows(weight_global, None)
-        parts = _floats(qkv, map_sizes.images * heads[0] * splits, map_sizes.d**2)
-        dcontext = torch.empty_like(context)
-        tasks = None if lepe is None else _tasks(qkv, map_sizes)
-        _call(
-            "global_backward", qkv, map_sizes, qkv, dout, lepe, context, key_lse, dqkv, parts, dcontext, tasks, splits
-        )  # fmt: skip
-        sums[0] = _add(tasks)
-    if block_sizes:
-        lepe = _rows(weight_local, None)
-        tasks = None if lepe is None else _tasks(qkv, block_sizes)
-        _call("local_backward", qkv, block_sizes, qkv, dout, lepe, dqkv, tasks)
-        sums[1] = _add(tasks)
+    dqkv, *sums = torch.empty_like(qkv), _new_sums(weight_global), _new_sums(weight_local)
+    _call(
+        "backward", qkv.dtype, _shape(dout, *heads, global_channels, *block),
+        qkv, dout, _float(weight_global), _float(weight_local), context, key_lse, dqkv, *sums,
+    )  # fmt: skip
     return dqkv, *sums
 
 
@@ -95,84 +115,38 @@ def lepe(
     transposed: bool = False,
 ) -> None:
     """Fill ``out`` with ``residual + L(v)``, or with ``Lᵀ(v)``. All maps are contiguous but ``v``, a slice of one."""
-    rows = _rows(weight, bias)
-    _call("lepe_forward", v, _grouped(v), v, v.stride(2), rows, residual, out, transposed)
+    arguments = v, v.stride(2), _float(weight), _float(bias), residual, out, transposed
+    _call("lepe_forward", v.dtype, _shape(v), *arguments)
 
 
 def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
     """Gradients ``[10, channels]`` in float32 of LePE's nine weights and bias."""
-    sizes = _grouped(v)
-    tasks = _tasks(v, sizes)
-    _call("lepe_backward", v, sizes, v, v.stride(2), dout, tasks)
-    return _add(tasks)
+    sums = v.new_empty((10, v.shape[-1]), dtype=torch.float32)
+    _call("lepe_backward", v.dtype, _shape(v), v, v.stride(2), dout, sums)
+    return sums
 
 
-class _Sizes(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            "images",
-            "height",
-            "width",
-            "channels",
-            "heads",
-            "d",
-            "first",
-            "part_height",
-            "part_width",
-            "threads",
-        )
-    ]
+def _shape(x, *branches):
+    b, h, w, c = x.shape
+    threads = 1 if b * h * w * c <= SMALL else torch.get_num_threads()  # those of this Python thread
+    return _structure(b, h, w, c, threads, SPLIT, *TILE, *branches)
 
 
-def _branches(x, heads, global_channels, block):
-    """Sizes of the global and of the local branch of a map ``[B, H, W, C]``; None for one without channels."""
-    widths = (global_channels, x.shape[-1] - global_channels)
-    return tuple(
-        _Sizes(*x.shape, branch_heads, width // branch_heads, first, *part) if width else None
-        for width, branch_heads, first, part in zip(widths, heads, (0, global_channels), (TILE, block), strict=True)
-    )
-
-
-def _call(name, like, sizes, *arguments):
+def _call(name, dtype, shape, *arguments):
     """Tensors are passed by address; those made in an argument list live until the call returns."""
-    function = getattr(library(), f"{name}_{str(like.dtype).removeprefix('torch.')}")
-    sizes.threads = torch.get_num_threads()  # those of this Python thread
-    function(sizes, *(ctypes.c_int(x) if isinstance(x, int) else _address(x) for x in arguments))
+    _function(name, dtype)(shape, *[x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments])
 
 
-def _address(x):
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+@cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    function = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
+    function.argtypes, function.restype = [_Shape, *_ARGUMENTS[name]], None
+    return function
 
 
-def _floats(like, *shape):
-    return like.new_empty(shape, dtype=torch.float32)
+def _float(x):
+    return x if x is None or x.dtype is torch.float32 else x.float()
 
 
-def _rows(weight, bias):
-    """Nine weights and the bias of each channel: ``[10, channels]`` in float32."""
-    if weight is None:
-        return None
-    bias = torch.zeros_like(weight[:, 0, 0, 0]) if bias is None else bias
-    return torch.cat([weight.flatten(1).t().float(), bias[None].float()])
-
-
-def _add(tasks):
-    """From ``[B, parts, heads, 10, d]`` to ``[10, channels]``."""
-    return None if tasks is None else tasks.sum((0, 1)).transpose(0, 1).flatten(1)
-
-
-def _grouped(v):
-    channels = v.shape[-1]
-    d = next((d for d in GROUPS if channels % d == 0), channels)
-    return _Sizes(*v.shape, channels // d, d, 0, *TILE)
-
-
-def _tasks(like, sizes):
-    """Room for each task's sums for LePE's kernels: ``[B, parts, heads, 10, d]``."""
-    parts = -(-sizes.height // sizes.part_height) * -(-sizes.width // sizes.part_width)
-    return _floats(like, sizes.images, parts, sizes.heads, 10, sizes.d)
-
-
-def _splits(sizes):
-    return max(1, min(sizes.height * sizes.width // SPLIT, TASKS // max(1, sizes.images * sizes.heads)))
+def _new_sums(weight):
+    return None if weight is None else weight.new_empty((10, weight.shape[0]), dtype=torch.float32)
