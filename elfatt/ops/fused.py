@@ -79,13 +79,15 @@ class FusedBackend(PyTorchBackend):
         return self._convolve(v, *lepe, out.to(v.dtype))
 
     def _convolve(self, v, weight, bias, residual):
-        self._check(v, ())
+        if not self.falls_back:
+            self._check(v, ())
         _check_lepe(v, weight, bias, v.shape[-1])
         return _lepe(v, weight, bias, residual, self.name, self.falls_back)
 
     def elfatt_attention(self, qkv, *, num_heads, global_channels, block, lepe_global, lepe_local):
         local_channels = qkv.shape[-1] // 3 - global_channels
-        self._check(qkv, head_widths(num_heads, (global_channels, local_channels)))
+        if not self.falls_back:  # asked before it was chosen
+            self._check(qkv, head_widths(num_heads, (global_channels, local_channels)))
         weight_global, bias_global = _checked_lepe(qkv, lepe_global, global_channels)
         weight_local, bias_local = _checked_lepe(qkv, lepe_local, local_channels)
         return _attention(
@@ -94,17 +96,15 @@ class FusedBackend(PyTorchBackend):
         )[0]  # fmt: skip
 
     def _check(self, x, widths):
-        if self.falls_back:  # asked before it was chosen
-            return
         reason = self.unsupported_reason(x, widths)
         if reason is None and is_transformed():
             reason = "its operators have a first derivative by backward() only, none for torch.func and forward mode"
         if reason:
             raise ValueError(refusal(self.name, x, reason))
 
-    def run(self, configuration: tuple, kernels: Callable[[], Any], operators: Callable[[], Any]) -> Any:
+    def run(self, configure: Callable[[], tuple], kernels: Callable[[], Any], operators: Callable[[], Any]) -> Any:
         """The kernels' result, or that of PyTorch's operators where the kernels fail under ``auto``, now or earlier."""
-        if configuration not in self.failures:
+        if not self.failures or configure() not in self.failures:
             try:
                 return kernels()
             except torch.OutOfMemoryError:
@@ -116,6 +116,7 @@ class FusedBackend(PyTorchBackend):
                     )
                     raise
                 message = " ".join(str(error).split())[:MESSAGE] or type(error).__name__
+                configuration = configure()
                 self.failures[configuration] = reason = f"{_describe(configuration)}: {message}"
                 _explained.add((self.name, reason))
                 _logger.warning(
@@ -219,7 +220,7 @@ def _run_attention(
     def operators():
         return _portable_attention(qkv, *lepes, num_heads, global_channels, block).contiguous(), *results[1:]
 
-    return own.run(_attention_configuration(qkv, num_heads, global_channels, block), kernels, operators)
+    return own.run(lambda: _attention_configuration(qkv, num_heads, global_channels, block), kernels, operators)
 
 
 def _run_attention_backward(
@@ -246,7 +247,7 @@ def _run_attention_backward(
 
         return _portable_gradients(run, dout, qkv, *lepes)
 
-    return own.run(_attention_configuration(qkv, num_heads, global_channels, block), kernels, operators)
+    return own.run(lambda: _attention_configuration(qkv, num_heads, global_channels, block), kernels, operators)
 
 
 def _run_lepe(v, weight, bias, residual, backend, falls_back):
@@ -262,7 +263,7 @@ def _run_lepe(v, weight, bias, residual, backend, falls_back):
         out = _portable_lepe(v, weight, bias).contiguous()
         return out if residual is None else out.add_(residual)
 
-    return own.run(_configuration(v, (), None), kernels, operators)
+    return own.run(lambda: _configuration(v, (), None), kernels, operators)
 
 
 def _run_lepe_backward(dout, v, weight, bias, backend, falls_back):
@@ -276,7 +277,7 @@ def _run_lepe_backward(dout, v, weight, bias, backend, falls_back):
     def operators():
         return _portable_gradients(_portable_lepe, dout, v, weight, bias)
 
-    return own.run(_configuration(v, (), None), kernels, operators)
+    return own.run(lambda: _configuration(v, (), None), kernels, operators)
 
 
 @torch.library.register_fake("elfatt::attention")
@@ -401,7 +402,7 @@ def _portable_gradients(run, dout, *tensors):
 
 def _unpack(sums, weight, bias):
     """Gradients of a weight and a bias, laid out as they are, from the kernels' ``[10, channels]``."""
-    dweight = torch.empty_like(weight).copy_(sums[:9].t().unflatten(1, (1, 3, 3)))
+    dweight = torch.empty_like(weight).copy_(sums[:9].t().view(weight.shape))
     return dweight, sums.new_empty(0) if bias is None else torch.empty_like(bias).copy_(sums[9])
 
 

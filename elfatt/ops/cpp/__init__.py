@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from elfatt.ops.cpp.build import unavailable_reason
 from elfatt.ops.fused import FusedBackend
 from elfatt.ops.pytorch import dtype_name
 
@@ -19,6 +20,4 @@ class CppBackend(FusedBackend):
             return f"it needs CPU tensors, not {device.type}"
         if dtype not in (torch.bfloat16, torch.float32):
             return f"it needs bfloat16 or float32, not {dtype_name(dtype)}"
-        from elfatt.ops.cpp.build import unavailable_reason
-
         return unavailable_reason()
