@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.results import RESULTS, save_rows, to_markdown
 from elfatt.analysis.tables import check_numbers
-from elfatt.analysis.timing import Inference, WrongOutput, compile_for_timing, record_graph, time_in_turns
+from elfatt.analysis.timing import WrongOutput, compile_for_timing, record_graph, time_in_turns
 from elfatt.ops import BACKENDS, elfatt_attention, use_backend
 
 # height, width, channels, heads of each branch, block side: CSWin-T's levels at 224² and at 512×2048
@@ -26,7 +26,7 @@ SHAPES = {
     "dense level 2": (64, 256, 128, 2, 14),
     "dense level 3": (32, 128, 256, 4, 14),
 }
-# what a fused operation moves at least, in units of one of q, k, v: forward, and forward with backward
+# what a fused operation moves at least, in units of one branch's q, k or v: forward, and forward with backward
 FUSED_UNITS = {False: 9, True: 25}
 COPY_BYTES = 2**28
 CHECKED = ("output", "gradient of qkv", *("gradient of LePE",) * 4)
@@ -119,9 +119,9 @@ def measure_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(source)
     calls = {**variants, "copy": lambda: target.copy_(source)}
-    timings = time_in_turns(calls, args.repeats, synchronize=Inference(args.device).synchronize)
+    timings = time_in_turns(calls, args.repeats, device=args.device)
     bandwidth = 2 * COPY_BYTES / timings.pop("copy").median
-    moved = FUSED_UNITS[args.backward] * batch * h * w * c * dtype.itemsize
+    moved = FUSED_UNITS[args.backward] * batch * h * w * (c // 2) * dtype.itemsize
     return [
         {
             "shape": shape,

@@ -118,7 +118,7 @@ def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace)
             except REFUSALS as error:
                 print(f"{label} is not timed: {error}", file=sys.stderr)
                 row["refused"] = str(error)
-    timings = time_in_turns(passes, args.repeats, args.warm_up, Inference(args.device).synchronize)
+    timings = time_in_turns(passes, args.repeats, args.warm_up, args.device)
     by_key = {(row["model"], row["attention"]): row for row in rows}
     for key, timing in timings.items():
         row = by_key[key]

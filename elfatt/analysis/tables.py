@@ -225,7 +225,7 @@ def measure_speed(
                     continue
                 passes[entry.row.name, kind], chosen[entry.row.name, kind] = call, batch
         with watch():
-            timings = time_in_turns(passes, args.repeats, args.warm_up, Inference(args.device).synchronize)
+            timings = time_in_turns(passes, args.repeats, args.warm_up, args.device)
         for entry in group:
             for kind in variants(entry.row, args):
                 if (entry.row.name, kind) not in timings:

@@ -42,7 +42,7 @@ def time_in_turns(
     variants: dict[str, Callable[[], object]],
     repeats: int,
     warm_up: int = 2,
-    synchronize: Callable[[], None] = lambda: None,
+    device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time every variant once a turn.
 
@@ -50,18 +50,32 @@ def time_in_turns(
         variants: What to call, by name.
         repeats: Turns that count.
         warm_up: Turns before them.
-        synchronize: Waits until the device has finished.
+        device: ``cpu`` or ``cuda``, whose own clock then counts, from the first kernel's launch to the last one's end.
     """
+    seconds = _device_seconds if device == "cuda" else _host_seconds
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in tqdm(range(repeats + warm_up), "turns", disable=None, leave=False):
         for name, run in variants.items():
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
+            taken = seconds(run)
             if turn >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
     return {name: summarize(values) for name, values in times.items()}
+
+
+def _host_seconds(run):
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _device_seconds(run):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def summarize(seconds: Iterable[float]) -> Timing:
@@ -124,11 +138,6 @@ class Inference:
             return out
 
         return record_graph(run) if self.cuda_graph else run
-
-    def synchronize(self) -> None:
-        """Wait until the device has finished."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 def compile_for_timing(function: Callable) -> Callable:

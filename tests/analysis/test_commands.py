@@ -140,7 +140,7 @@ def test_op_compares_backends_with_plain_pytorch(tmp_path, backward, capsys):
     assert main(argv) == 0
     plain, math = rows_of(tmp_path / "m.json")
     assert plain["speedup"] == 1 and math["speedup"] == pytest.approx(plain["microseconds"] / math["microseconds"])
-    assert plain["fused_bytes"] == (25 if backward else 9) * 14 * 14 * 256 * 4
+    assert plain["fused_bytes"] == (25 if backward else 9) * 14 * 14 * 128 * 4
     assert "| 224 level 3 | math |" in capsys.readouterr().out
 
 
