@@ -39,6 +39,7 @@ from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
 from classification.splits import check_same_classes, open_split
+from elfatt.layers import align_gradients
 
 
 class Trainer:
@@ -79,6 +80,7 @@ class Trainer:
 
         self.net: nn.Module = model
         if world.distributed:
+            align_gradients(model)
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.net = DistributedDataParallel(model, device_ids=ids)  # gives every process rank 0's weights
         self.no_sync = self.net.no_sync if world.distributed else nullcontext

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import elfatt.integrations.openmmlab  # noqa: F401  before mmdet
+from elfatt.layers import align_gradients
 
 # mmengine's list of what a checkpoint may hold lacks the float32 arrays of its own history of losses; a file with
 # anything beyond the list is unpickled without restraint, after a warning
@@ -53,6 +54,12 @@ class CheckedRunner(Runner):
             RuntimeError: The checkpoint is of another model; the tensors are named.
         """
         return super().load_checkpoint(filename, map_location, strict, **kwargs)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """See ``Runner``."""
+        if self.distributed:
+            align_gradients(model)
+        return super().wrap_model(model_wrapper_cfg, model)
 
 
 class DrawImages(Hook):
