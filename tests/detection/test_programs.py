@@ -36,10 +36,10 @@ def test_trains_and_resumes(data, tmp_path, backends_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_scripts_train_and_evaluate(data, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "backend"), [(1, "auto"), (2, "sdpa")])
+def test_the_scripts_train_and_evaluate(data, tmp_path, processes, backend):
     config, run = detection_config(tmp_path), tmp_path / "run"
-    run_script("train_coco.sh", processes, config, data, "--work-dir", run)
+    run_script("train_coco.sh", processes, config, data, "--work-dir", run, "--backend", backend)
     state = torch.load(run / "epoch_1.pth", weights_only=False)
     assert state["meta"]["iter"] == 2 // processes  # three images, batches of two
     run_script("evaluate_coco.sh", processes, config, data, run / "epoch_1.pth", "--work-dir", run)

@@ -73,10 +73,10 @@ def test_an_interrupted_run_continues_its_averaged_weights(data, tmp_path, capfd
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_scripts_train_and_evaluate(data, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "backend"), [(1, "auto"), (2, "sdpa")])
+def test_the_scripts_train_and_evaluate(data, tmp_path, processes, backend):
     config, run = segmentation_config(tmp_path, steps=1), tmp_path / "run"
-    run_script("train_ade20k.sh", processes, config, data, "--work-dir", run)
+    run_script("train_ade20k.sh", processes, config, data, "--work-dir", run, "--backend", backend)
     run_script("evaluate_ade20k.sh", processes, config, data, run / "iter_1.pth", "--work-dir", run)
 
 
