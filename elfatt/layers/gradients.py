@@ -19,7 +19,9 @@ def align_gradients(model: nn.Module) -> None:
             parameter.register_hook(partial(_align, parameter))
 
 
-def _align(parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+def _align(parameter: nn.Parameter, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    if gradient is None:  # of an operator that gives none
+        return None
     pairs = zip(parameter.shape, parameter.stride(), gradient.stride(), strict=True)
     if all(size == 1 or own == other for size, own, other in pairs):
         return gradient.as_strided(parameter.shape, parameter.stride())

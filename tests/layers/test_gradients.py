@@ -36,3 +36,27 @@ def test_frozen_parameters_stay_as_they_are():
     model = torch.nn.Conv2d(4, 4, 1).requires_grad_(False)
     align_gradients(model)
     assert model.weight._backward_hooks is None
+
+
+class Given(torch.autograd.Function):
+    """Gives a weight the gradient that stands ready."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gradient):
+        ctx.gradient = gradient
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream, ctx.gradient, None
+
+
+def test_a_gradient_of_another_layout_and_none_at_all():
+    model = torch.nn.Conv2d(2, 4, (1, 3), bias=False)
+    align_gradients(model)
+    x = torch.ones(1, requires_grad=True)
+    Given.apply(x, model.weight, None).backward()
+    assert model.weight.grad is None
+    transposed = torch.randn(3, 1, 2, 4).permute(3, 2, 1, 0)
+    Given.apply(x, model.weight, transposed).backward()
+    assert torch.equal(model.weight.grad, transposed) and model.weight.grad.stride() == model.weight.stride()
