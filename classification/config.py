@@ -18,6 +18,8 @@ import timm
 import yaml
 from timm.utils import ParseKwargs
 
+from elfatt.ops import BACKENDS, active_backend
+
 READERS = ("", "wds", "hfds", "hfids", "tfds", "torch")  # '' is a folder or tar files
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 # what a number may be: from, to, and whether the ends belong to it, as in [0, 1)
@@ -109,6 +111,7 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     group = parser.add_argument_group("computation")
     add = group.add_argument
     add("--device", help="cuda or cpu (default: cuda where there is one)")
+    add("--backend", default=active_backend(), choices=BACKENDS, help="code of the attention operations")
     add("--batch-size", type=int, default=128, help="images per process and step")
     add("--amp", action=switch, default=True, help="mixed precision")
     add("--amp-dtype", default="float16", choices=["float16", "bfloat16"], help="float16 scales the loss")

@@ -15,6 +15,7 @@ from torch import nn
 
 from classification.config import UserError
 from elfatt.checkpoints import load_checkpoint
+from elfatt.ops import set_default_backend
 
 LOGGER = logging.getLogger("classification")
 
@@ -36,11 +37,11 @@ class World:
         return self.rank == 0
 
 
-def init_world(device: str | None) -> World:
-    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs) and sets up logging.
+def init_world(device: str | None, backend: str) -> World:
+    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), sets up logging and the backend.
 
     Raises:
-        UserError: The device is not there.
+        UserError: The device is not there, or the backend cannot run on it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -61,6 +62,10 @@ def init_world(device: str | None) -> World:
     )
     logging.getLogger("timm.utils.checkpoint_saver").setLevel(logging.WARNING)  # prints a table every epoch
     torch.backends.cudnn.benchmark = True
+    try:
+        set_default_backend(backend, world.device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return world
 
 

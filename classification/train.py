@@ -39,6 +39,7 @@ from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
 from classification.splits import check_same_classes, open_split
+from elfatt.layers import align_gradients
 
 
 class Trainer:
@@ -53,7 +54,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.world = world = init_world(args.device)
+        self.world = world = init_world(args.device, args.backend)
         self.autocast = autocast(args, world.device)
         name = args.experiment or args.variant or (Path(args.config).stem if args.config else args.model)
         self.folder = Path(args.output, name)
@@ -79,6 +80,7 @@ class Trainer:
 
         self.net: nn.Module = model
         if world.distributed:
+            align_gradients(model)
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.net = DistributedDataParallel(model, device_ids=ids)  # gives every process rank 0's weights
         self.no_sync = self.net.no_sync if world.distributed else nullcontext
@@ -164,13 +166,14 @@ class Trainer:
         """Trains to the end and returns the best top-1 in percent (on rank 0)."""
         args, state = self.args, self.state
         LOGGER.info(
-            "%s: %.2f M parameters, %d epochs of %d updates, global batch %d, %s, output in %s",
+            "%s: %.2f M parameters, %d epochs of %d updates, global batch %d, %s, backend %s, output in %s",
             args.model,
             sum(parameter.numel() for parameter in self.parameters) / 1e6,
             self.num_epochs,
             len(self.train_loader) // args.grad_accum_steps,
             args.batch_size * self.world.size * args.grad_accum_steps,
             f"{self.world.size} × {self.world.device.type}",
+            args.backend,
             self.folder,
         )
         best = self.saver.best_metric if self.saver else None

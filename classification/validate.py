@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import torch
 
 import elfatt  # noqa: F401  registers the models with timm
-from classification.config import parse_args
+from classification.config import UserError, parse_args
 from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
@@ -32,7 +32,7 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
         UserError: Anything the user can correct: data, options, checkpoint.
     """
     args = parse_args(argv, train=False)
-    world = init_world(args.device)
+    world = init_world(args.device, args.backend)
     model = build_model(args)
     dataset = open_split(args, train=False, num_classes=model.num_classes)
     weights = load_weights(model, args.checkpoint, use_ema=args.use_ema)
@@ -45,7 +45,8 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
     loader.seek(0)
     compiled = torch.compile(model) if args.compile else model
     scores = evaluate(compiled, loader, world, autocast(args, world.device), args.channels_last)
-    results = {"model": args.model, "checkpoint": args.checkpoint, "weights": weights, **scores}
+    chosen = {"model": args.model, "checkpoint": args.checkpoint, "weights": weights, "backend": args.backend}
+    results = {**chosen, **scores}
     if world.primary:
         print(f"{args.model}, {WEIGHTS[weights]} of {args.checkpoint}:")
         print(
@@ -58,15 +59,22 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
 
 
 def write_results(results: dict[str, float | str], path: Path) -> None:
-    """Writes the results to a .json file, or appends them to a .csv table."""
+    """Writes the results to a .json file, or appends them to a .csv table.
+
+    Raises:
+        UserError: The table has other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
         path.write_text(json.dumps(results, indent=2) + "\n")
         return
-    new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a+", newline="") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if header not in (None, list(results)):
+            raise UserError(f"{path} has other columns than {', '.join(results)}: pass another --results-file")
         writer = csv.DictWriter(file, fieldnames=list(results))
-        if new:
+        if header is None:
             writer.writeheader()
         writer.writerow(results)
 

@@ -1,8 +1,32 @@
-"""Before any test."""
+"""Before any test, and around each."""
 
+import pytest
 import torch
 
 from elfatt import ops
 
 # compiles now, lest a test that hides the compiler decide it for the rest
 ops.get_backend("cpp").unsupported_reason(torch.empty(1, 1, 1, 1))
+
+
+@pytest.fixture(autouse=True)
+def default_backend():
+    """The programs choose one for the whole process; the next test has the old one again."""
+    name = ops.active_backend()
+    yield
+    ops.set_default_backend(name)
+
+
+@pytest.fixture
+def backends_run(monkeypatch):
+    """Names of the backends that operations have run on."""
+    names = set()
+
+    def resolve(*args):
+        found = ops.dispatch.resolve(*args)
+        names.add(found.name)
+        return found
+
+    for module in ("agent", "block", "depthwise", "efficient", "elfatt", "scan", "softmax"):
+        monkeypatch.setattr(f"elfatt.ops.{module}.resolve", resolve)
+    return names

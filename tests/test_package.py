@@ -1,6 +1,7 @@
 """The package as a whole: imports run downward, stay light, and work without the optional libraries."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,10 @@ def test_no_optional_library_is_imported():
 def test_version_is_the_one_of_the_project():
     text = (PACKAGE.parent / "pyproject.toml").read_text()
     assert f'version = "{elfatt.__version__}"' in text
+
+
+def test_an_impossible_backend_in_the_environment_stops_the_import():
+    environment = {**os.environ, "ELFATT_BACKEND": "fast"}
+    done = subprocess.run([sys.executable, "-c", "import elfatt"], env=environment, capture_output=True, text=True)
+    line = "ValueError: ELFATT_BACKEND: unknown backend 'fast': choose one of auto, "
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(line)

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from elfatt.analysis.rows import CONFIGS, Row
+from elfatt.ops import active_backend
 
 SUFFIXES = (".pth", ".pth.tar", ".pt", ".safetensors")
 METRICS = {  # metric of the program: column of the published tables
@@ -47,7 +48,7 @@ def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: 
             command += ["--device", device, "--results-file", Path(folder) / "metrics.json"]
         else:
             command = [f"{task}/test.py", CONFIGS / task / f"{row.config}.py", checkpoint, "--work-dir", folder]
-        command = [sys.executable, *command, "--data-dir", data[task].resolve()]
+        command = [sys.executable, *command, "--data-dir", data[task].resolve(), "--backend", active_backend()]
         print(f"accuracy: {row.name}: {checkpoint}", file=sys.stderr)
         done = subprocess.run([str(part) for part in command], cwd=CONFIGS.parent, stderr=subprocess.PIPE, text=True)
         if done.returncode:

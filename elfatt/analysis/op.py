@@ -36,7 +36,13 @@ KEY = ("shape", "variant")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the ``op`` command."""
     add = parser.add_argument
-    add("--backends", nargs="+", default=["auto", "sdpa", "math"], choices=BACKENDS)
+    add(
+        "--backends",
+        nargs="+",
+        default=["auto", "sdpa", "math"],
+        choices=[name for name in BACKENDS if name != "plain"],
+        help="beside plain PyTorch",
+    )
     add("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="NAME", help=", ".join(SHAPES))
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])

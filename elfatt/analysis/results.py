@@ -71,9 +71,14 @@ def save_rows(
 
 
 def _is_older(run: dict[str, Any], head: dict[str, Any]) -> bool:
-    """Whether a run is the same measurement on the same hardware, with other versions or code."""
+    """Whether a run is the same measurement on the same hardware and backend, with other versions or code."""
     same = all(run[name] == head[name] for name in ("kind", "settings"))
-    return same and run["environment"]["hardware"] == head["environment"]["hardware"]
+    mine, other = (each["environment"] for each in (run, head))
+    return same and mine["hardware"] == other["hardware"] and _backend(mine) == _backend(other)
+
+
+def _backend(environment: dict[str, dict]) -> str:
+    return environment.get("flags", {}).get("backend", "auto")  # which older files do not name
 
 
 def to_markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -18,7 +18,7 @@ from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
 from elfatt.analysis.results import RESULTS, figure, save_rows, to_markdown
 from elfatt.analysis.tables import (
-    BACKENDS,
+    KINDS,
     REFUSALS,
     add_speed_arguments,
     apply_speed_arguments,
@@ -30,7 +30,7 @@ from elfatt.backbones.zoo import ATTENTIONS
 DEFAULT_MODELS = [f"cswin_tiny_{name}" for name in ATTENTIONS]
 DEFAULT_SIZES = ["224", "384", "512", "768", "1024", "1536", "2048"]
 # the last two: fused by PyTorch alone, without kernels of ours; ELFATT as straightforward PyTorch
-WAYS = {**BACKENDS, "sdpa": "sdpa", "plain": "plain"}
+WAYS = {**KINDS, "sdpa": {"backend": "sdpa"}, "plain": {"backend": "plain"}}
 HELP = "softmax attention open (nfa), fused (fa), by PyTorch alone (sdpa); ELFATT unoptimised (plain)"
 KEY = ("model", "attention", "height", "width")
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", help="of timm (default: CSWin-T's attentions)")
     add("--baseline", metavar="NAME", help="over which speed-ups are given (default: vanilla attention, or the first)")
     add("--sizes", nargs="+", default=DEFAULT_SIZES, metavar="SIZE", help="side or HEIGHTxWIDTH in pixels")
-    add("--attention", nargs="+", choices=WAYS, default=list(BACKENDS), help=HELP)
+    add("--attention", nargs="+", choices=WAYS, default=list(KINDS), help=HELP)
     add("--backward", action="store_true", help="with the backward pass, as in training")
     add("--memory", action="store_true", help="measure peak memory, rather than count what is alive")
     add("--count-only", action="store_true", help="run no model: memory alone, counted")
@@ -99,7 +99,14 @@ def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace)
         build = partial(_build, name, size)
         model = None if args.count_only else build(args.device)
         for attention in args.attention:
-            how = Inference(args.device, args.precision, WAYS[attention], args.compile, args.cuda_graphs, args.backward)
+            how = Inference(
+                args.device,
+                args.precision,
+                compile=args.compile,
+                cuda_graph=args.cuda_graphs,
+                backward=args.backward,
+                **WAYS[attention],
+            )
             row = {"model": name, "attention": attention, "height": size[0], "width": size[1]}
             rows.append(row)
             label = f"{name} ({attention})"

@@ -23,8 +23,10 @@ from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
 from elfatt.analysis.results import RESULTS, figure, save_rows, to_markdown, write_csv
 from elfatt.analysis.rows import TITLES, Row, select_rows
 from elfatt.analysis.timing import PRECISIONS, Inference, WrongOutput, check_numerics, time_in_turns
+from elfatt.ops import BACKENDS, active_backend, set_default_backend
 
-BACKENDS = {"nfa": "math", "fa": "auto"}  # the paper's names: softmax attention as two products, or fused
+# the paper's names: softmax attention as two products, or fused, by the backend that is chosen
+KINDS = {"nfa": {"backend": "math"}, "fa": {}}
 EDGE = {"fp32": "float32", "amp": "amp"}  # Tables VIII and IX have a column for each precision
 NUMERICS_SIDE = 224  # pixels of the largest image on which a model's output is compared with the formula's
 KEY = ("table", "name")
@@ -69,7 +71,7 @@ COLUMNS = (
             ("peak memory, MiB,", "peak_memory_mib", 0),
             ("its batch", "memory_batch_size", 0),
         )
-        for kind in (*BACKENDS, *EDGE)
+        for kind in (*KINDS, *EDGE)
     ),
     Column("top-1, %", "top1_percent", "top1_percent", 1, 1),
     Column("mIoU, %", "miou_percent", "miou_percent", 1, 1),
@@ -116,6 +118,8 @@ def add_speed_arguments(parser: argparse.ArgumentParser, precision: bool = True)
     add = parser.add_argument_group("speed").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--threads", type=int, help="of the CPU")
+    text = "code of the attention operations, nFA's excepted (default: %(default)s)"
+    add("--backend", choices=BACKENDS, default=active_backend(), help=text)
     add("--protocol", choices=PROTOCOLS, default="paper", help="what the next four are (default: paper)")
     add("--batch-size", type=int, help="images a pass; halved where memory is short")
     if precision:
@@ -129,11 +133,12 @@ def add_speed_arguments(parser: argparse.ArgumentParser, precision: bool = True)
 
 
 def apply_speed_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Fill in what the protocol says, set the threads, and return the settings for the results.
+    """Fill in what the protocol says, set backend and threads, and return the settings for the results.
 
     Raises:
-        ValueError: A number that is too small.
+        ValueError: A number that is too small, or a backend that cannot run.
     """
+    set_default_backend(args.backend, args.device)
     protocol = PROTOCOLS[args.protocol]._asdict()
     for name, value in protocol.items():
         if name in args and getattr(args, name) is None:
@@ -251,7 +256,7 @@ def _compare(group: list[Entry], pattern: str | None) -> None:
     baseline = next((entry for entry in group if is_baseline(entry.row, pattern)), None)
     for entry in group if baseline else ():
         entry.values["speedup_over"] = baseline.row.name
-        for kind in (*BACKENDS, *EDGE):
+        for kind in (*KINDS, *EDGE):
             key, batch = f"images_per_s_{kind}", f"batch_size_{kind}"
             if entry.values.get(batch) == baseline.values.get(batch) is not None:
                 entry.values[f"speedup_{kind}"] = entry.values[key] / baseline.values[key]
@@ -314,8 +319,8 @@ def variants(row: Row, args: argparse.Namespace) -> dict[str, Inference]:
     if row.is_edge:
         return {kind: Inference(precision=precision, **common) for kind, precision in EDGE.items()}
     return {
-        kind: Inference(precision=args.precision, backend=backend, **common)
-        for kind, backend in BACKENDS.items()
+        kind: Inference(precision=args.precision, **backend, **common)
+        for kind, backend in KINDS.items()
         if row.published.get(f"images_per_s_{kind}")  # a dash: softmax attention cannot be fused, or there is none
     }
 

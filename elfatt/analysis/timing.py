@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from statistics import median, quantiles
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from elfatt.ops import use_backend
+from elfatt.ops import active_backend, use_backend
 
 PEAKED = 8  # factor of the weights of q, k and v in the check of the numerics
 PRECISIONS = ("float32", "amp", "float16", "bfloat16")
@@ -93,7 +93,7 @@ class Inference:
         device: ``cpu`` or ``cuda``.
         precision: One of ``PRECISIONS``; ``amp`` is autocast, to float16 on a GPU and to bfloat16 on a CPU, the others
             are the dtype of weights and images.
-        backend: Of the operations, one of ``elfatt.ops.BACKENDS``.
+        backend: Of the operations, one of ``elfatt.ops.BACKENDS``; by default the ambient one.
         compile: Through ``torch.compile``.
         cuda_graph: Recorded once as a CUDA graph and replayed.
         backward: With the gradients of all weights, in training mode.
@@ -101,7 +101,7 @@ class Inference:
 
     device: str = "cpu"
     precision: str = "float32"
-    backend: str = "auto"
+    backend: str = field(default_factory=active_backend)
     compile: bool = False
     cuda_graph: bool = False
     backward: bool = False

@@ -22,6 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import elfatt.integrations.openmmlab  # noqa: F401  before mmdet
+from elfatt.layers import align_gradients
+from elfatt.ops import BACKENDS, active_backend, set_default_backend
 
 # mmengine's list of what a checkpoint may hold lacks the float32 arrays of its own history of losses; a file with
 # anything beyond the list is unpickled without restraint, after a warning
@@ -53,6 +55,12 @@ class CheckedRunner(Runner):
             RuntimeError: The checkpoint is of another model; the tensors are named.
         """
         return super().load_checkpoint(filename, map_location, strict, **kwargs)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """See ``Runner``."""
+        if self.distributed:
+            align_gradients(model)
+        return super().wrap_model(model_wrapper_cfg, model)
 
 
 class DrawImages(Hook):
@@ -138,6 +146,7 @@ def parse_inference(argv: list[str] | None, task: str) -> argparse.Namespace:
     add("image", help="image file")
     add("output", help="picture to write")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    _add_backend(parser)
     if task == "detection":
         add("--score", type=float, default=0.3, help="leave out instances below it (default: %(default)s)")
     args = _parse(parser, argv, "checkpoint", "image")
@@ -188,7 +197,9 @@ def load_model(args: argparse.Namespace, init: Callable[..., nn.Module]) -> nn.M
     Raises:
         RuntimeError: The checkpoint is of another model; the tensors are named.
     """
-    model = init(args.config, device=args.device)
+    config = Config.fromfile(args.config)
+    _choose_backend(args, config, args.device)
+    model = init(config, device=args.device)
     load_checkpoint(model, args.checkpoint, map_location="cpu", strict=True)  # init passes over what does not fit
     model.dataset_meta = DATASETS.build(_lazy(model.cfg.test_dataloader.dataset)).metainfo
     return model
@@ -207,9 +218,15 @@ def _parser(task: str, verb: str, program: str) -> argparse.ArgumentParser:
         default=launcher,
         help="who started the processes (default: pytorch under torchrun, or else none)",
     )
+    _add_backend(parser)
     add("--cfg-options", nargs="+", action=DictAction, help="KEY=VALUE …: any field, e.g. train_cfg.max_iters=80000")
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    text = f"code of the attention operations (default: the config's backend, or {active_backend()})"
+    parser.add_argument("--backend", choices=BACKENDS, help=text)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None, *files: str) -> argparse.Namespace:
@@ -232,6 +249,15 @@ def _stop(args: argparse.Namespace, message: str) -> NoReturn:
     raise SystemExit(f"{args.program}: error: {message}")
 
 
+def _choose_backend(args: argparse.Namespace, config: Config, device: str | None) -> None:
+    """Runs what is asked for and keeps its name in the configuration, which mmengine logs and saves."""
+    config.backend = args.backend or config.get("backend") or active_backend()
+    try:
+        set_default_backend(config.backend, device)
+    except ValueError as error:
+        _stop(args, str(error))
+
+
 def _config(args: argparse.Namespace, task: str) -> Config:
     """The configuration with the command line's changes, ready for the machine that it runs on."""
     config = Config.fromfile(args.config)
@@ -243,6 +269,8 @@ def _config(args: argparse.Namespace, task: str) -> Config:
         _move(config, config.data_root.rstrip("/"), args.data_dir.rstrip("/"))
     if args.cfg_options:
         config.merge_from_dict(args.cfg_options)
+    # on a GPU the process's own is not known yet
+    _choose_backend(args, config, None if torch.cuda.is_available() else "cpu")
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(name) and config[name].get("num_workers") == 0:
             config[name].persistent_workers = False  # PyTorch refuses to keep what is not there

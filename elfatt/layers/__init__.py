@@ -1,5 +1,6 @@
 """Small modules that attentions and backbones share."""
 
+from elfatt.layers.gradients import align_gradients
 from elfatt.layers.lepe import LePE
 from elfatt.layers.merges import ConvMerge, PatchMerge
 from elfatt.layers.positions import relative_position_index, resize_positions, shift_mask
@@ -11,6 +12,7 @@ __all__ = [
     "LePE",
     "PatchMerge",
     "Stem",
+    "align_gradients",
     "relative_position_index",
     "resize_positions",
     "shift_mask",

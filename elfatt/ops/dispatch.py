@@ -86,17 +86,18 @@ def _set_ambient(name: str | None) -> None:
     _ambient.name = _ambient.shared.name = name
 
 
-def set_default_backend(name: str) -> None:
+def set_default_backend(name: str, device: torch.device | str | None = None) -> None:
     """Choose the backend of every thread outside ``use_backend``; the variable ELFATT_BACKEND does so at import.
 
     Args:
         name: One of ``BACKENDS``.
+        device: Where it is to run, if that is known.
 
     Raises:
-        ValueError: The name is unknown, or the backend cannot run on this machine.
+        ValueError: The name is unknown, or the backend cannot run on this machine or device.
     """
     global _default
-    check_backend(name)
+    check_backend(name, device)
     _default = name
 
 
@@ -146,9 +147,15 @@ def get_backend(name: str) -> PyTorchBackend:
     return _TABLE[name]
 
 
-def check_backend(name: str) -> None:
-    """Raise ``ValueError`` for an unknown name and for a backend that cannot run on this machine."""
-    if name != "auto" and (reason := get_backend(name).unsupported_reason()):
+def check_backend(name: str, device: torch.device | str | None = None) -> None:
+    """Raise ``ValueError`` for an unknown name and for a backend that cannot run on this machine or device."""
+    if name == "auto":
+        return
+    backend = get_backend(name)
+    reason = backend.unsupported_reason()
+    if device is not None and reason is None:  # of a dtype that all of them take
+        reason = backend.unsupported_reason(torch.empty(1, 1, 1, 1, dtype=torch.bfloat16, device=device), (1,))
+    if reason:
         raise ValueError(f"backend {name!r} cannot run: {reason}, or use 'sdpa'")
 
 

@@ -70,6 +70,52 @@ def test_scaling_measures_the_gain_over_plain_pytorch(tmp_path, monkeypatch):
     assert unoptimised["over_plain"] == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["scaling", "--models", "cswin_nano_elfatt", "--sizes", "32"], {"math", "sdpa", "reference"}),
+        (["tables", "1", "--rows", "CSWin-T24181-ELFATT", "--measure", "speed"], {"math", "sdpa", "reference"}),
+        (["edge", "9", "--rows", "*-ELFATT"], {"sdpa", "reference"}),  # no column of open softmax attention
+    ],
+    ids=["scaling", "tables", "edge"],
+)
+def test_the_backend_is_run_and_recorded(tmp_path, monkeypatch, backends_run, command, expected):
+    monkeypatch.setattr("elfatt.analysis.tables.NUMERICS_SIDE", 32)
+    fast = [*(FAST if command[0] != "edge" else FAST[:-2]), "--repeats", "1", "--batch-size", "1"]
+    argv = [*command, *fast, "--results", str(tmp_path / "m.json")]
+    assert main([*argv, "--backend", "sdpa"]) == 0
+    assert backends_run == expected  # the reference is what outputs are compared with
+    assert main([*argv, "--backend", "auto"]) == 0
+    flags = [run["environment"]["flags"]["backend"] for run in load_runs(tmp_path / "m.json")]
+    assert flags == ["sdpa", "auto"]  # neither replaces the other
+
+
+def test_the_environment_names_the_backend_of_an_analysis(tmp_path):
+    argv = ["scaling", "--models", "cswin_nano_elfatt", "--sizes", "32", "--count-only"]
+    command = [sys.executable, "-m", "elfatt.analysis", *argv, "--results", str(tmp_path / "m.json")]
+    environment = {**os.environ, "ELFATT_BACKEND": "math"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    (run,) = load_runs(tmp_path / "m.json")
+    assert run["environment"]["flags"]["backend"] == "math"
+
+
+def test_a_backend_that_cannot_run_takes_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("elfatt.ops.pytorch._has_flash_attn", lambda: False)
+    for command in (["tables", "1"], ["scaling"], ["edge", "9"]):
+        assert main([*command, "--device", "cpu", "--backend", "flash_attn"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("python -m elfatt.analysis: error: backend 'flash_attn' cannot run: it is not installed")
+        with pytest.raises(SystemExit):
+            main([*command, "--backend", "fast"])
+        assert "argument --backend: invalid choice: 'fast'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_op_has_plain_pytorch_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["op", "--backends", "plain"])
+    assert "argument --backends: invalid choice: 'plain'" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_counted_memory_is_quadratic_for_vanilla_attention_and_linear_for_elfatt(tmp_path):
     argv = ["scaling", "--count-only", "--models", "cswin_tiny_global", "cswin_tiny_elfatt", "--sizes", "256", "1024"]
     assert main([*argv, "--device", "cpu", "--results", str(tmp_path / "m.json")]) == 0

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import traceback
+import warnings
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ def run_two(options, monkeypatch, kill_at=None):
                 return step(self, *args)
 
             monkeypatch.setattr(program.Trainer, "train_step", train_step)
+            warnings.filterwarnings("error", "Grad strides")  # DDP's, of gradients laid out unlike their parameters
             try:
                 os._exit(main(options))
             except BaseException:
@@ -79,3 +81,24 @@ def test_two_killed_processes_resume_bit_identical(options, tmp_path, monkeypatc
         assert all(torch.equal(first[key][name], second[key][name]) for name in first[key])
     states = [process["rng"]["torch"] for process in first["processes"]]
     assert not torch.equal(*states)  # each process draws its own numbers
+
+
+NARROW = ["--model-kwargs", "depths=[1,1,1,1]", "embed_dim=16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--channels-last"],
+        ["--backend", "sdpa"],
+        ["--backend", "reference", "--channels-last"],
+        ["--model", "cswin_tiny_agent", *NARROW, "--channels-last"],
+        ["--model", "cswin_tiny_flatten", *NARROW],
+        ["--model", "cswin_tiny_local", *NARROW, "--backend", "sdpa"],
+        ["--model", "convnext_tiny", "--model-kwargs", "depths=[1,1,1,1]", "dims=[16,32,64,128]"],
+    ],
+    ids=" ".join,
+)
+def test_gradients_lie_as_their_parameters_do(options, monkeypatch, extra):
+    assert run_two(options(*extra, "--epochs", 1), monkeypatch) == [0, 0]

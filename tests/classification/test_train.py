@@ -131,6 +131,44 @@ def test_every_mode_takes_a_step(options, tmp_path, extra):
     assert ("amp_scaler" in state) == ("float16" in extra)
 
 
+@pytest.mark.parametrize("given", ["option", "config"])
+def test_the_backend_is_run_and_recorded(options, tmp_path, backends_run, capsys, given):
+    (tmp_path / "math.yaml").write_text("backend: math\n")
+    extra = ["--backend", "math"] if given == "option" else ["--config", tmp_path / "math.yaml"]
+    assert main(options(*extra, "--epochs", 1)) == 0
+    assert backends_run == {"math"} and "backend math, output in" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["backend"] == "math"
+
+
+def test_a_run_resumes_under_another_backend(options, tmp_path, backends_run):
+    assert main(options("--backend", "math")) == 0
+    (tmp_path / "run" / "checkpoint-0.pth.tar").replace(tmp_path / "run" / "last.pth.tar")
+    backends_run.clear()
+    assert main(options("--backend", "reference", "--resume", "auto")) == 0
+    assert backends_run == {"reference"}
+    args = [load(tmp_path / "run" / f"{name}.pth.tar")["args"] for name in ("checkpoint-1", "last")]
+    assert [each["backend"] for each in args] == ["reference"] * 2
+
+
+def test_a_backend_that_cannot_run_takes_one_line(options, tmp_path, fails, monkeypatch):
+    (tmp_path / "own.yaml").write_text("backend: fast\n")
+    assert "argument --backend: invalid choice: 'fast'" in fails(main, options("--backend", "fast"))
+    assert "own.yaml: backend: 'fast' is not one of auto, " in fails(main, options("--config", tmp_path / "own.yaml"))
+    monkeypatch.setattr("elfatt.ops.pytorch._has_flash_attn", lambda: False)
+    line = fails(main, options("--backend", "flash_attn"))
+    assert line.startswith("train.py: error: backend 'flash_attn' cannot run: it is not installed: pip install")
+    monkeypatch.setattr("elfatt.ops.pytorch._has_flash_attn", lambda: True)
+    assert "it needs CUDA tensors, not cpu" in fails(main, options("--backend", "flash_attn"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_environment_names_the_default_backend(options, command, tmp_path):
+    program = command("classification/train.py", *options("--epochs", 1), ELFATT_BACKEND="math")
+    done = subprocess.run(**program, capture_output=True, text=True, check=True)
+    assert "backend math, output in" in done.stdout
+    assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["backend"] == "math"
+
+
 def test_learning_rate_follows_warm_up_cosine_and_cool_down(options):
     extra = [
         "--epochs",

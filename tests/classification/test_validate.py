@@ -72,6 +72,21 @@ def test_results_are_appended_to_a_table(arguments, tmp_path):
     assert len(rows) == 2 and rows[0]["top1"] == rows[1]["top1"] and rows[0]["images"] == "15"
 
 
+def test_a_table_of_other_columns_is_left_alone(arguments, tmp_path, fails):
+    table = tmp_path / "all.csv"
+    table.write_text("model,top1\n")
+    line = fails(main, [*arguments, "--results-file", str(table)])
+    assert "all.csv has other columns than model, checkpoint, weights, backend, top1" in line
+    assert table.read_text() == "model,top1\n"
+
+
+def test_the_backend_is_run_and_recorded(arguments, tmp_path, backends_run, fails):
+    path = tmp_path / "results.json"
+    assert main([*arguments, "--backend", "math", "--results-file", str(path)]) == 0
+    assert backends_run == {"math"} and json.loads(path.read_text())["backend"] == "math"
+    assert "invalid choice: 'fast'" in fails(main, [*arguments, "--backend", "fast"])
+
+
 @pytest.mark.parametrize("extra", [["--amp", "--amp-dtype", "bfloat16", "--channels-last"], ["--crop-pct", "1.0"]])
 def test_every_mode_evaluates(arguments, extra):
     assert run([*arguments, *extra])["images"] == 15

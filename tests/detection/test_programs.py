@@ -20,13 +20,15 @@ def data(tmp_path):
 
 
 @pytest.mark.slow
-def test_trains_and_resumes(data, tmp_path):
+def test_trains_and_resumes(data, tmp_path, backends_run):
     run, config = tmp_path / "run", detection_config(tmp_path)
     assert (
         len(train.main(options(config, data, run)).train_dataloader.dataset) == 3
     )  # an image without instances is left out
     config = detection_config(tmp_path, epochs=2)
-    train.main(options(config, data, run, "--resume", "auto"))
+    backends_run.clear()
+    train.main(options(config, data, run, "--resume", "auto", "--backend", "math"))
+    assert backends_run == {"math"} and Config.fromfile(run / config.name).backend == "math"
     first, second = (torch.load(run / f"epoch_{i}.pth", weights_only=False) for i in (1, 2))
     assert [(c["meta"]["epoch"], c["meta"]["iter"]) for c in (first, second)] == [(1, 2), (2, 4)]
     assert [{int(s["step"]) for s in c["optimizer"]["state"].values()} for c in (first, second)] == [{2}, {4}]
@@ -34,10 +36,10 @@ def test_trains_and_resumes(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_scripts_train_and_evaluate(data, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "backend"), [(1, "auto"), (2, "sdpa")])
+def test_the_scripts_train_and_evaluate(data, tmp_path, processes, backend):
     config, run = detection_config(tmp_path), tmp_path / "run"
-    run_script("train_coco.sh", processes, config, data, "--work-dir", run)
+    run_script("train_coco.sh", processes, config, data, "--work-dir", run, "--backend", backend)
     state = torch.load(run / "epoch_1.pth", weights_only=False)
     assert state["meta"]["iter"] == 2 // processes  # three images, batches of two
     run_script("evaluate_coco.sh", processes, config, data, run / "epoch_1.pth", "--work-dir", run)
@@ -173,6 +175,16 @@ def test_two_processes_have_the_scores_of_one(tmp_path, monkeypatch):
     one = evaluate(data, tmp_path)
     two = in_two_processes(lambda: evaluate(data, tmp_path, "--launcher", "pytorch"))
     assert two == [one, one] and 0 < one["coco/bbox_mAP"] < 1
+
+
+@pytest.mark.slow
+def test_the_backend_of_an_evaluation_and_of_an_image(data, tmp_path, backends_run):
+    evaluate(data, tmp_path, "--backend", "math")
+    assert backends_run == {"math"} and Config.fromfile(tmp_path / "run" / "detection_nano.py").backend == "math"
+    backends_run.clear()
+    image, out = data / "val2017" / "0.jpg", tmp_path / "out.png"
+    inference.main([*random_weights(tmp_path), str(image), str(out), "--device", "cpu", "--backend", "reference"])
+    assert backends_run == {"reference"} and out.is_file()
 
 
 @pytest.mark.slow

@@ -23,11 +23,12 @@ def options(config: Path, data: Path, run: Path, *extra) -> list[str]:
 
 
 def run_script(name: str, processes: int, *arguments) -> None:
-    """Run a script of ``scripts`` on CPUs."""
+    """Run a script of ``scripts`` on CPUs; DDP must not warn of gradients laid out unlike their parameters."""
     env = {**os.environ, "NGPUS": str(processes), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", str(ROOT / "scripts" / name), *map(str, arguments)]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+    assert "Grad strides" not in result.stdout + result.stderr
 
 
 def in_two_processes(function: Callable[[], dict]) -> list[dict]:

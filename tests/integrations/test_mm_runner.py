@@ -8,7 +8,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 
 from elfatt.integrations import mm_models, mm_runner
-from segmentation import test, train
+from elfatt.ops import active_backend, set_default_backend
+from segmentation import inference, test, train
 from tests.integrations.dense import CONFIGS
 from tests.integrations.miniature import options, segmentation_config, write_ade20k, write_coco
 
@@ -89,6 +90,8 @@ def test_instances_belong_to_their_image(tmp_path, pipeline, image, annotation, 
         (["CONFIG", "--pretrained", "no.pth"], "pretrained no.pth is no file"),
         (["CONFIG", "--resume", "no.pth"], "resume no.pth is no file"),
         (["CONFIG", "--launcher", "slurm"], "--launcher slurm needs a GPU .* scripts/slurm/train.sbatch"),
+        (["CONFIG", "--cfg-options", "backend=fast"], "unknown backend 'fast': choose one of auto, "),
+        (["CONFIG", "--backend", "flash_attn"], "backend 'flash_attn' cannot run: it "),
         (["ROOTLESS", "--data-dir", "."], "--data-dir replaces data_root, which .*rootless.py has not"),
     ],
 )
@@ -99,6 +102,29 @@ def test_what_cannot_be_trained_with_ends_in_one_line(tmp_path, monkeypatch, arg
     files = {"CONFIG": str(segmentation_config(tmp_path)), "ROOTLESS": str(rootless)}
     with pytest.raises(SystemExit, match=f"^segmentation/train.py: error: {message}[^\n]*$"):
         train.main([files.get(word, word) for word in arguments])
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"), [(train, ["CONFIG"]), (test, ["CONFIG", "x"]), (inference, ["CONFIG", "x", "y", "z"])]
+)
+def test_an_unknown_backend_takes_one_line(program, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.main([*arguments, "--backend", "fast"])
+    assert stop.value.code == 2
+    assert "error: argument --backend: invalid choice: 'fast'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_backend_is_the_options_or_the_configs_or_the_ambient_one(tmp_path):
+    def chosen(*options, more=""):
+        config = str(segmentation_config(tmp_path, more=more))
+        name = mm_runner._config(mm_runner.parse_train([config, *options], "segmentation"), "segmentation").backend
+        assert active_backend() == name
+        return name
+
+    set_default_backend("sdpa")
+    assert chosen() == "sdpa"
+    assert chosen(more="backend = 'math'") == "math"
+    assert chosen("--backend", "reference", more="backend = 'math'") == "reference"
 
 
 def test_resume_takes_a_value():

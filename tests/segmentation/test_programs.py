@@ -24,14 +24,18 @@ def data(tmp_path):
 
 
 @pytest.mark.slow
-def test_trains_and_resumes(data, tmp_path, capfd):
+def test_trains_and_resumes(data, tmp_path, capfd, backends_run):
     run, config = tmp_path / "run", segmentation_config(tmp_path)
     train.main(options(config, data, run))
     first = torch.load(run / "iter_2.pth", weights_only=False)
     config = segmentation_config(tmp_path, steps=3)
-    runner = train.main(options(config, data, run, "--resume", "auto", "--pretrained", "not needed any more"))
+    backends_run.clear()
+    extra = ["--resume", "auto", "--pretrained", "not needed any more", "--backend", "reference"]
+    runner = train.main(options(config, data, run, *extra))
     log = "".join(capfd.readouterr())
     assert "resumed epoch: 0, iter: 2" in log and "Could not safely load" not in log
+    assert backends_run == {"reference"} and "\nbackend = 'reference'\n" in log
+    assert Config.fromfile(run / config.name).backend == "reference"
     second = torch.load(run / "iter_3.pth", weights_only=False)
     assert (first["meta"]["iter"], second["meta"]["iter"], runner.iter) == (2, 3, 3)
     steps = [{int(s["step"]) for s in c["optimizer"]["state"].values()} for c in (first, second)]
@@ -69,10 +73,10 @@ def test_an_interrupted_run_continues_its_averaged_weights(data, tmp_path, capfd
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_scripts_train_and_evaluate(data, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "backend"), [(1, "auto"), (2, "sdpa")])
+def test_the_scripts_train_and_evaluate(data, tmp_path, processes, backend):
     config, run = segmentation_config(tmp_path, steps=1), tmp_path / "run"
-    run_script("train_ade20k.sh", processes, config, data, "--work-dir", run)
+    run_script("train_ade20k.sh", processes, config, data, "--work-dir", run, "--backend", backend)
     run_script("evaluate_ade20k.sh", processes, config, data, run / "iter_1.pth", "--work-dir", run)
 
 
@@ -142,6 +146,18 @@ def test_what_is_evaluated_is_what_is_drawn(data, tmp_path, weights, by_brightne
         assert picture.shape == (64, 2 * 96, 3)
         truth, prediction = picture[4:, :96], picture[4:, 96:]  # the first rows are unlabelled
         assert (abs(truth - prediction).max(2) < 40).mean() > 0.8
+
+
+@pytest.mark.slow
+def test_the_backend_of_an_evaluation_and_of_an_image(data, tmp_path, weights, backends_run):
+    evaluate(weights, data, tmp_path / "run", "--backend", "math")
+    assert backends_run == {"math"}
+    assert Config.fromfile(tmp_path / "run" / "segmentation_nano.py").backend == "math"
+    backends_run.clear()
+    image, out = data / "images" / "validation" / "0.jpg", tmp_path / "out.png"
+    arguments = [str(segmentation_config(tmp_path)), str(weights), str(image), str(out), "--device", "cpu"]
+    inference.main([*arguments, "--backend", "reference"])
+    assert backends_run == {"reference"} and out.is_file()
 
 
 @pytest.mark.slow
