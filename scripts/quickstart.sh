@@ -30,6 +30,7 @@ gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 cores=$(nproc)
 : "${NGPUS:=$(((gpus ? gpus : cores) < 2 ? 1 : 2))}"
 export NGPUS OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPUS ? cores / NGPUS : 1))}
+run_alone() { NGPUS=1 OMP_NUM_THREADS=$cores bash scripts/torchrun.sh "$@"; }
 
 "$python" scripts/quickstart/digits.py "$data"
 bash scripts/torchrun.sh classification/train.py --config $config --data-dir $data \
@@ -40,7 +41,7 @@ bash scripts/torchrun.sh classification/validate.py --config $config --data-dir 
 scenes=$runs/data/scenes
 "$python" scripts/quickstart/scenes.py $scenes
 for task in segmentation detection; do
-    OMP_NUM_THREADS=$cores "$python" $task/train.py configs/$task/scenes_nano.py --data-dir $scenes \
+    run_alone $task/train.py configs/$task/scenes_nano.py --data-dir $scenes \
         --work-dir $runs/$task --pretrained $runs/digits/last.pth.tar --resume auto
 done
-OMP_NUM_THREADS=$cores "$python" scripts/quickstart/report.py $runs --digits $data --scenes $scenes
+run_alone scripts/quickstart/report.py $runs --digits $data --scenes $scenes

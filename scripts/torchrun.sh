@@ -14,6 +14,7 @@ environment:
   NODE_RANK    number of this node, from 0 (needed where NNODES > 1)
   MASTER_ADDR  address of node 0 (needed where NNODES > 1)
   MASTER_PORT  free port of node 0 (default: 29500)
+  GOMP_SPINCOUNT, OMP_WAIT_POLICY  how a CPU's threads wait for each other (default: 5,000 turns, then they sleep)
 USAGE
     [[ $# -ge 1 ]] && exit 0 || exit 2
 fi
@@ -23,6 +24,8 @@ python=python
 [[ -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
 program=$root/$1
 shift
+# OpenMP's own 300,000 turns outlast a time slice: on a shared CPU they keep the core from the thread waited for
+[[ ${OMP_WAIT_POLICY:-} ]] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"
 
 : "${NGPUS:=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 : "${NNODES:=1}"

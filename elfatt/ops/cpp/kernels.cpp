@@ -11,9 +11,9 @@
 
 namespace {
 
-constexpr int TURN = 8;   // tasks that a thread takes at a time, at most
-constexpr int TURNS = 8;  // of each thread, at least: some are slower than others
-constexpr int TASKS = 64;  // enough for the threads of a large CPU to share
+constexpr int TURN = 8;                     // tasks that a thread takes at a time, at most
+constexpr int TURNS = 8;                    // of each thread, at least: some are slower than others
+constexpr int TASKS = 64;                   // enough for the threads of a large CPU to share
 constexpr int GROUPS[] = {32, 48, 24, 16};  // channels of a task of LePE alone
 
 // Of a map, its tasks and its two branches, as elfatt/ops/cpp/launch.py has it.

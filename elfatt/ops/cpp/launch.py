@@ -12,7 +12,7 @@ from elfatt.ops.cpp.build import library
 
 TILE = (8, 64)  # of the map in a task, so that its rows stay in the cache
 SPLIT = 512  # tokens that a task of their own is worth
-SMALL = 4096  # elements of a map that one thread has done before a second one wakes up
+SMALL = 4096  # elements of a map up to which one thread is done before others have begun
 
 
 class _Shape(ctypes.Structure):
