@@ -29,9 +29,13 @@ from elfatt.backbones.zoo import ATTENTIONS
 
 DEFAULT_MODELS = [f"cswin_tiny_{name}" for name in ATTENTIONS]
 DEFAULT_SIZES = ["224", "384", "512", "768", "1024", "1536", "2048"]
-# the last two: fused by PyTorch alone, without kernels of ours; ELFATT as straightforward PyTorch
-WAYS = {**KINDS, "sdpa": {"backend": "sdpa"}, "plain": {"backend": "plain"}}
-HELP = "softmax attention open (nfa), fused (fa), by PyTorch alone (sdpa); ELFATT unoptimised (plain)"
+# the last three: fused by PyTorch alone, without kernels of ours; ELFATT as straightforward PyTorch; fa in spite of
+# --compile not compiled
+WAYS = {**KINDS, "sdpa": {"backend": "sdpa"}, "plain": {"backend": "plain"}, "eager": {"compile": False}}
+HELP = (
+    "softmax attention open (nfa), fused (fa), fused by PyTorch alone (sdpa); ELFATT unoptimised (plain); "
+    "fa without --compile (eager)"
+)
 KEY = ("model", "attention", "height", "width")
 
 
@@ -99,14 +103,8 @@ def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace)
         build = partial(_build, name, size)
         model = None if args.count_only else build(args.device)
         for attention in args.attention:
-            how = Inference(
-                args.device,
-                args.precision,
-                compile=args.compile,
-                cuda_graph=args.cuda_graphs,
-                backward=args.backward,
-                **WAYS[attention],
-            )
+            options = {"compile": args.compile, "cuda_graph": args.cuda_graphs, "backward": args.backward}
+            how = Inference(args.device, args.precision, **options | WAYS[attention])
             row = {"model": name, "attention": attention, "height": size[0], "width": size[1]}
             rows.append(row)
             label = f"{name} ({attention})"
