@@ -334,9 +334,10 @@ def _head(dtype, width, tf32):
     """
     lanes = _padded(width)
     precision = "tf32" if dtype != torch.float32 or tf32 else "tf32x3"
-    return {
-        "D": width, "BLOCK_D": lanes, "PRECISION": precision, "num_warps": 8 if lanes * dtype.itemsize > 128 else 4,
-    }  # fmt: skip
+    warps = 8 if lanes * dtype.itemsize > 128 else 4
+    # asked for all registers, for ptxas settles for 32 and thousands of spilled bytes where three products do not fit
+    most = {"maxnreg": 255} if precision == "tf32x3" else {}
+    return {"D": width, "BLOCK_D": lanes, "PRECISION": precision, "num_warps": warps, **most}
 
 
 def _registers(kernel, dtype, lanes):
