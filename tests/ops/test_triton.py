@@ -98,7 +98,7 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program 
 CHIPS, WIDTHS, SIDES = list(SHARED), (24, 32, 48, 64), (7, 14, 24)
 DTYPES = {"bf16": BRAIN, "fp32": FLOAT, "tf32": FLOAT, "fp16": HALF}
 # bytes of a thread's stack: half precision spills little, float32 as three products more, off Hopper
-STACK = {"bf16": 384, "fp16": 384, "tf32": 384, "fp32": 3072}
+STACK = {"bf16": 320, "fp16": 320, "tf32": 256, "fp32": 1536}
 COMPILED = [
     (chip, name, WIDTHS[(i + j) % 4], SIDES[(i + j // 2) % 3])
     for i, chip in enumerate(CHIPS)
