@@ -48,12 +48,9 @@ def widen(x):
 
 @triton.jit
 def trips(count):
-    """The end of a loop."""
-    if INTERPRETED:  # numpy 2.4 makes no integer of an array, as whose only element the interpreter holds a number
-        number = 0
-        while count > number:
-            number += 1
-        return number
+    """The end of a loop; given to ``tl.range`` at once, for the interpreter makes a tensor of what it assigns."""
+    if INTERPRETED:  # holds a number as the only element of an array, of which numpy 2.4 makes no integer itself
+        return count.handle.data.item()
     else:
         return count
 

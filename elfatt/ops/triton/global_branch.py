@@ -41,9 +41,9 @@ def context_kernel(
     lanes = lane < D
     k_base = qkv + image * tokens * (3 * C) + C + head * D
     start = split * steps * BLOCK_N
-    count = trips(tl.minimum(steps, tl.cdiv(tokens - start, BLOCK_N)))
+    count = tl.minimum(steps, tl.cdiv(tokens - start, BLOCK_N))
     largest = tl.full([BLOCK_N, BLOCK_D], float("-inf"), tl.float32)
-    for step in tl.range(0, count, loop_unroll_factor=2):
+    for step in tl.range(0, trips(count), loop_unroll_factor=2):
         token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (token < tokens)[:, None] & lanes[None, :]
         place = k_base + token[:, None] * (3 * C) + lane[None, :]
@@ -51,7 +51,7 @@ def context_kernel(
     largest = tl.where(lanes, tl.max(largest, axis=0), 0.0) * LOG2_E  # a split has a token: the maximum is finite
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
-    for step in tl.range(0, count):
+    for step in tl.range(0, trips(count)):
         token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (token < tokens)[:, None] & lanes[None, :]
         v = load_tile(k_base + C, token, 3 * C, lane, mask)

@@ -27,11 +27,9 @@ LANES = 32  # channels of a program that knows no heads
 # Fewest programs, and most tiles of each. Sums over tokens: enough to fill the largest GPUs of today a few times over,
 # for each leaves a partial result. Tiles with no more than a head in common: so many that the last ones are few.
 SUMS = 512, 16
-APART = 4096, 4
+APART = 3072, 8
 COMBINED = 4, 16, 128, 1024, 2**14, 2**18  # partial contexts that a kernel of its own is compiled for
 FEW_PARTS = 8  # partial sums that every program that needs them adds up itself
-
-
 # Registers of a thread, by kernel and lanes of a row in half precision, where the compiler would take so many that too
 # few programs share a multiprocessor
 REGISTERS = {
@@ -344,9 +342,10 @@ def _head(dtype, width, tf32):
     """
     lanes = _padded(width)
     precision = "tf32" if dtype != torch.float32 or tf32 else "tf32x3"
-    return {
-        "D": width, "BLOCK_D": lanes, "PRECISION": precision, "num_warps": 8 if lanes * dtype.itemsize > 128 else 4,
-    }  # fmt: skip
+    warps = 8 if lanes * dtype.itemsize > 128 else 4
+    # asked for all registers, for ptxas settles for 32 and thousands of spilled bytes where three products do not fit
+    most = {"maxnreg": 255} if precision == "tf32x3" else {}
+    return {"D": width, "BLOCK_D": lanes, "PRECISION": precision, "num_warps": warps, **most}
 
 
 def _registers(kernel, dtype, lanes):
