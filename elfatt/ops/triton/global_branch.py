@@ -34,31 +34,28 @@ def context_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """K is read twice, for its maxima first: with them at hand, a step neither looks for one nor shrinks the sums."""
     pid = tl.program_id(0).to(tl.int64)
     split, head, image = (pid % splits).to(tl.int32), pid // splits % HEADS, pid // splits // HEADS
     lane = tl.arange(0, BLOCK_D)
     lanes = lane < D
     k_base = qkv + image * tokens * (3 * C) + C + head * D
-    start = split * steps * BLOCK_N
-    count = tl.minimum(steps, tl.cdiv(tokens - start, BLOCK_N))
-    largest = tl.full([BLOCK_N, BLOCK_D], float("-inf"), tl.float32)
-    for step in tl.range(0, trips(count), loop_unroll_factor=2):
-        token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (token < tokens)[:, None] & lanes[None, :]
-        place = k_base + token[:, None] * (3 * C) + lane[None, :]
-        largest = tl.maximum(largest, widen(tl.load(place, mask=mask, other=float("-inf"))))
-    largest = tl.where(lanes, tl.max(largest, axis=0), 0.0) * LOG2_E  # a split has a token: the maximum is finite
+    largest = tl.full([BLOCK_D], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
-    for step in tl.range(0, trips(count)):
+    start = split * steps * BLOCK_N
+    for step in tl.range(0, trips(tl.minimum(steps, tl.cdiv(tokens - start, BLOCK_N)))):
         token = start + step * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (token < tokens)[:, None] & lanes[None, :]
         v = load_tile(k_base + C, token, 3 * C, lane, mask)
         k = widen(load_tile(k_base, token, 3 * C, lane, mask))
-        p = tl.where((token < tokens)[:, None], tl.exp2(k * LOG2_E - largest[None, :]), 0.0)
-        total += p  # added up across threads once, at the end
-        acc = dot(tl.trans(p).to(v.dtype), v, acc, PRECISION)
+        k = tl.where((token < tokens)[:, None], k, float("-inf"))
+        # online softmax; the first step of a split has a token, so the maximum is finite from there on
+        larger = tl.maximum(largest, tl.max(k, axis=0) * LOG2_E)
+        p = tl.exp2(k * LOG2_E - larger[None, :])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink[None, :] + p  # added up across threads once, at the end
+        acc = dot(tl.trans(p).to(v.dtype), v, acc * shrink[:, None], PRECISION)
+        largest = larger
     total = tl.sum(total, axis=0)
     square = lane[:, None] * D + lane[None, :]
     tl.store(context + pid * D * D + square, acc / total[:, None], mask=lanes[:, None] & lanes[None, :])

@@ -211,10 +211,12 @@ def _forward_plan(shape, dtype, heads, global_channels, block, tf32):
     if global_channels:
         outer, width = b * heads[0], global_channels // heads[0]
         constants = {"C": channels, "HEADS": heads[0], **_head(dtype, width, tf32)}
-        splits, steps = _groups(outer, _cdiv(h * w, TILE), *SUMS)
+        # maxima and shrunken sums are each step's: long steps, where two tiles of K and V fit
+        tile = 2 * TILE if constants["BLOCK_D"] * dtype.itemsize <= 64 else TILE
+        splits, steps = _groups(outer, _cdiv(h * w, tile), *SUMS)
         plan["parts"] = b, heads[0], splits, width, width
         plan["context"] = Launch(
-            global_branch.context_kernel, outer * splits, (h * w, splits, steps), {**constants, "BLOCK_N": TILE}
+            global_branch.context_kernel, outer * splits, (h * w, splits, steps), {**constants, "BLOCK_N": tile}
         )
         if splits > 1:
             most = next(n for n in COMBINED if splits <= n)
