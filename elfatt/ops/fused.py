@@ -403,7 +403,7 @@ def _portable_gradients(run, dout, *tensors):
 def _unpack(sums, weight, bias):
     """Gradients of a weight and a bias, laid out as they are, from the kernels' ``[10, channels]``."""
     dweight = torch.empty_like(weight).copy_(sums[:9].t().view(weight.shape))
-    return dweight, sums.new_empty(0) if bias is None else torch.empty_like(bias).copy_(sums[9])
+    return dweight, sums.new_empty(0) if bias is None else sums[9].to(bias.dtype, copy=True)
 
 
 def _evenly_strided(x):

@@ -23,7 +23,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRETED:  # numpy has no bfloat16: the interpreter multiplies its bits as integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+        if PRECISION == "tf32":
+            a, b = round_to_tf32(a), round_to_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to_tf32(x):
+    """Float32 of ten bits of mantissa, toward zero; float16 and bfloat16 lose nothing."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ of K needs, are the row sums of ``A ⊙ dA``, so K needs no pass of its own. LeP
 import triton
 import triton.language as tl
 
-from elfatt.ops.triton.common import LOG2_E, advance, dot, load_tile, store_tile, trips, widen
+from elfatt.ops.triton.common import LOG2_E, advance, dot, load_tile, round_to_tf32, store_tile, trips, widen
 from elfatt.ops.triton.lepe import load_taps, map_lepe, map_tile
 
 
@@ -206,13 +206,16 @@ def global_key_value_gradient_kernel(
     for part in tl.range(0, trips(parts)):
         da += load_tile(dcontext + (which * parts + part) * D * D, lane, D, lane, square)
     a = load_tile(context + which * D * D, lane, D, lane, square)
-    column_sum = tl.sum(a * da, axis=1)
     lse = tl.load(key_lse + which * D + lane, mask=lanes, other=0.0)
     k_offset = image * tokens * (3 * C) + C + head * D
     # dA sums over every token and N is about one over their number: both leave the range of float16
     half: tl.constexpr = qkv.dtype.element_ty
     wide: tl.constexpr = tl.float32 if half == tl.float16 else half
+    # rounded before its sums are taken, so that they cancel dN where a token has all the weight
+    if PRECISION == "tf32" and wide == tl.float32:
+        da = round_to_tf32(da)
     da = da.to(wide)
+    column_sum = tl.sum(a * widen(da), axis=1)
     start = split * steps * BLOCK_N
     count = tl.minimum(steps, tl.cdiv(tokens - start, BLOCK_N))
     for step in tl.range(0, trips(count), num_stages=1):
