@@ -35,14 +35,20 @@ models=(cswin_tiny_elfatt cswin_tiny_global)
 speed=(--repeats "$repeats" --batch-size "$batch")
 [[ $gpu == 1 ]] || speed+=(--precision float32 --warm-up 0)
 
-"$python" -m pytest -q tests/ops
+tests=()
+if has xdist; then tests=(--numprocesses 8 --dist worksteal); fi
+"$python" -m pytest -q tests/ops "${tests[@]}"
 for direction in "" --backward; do
     analyse op --dtype $half --backends auto sdpa math --batch-size "$batch" --repeats "$repeats" $direction
+    if ((gpu)); then
+        analyse op --dtype $half --backends auto --batch-size "$batch" --repeats "$repeats" $direction $graphs \
+            --shapes "224 level 1" "224 level 2" "224 level 3"
+    fi
     analyse op --dtype $half --backends auto sdpa math --repeats "$repeats" $direction $graphs \
         --shapes "dense level 1" "dense level 2" "dense level 3"
 done
 analyse tables 1 --rows 'CSWin-T*' --measure counts speed memory "${speed[@]}"
-analyse tables 1 --rows 'CSWin-T*' --measure speed "${speed[@]}" --compile
+analyse scaling --models cswin_tiny_elfatt --sizes 224 --attention fa eager sdpa plain "${speed[@]}" --compile
 analyse scaling --models "${models[@]}" --sizes $dense --attention nfa fa sdpa plain "${speed[@]}" --batch-size 1 $graphs
 analyse scaling --models "${models[@]}" --sizes 224 --attention fa sdpa plain "${speed[@]}" --backward
 if has mmseg; then
