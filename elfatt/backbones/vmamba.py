@@ -17,6 +17,7 @@ from torch import nn
 from elfatt.backbones.hierarchical import HierarchicalBackbone
 from elfatt.layers import ConvMerge, DoubleStem
 from elfatt.ops import depthwise_conv, selective_scan
+from elfatt.ops.dispatch import check_backend
 
 PATHS = 4  # rows, columns, rows reversed, columns reversed
 STEPS = (0.001, 0.1)  # smallest and largest step size δ of the scan at the start of training
@@ -35,6 +36,8 @@ class SS2D(nn.Module):
 
     def __init__(self, dim: int, *, ratio: float = 1.0, states: int = 1, backend: str | None = None):
         super().__init__()
+        if backend is not None:
+            check_backend(backend)
         self.backend = backend
         inner, self.rank, self.states = int(ratio * dim), math.ceil(dim / 16), states
         self.in_proj = nn.Linear(dim, inner, bias=False)

@@ -23,10 +23,22 @@ def depthwise_conv(
 
     Returns:
         Map ``[B, H, W, C]``.
+
+    Raises:
+        ValueError: ``x`` is not a map, or the chosen backend cannot take it.
     """
+    _check_map(x)
     return resolve(backend, x).depthwise_conv(x, weight, bias)
 
 
 def add_lepe(out: torch.Tensor, v: torch.Tensor, lepe: Kernel | None, *, backend: str | None = None) -> torch.Tensor:
     """``out + L(v)`` on maps ``[B, H, W, C]``, or ``out`` where there is no LePE."""
-    return out if lepe is None else resolve(backend, v).add_lepe(out, v, lepe)
+    if lepe is None:
+        return out
+    _check_map(v)
+    return resolve(backend, v).add_lepe(out, v, lepe)
+
+
+def _check_map(x):
+    if x.ndim != 4:
+        raise ValueError(f"expected a map [B, H, W, C], got {tuple(x.shape)}")

@@ -1,6 +1,6 @@
 """Which backend runs an operation: the table of backends, the ambient default, and the choice that ``auto`` makes.
 
-``auto``        the default: the fused kernels where they are proved (``AUTO``), else ``sdpa``
+``auto``        the default: the fused kernels where they are verified, else ``sdpa``
 ``reference``   the formula as the paper writes it: slow, any dtype up to float64, the oracle of the tests
 ``plain``       ELFATT in straightforward PyTorch, the baseline of the benchmarks; the rest as ``sdpa``
 ``math``        softmax attention as two explicit matrix products (the paper's "nFA")
@@ -13,10 +13,11 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -50,17 +51,11 @@ _Result = TypeVar("_Result")
 
 
 class _Ambient(threading.local):
-    """The backend of the innermost ``use_backend`` in this thread."""
+    """The backend of the innermost ``use_backend`` in this thread, and what was in force outside of each."""
 
     def __init__(self):
         self.name = None  # set here and not on the class, or torch.compile does not guard on it
-        self.shared = None
-
-
-class _Shared:
-    """The same, for the threads of the autograd engine, which work for the thread that called ``backward()``."""
-
-    name: str | None = None
+        self.outer = []
 
 
 _ambient = _Ambient()
@@ -69,21 +64,17 @@ _default = "auto"
 
 def active_backend() -> str:
     """Name of the backend in force in this thread, one of ``BACKENDS``."""
-    return _ambient.name or _inherited() or _default
+    return _ambient.name or (None if torch.compiler.is_compiling() else _inherited()) or _default
 
 
 def _inherited() -> str | None:
-    if torch.compiler.is_compiling() or not torch._C._is_key_in_tls(_TLS_KEY):
-        return None
-    return torch._C._get_obj_in_tls(_TLS_KEY).name
+    """What autograd hands to its own threads: the backend of the thread that called ``backward()``."""
+    return torch._C._get_obj_in_tls(_TLS_KEY) if torch._C._is_key_in_tls(_TLS_KEY) else None
 
 
-def _set_ambient(name: str | None) -> None:
-    if _ambient.shared is None:
-        _ambient.shared = _Shared()
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(_ambient.shared))  # the next call steals a reference
-        torch._C._stash_obj_in_tls(_TLS_KEY, _ambient.shared)
-    _ambient.name = _ambient.shared.name = name
+def _hand_on(name: str | None) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(name))  # the next call steals a reference
+    torch._C._stash_obj_in_tls(_TLS_KEY, name)
 
 
 def set_default_backend(name: str, device: torch.device | str | None = None) -> None:
@@ -101,8 +92,7 @@ def set_default_backend(name: str, device: torch.device | str | None = None) -> 
     _default = name
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+class use_backend:
     """Run the operations of this thread on one backend inside the ``with`` block.
 
     A backward pass that recomputes (``elfatt.ops.checkpoint``) runs on the backend of its forward pass, wherever it is
@@ -114,13 +104,19 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: The name is unknown, or the backend cannot run on this machine.
     """
-    check_backend(name)
-    previous = _ambient.name
-    _set_ambient(name)
-    try:
-        yield
-    finally:
-        _set_ambient(previous)
+
+    def __init__(self, name: str):
+        check_backend(name)
+        self.name = name
+
+    def __enter__(self) -> None:
+        _ambient.outer.append((_ambient.name, _inherited()))
+        _ambient.name = self.name
+        _hand_on(self.name)
+
+    def __exit__(self, *_) -> None:
+        _ambient.name, inherited = _ambient.outer.pop()
+        _hand_on(inherited)
 
 
 def checkpoint(function: Callable[..., _Result], *args) -> _Result:
@@ -156,7 +152,7 @@ def check_backend(name: str, device: torch.device | str | None = None) -> None:
     if device is not None and reason is None:  # of a dtype that all of them take
         reason = backend.unsupported_reason(torch.empty(1, 1, 1, 1, dtype=torch.bfloat16, device=device), (1,))
     if reason:
-        raise ValueError(f"backend {name!r} cannot run: {reason}, or use 'sdpa'")
+        raise ValueError(f"backend {name!r} cannot run: {reason}; use 'sdpa'")
 
 
 def resolve(
@@ -174,6 +170,7 @@ def resolve(
         block: Height and width of the local branch's blocks.
     """
     name = name or active_backend()
+    widths = tuple(operator.index(width) for width in widths)  # a graph is compiled for its own
     return _choose(x, widths, block) if name == "auto" else get_backend(name)
 
 
@@ -181,7 +178,7 @@ def _choose(x, widths, block) -> PyTorchBackend:
     fused = None if x is None else AUTO.get(x.device.type)
     if fused is None or torch.jit.is_tracing() or _is_exporting() or is_transformed():
         return _PORTABLE
-    if reason := fused.unsupported_reason(x, widths) or fused.unproved_reason(x, widths, block):
+    if reason := fused.unsupported_reason(x, widths) or fused.unverified_reason(x, widths, block):
         explain_once(fused.name, reason)
         return _PORTABLE
     return fused

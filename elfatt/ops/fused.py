@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from elfatt.ops.pytorch import PyTorchBackend, dtype_name, refusal, without_autocast
 
@@ -55,18 +54,18 @@ class FusedBackend(PyTorchBackend):
         """What tensors of this kind are refused for; asked once in a compiled graph."""
         raise NotImplementedError
 
-    def unproved(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
+    def unverified(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
         """Why ``auto`` leaves tensors that the kernels take to PyTorch's operators."""
         return None
 
     def unsupported_reason(self, x=None, widths=(), bias=None):
         return None if x is None else _ask(self.name, self.falls_back, "limit", x.device, x.dtype, widths)
 
-    def unproved_reason(self, x: Tensor, widths: tuple[int, ...], block: tuple[int, int] | None) -> str | None:
-        """Why ``auto`` does not take the kernels: not proved, or failed before (which was said then)."""
+    def unverified_reason(self, x: Tensor, widths: tuple[int, ...], block: tuple[int, int] | None) -> str | None:
+        """Why ``auto`` does not take the kernels: not verified, or failed before (which was said then)."""
         if self.failures and not torch.compiler.is_compiling() and _configuration(x, widths, block) in self.failures:
             return self.failures[_configuration(x, widths, block)]
-        return _ask(self.name, self.falls_back, "unproved", x.device, x.dtype, widths)
+        return _ask(self.name, self.falls_back, "unverified", x.device, x.dtype, widths)
 
     def depthwise_conv(self, x, weight, bias):
         if weight.shape[-1] != 3:
@@ -76,7 +75,9 @@ class FusedBackend(PyTorchBackend):
     def add_lepe(self, out, v, lepe):
         if lepe is None or lepe[0].shape[-1] != 3:
             return super().add_lepe(out, v, lepe)
-        return self._convolve(v, *lepe, out.to(v.dtype))
+        if out.device != v.device:
+            raise ValueError(f"LePE of a map on {v.device} cannot be added to one on {out.device}")
+        return self._convolve(v, *lepe, out.to(v.dtype).expand_as(v))
 
     def _convolve(self, v, weight, bias, residual):
         if not self.falls_back:
@@ -112,22 +113,24 @@ class FusedBackend(PyTorchBackend):
             except Exception as error:
                 if not self.falls_back:
                     error.add_note(
-                        f"backend 'auto' falls back to PyTorch's operators here, {_PORTABLE.name!r} uses them"
+                        f"backend 'auto' would fall back to PyTorch operators here; {_PORTABLE.name!r} always uses them"
                     )
                     raise
-                message = " ".join(str(error).split())[:MESSAGE] or type(error).__name__
-                configuration = configure()
-                self.failures[configuration] = reason = f"{_describe(configuration)}: {message}"
-                _explained.add((self.name, reason))
-                _logger.warning(
-                    "the %s kernels failed for %s; PyTorch's operators run instead, which is slower: update %s or the "
-                    "driver, or silence this with ELFATT_BACKEND=%s",
-                    self.name,
-                    reason,
-                    self.name,
-                    _PORTABLE.name,
-                )
+                result = operators()  # where these fail too, it is not the kernels' fault
+                self._remember(configure(), " ".join(str(error).split())[:MESSAGE] or type(error).__name__)
+                return result
         return operators()
+
+    def _remember(self, configuration, message):
+        self.failures[configuration] = reason = f"{_describe(configuration)}: {message}"
+        _explained.add((self.name, reason))
+        _logger.warning(
+            "the %s kernels failed for %s; falling back to PyTorch operators (slower). Please report it; "
+            "set ELFATT_BACKEND=%s to silence this",
+            self.name,
+            reason,
+            _PORTABLE.name,
+        )
 
 
 def head_widths(num_heads: Sequence[int], channels: Sequence[int]) -> tuple[int, ...]:
@@ -317,12 +320,11 @@ class _Attention(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, *_):
         if dout is None:
             return (None,) * 10
         saved = ctx.saved_tensors  # under activation checkpointing they can be taken once
-        gradients = _attention_backward(dout, *saved, *ctx.options)
+        gradients = _differentiated_once(_attention_backward, dout, *saved, *ctx.options)
         return *(None if x is None else dx for x, dx in zip(saved, gradients, strict=False)), *(None,) * 5
 
 
@@ -335,17 +337,38 @@ class _Lepe(torch.autograd.Function):
             return _lepe(v, weight, bias, residual, *options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
         v, weight, bias = ctx.saved_tensors
-        dv, dweight, dbias = _lepe_backward(dout, v, weight, bias, *ctx.options)
+        dv, dweight, dbias = _differentiated_once(_lepe_backward, dout, v, weight, bias, *ctx.options)
         return dv, dweight, None if bias is None else dbias, dout if ctx.residual else None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"the fused operators have no second derivative: use backend {_PORTABLE.name!r}")
+
+
+def _differentiated_once(operator, *arguments):
+    with torch.no_grad():
+        gradients = operator(*arguments)
+    if not torch.is_grad_enabled():
+        return gradients
+    return _Once.apply(len(gradients), *gradients, *(x for x in arguments if isinstance(x, Tensor)))
 
 
 def _with_backward(operator, function, tensors):
     """An operator's kernel for autograd; ``torch.library.register_autograd`` costs twice as much a call."""
 
     def run(*arguments):
+        if torch.autograd.forward_ad._current_level >= 0:  # of a compiled graph: elsewhere it was asked before
+            raise RuntimeError(f"the fused operators have no forward-mode derivative: use backend {_PORTABLE.name!r}")
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:tensors]):
             return function.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
@@ -390,14 +413,16 @@ def _cast_lepe(x, weight, bias):
     return None if weight is None else (weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _portable_gradients(run, dout, *tensors):
-    """Gradients of ``run(*tensors)``, recomputed; an empty tensor for None."""
-    leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
+def _portable_gradients(run, dout, x, *lepe):
+    """Gradients of ``run(x, *lepe)``, recomputed; an empty tensor for None."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *lepe)]
     with torch.enable_grad():
         out = run(*leaves)
-    found = iter(torch.autograd.grad(out, [x for x in leaves if x is not None], dout))
-    # in the layout that the parameters have, which DDP's buckets have too
-    return tuple(dout.new_empty(0) if x is None else torch.empty_like(x).copy_(next(found)) for x in tensors)
+    dx, *found = torch.autograd.grad(out, [t for t in leaves if t is not None], dout)
+    # of parameters in their own layout, which DDP's buckets have too
+    gradients = iter(found)
+    dlepe = (dout.new_empty(0) if t is None else torch.empty_like(t).copy_(next(gradients)) for t in lepe)
+    return x.new_empty(x.shape).copy_(dx), *dlepe
 
 
 def _unpack(sums, weight, bias):

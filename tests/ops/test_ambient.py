@@ -72,6 +72,49 @@ def test_the_threads_of_autograd_have_the_callers_backend():
         assert len(set(threads)) > 1 and set(names) == {name}
 
 
+def test_a_first_block_within_a_backward_pass_is_no_other_than_the_next():
+    """Autograd restores what it hands to its threads: in a thread that had none, the block must be handed on again."""
+    seen = []
+
+    def work():
+        x = torch.ones(1, requires_grad=True)
+        ops.checkpoint(torch.sin, x).sum().backward()
+        with ops.use_backend("math"):
+            _Nested.apply(x, 80, seen).backward()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert {name for _, name in seen} == {"math"}
+
+
+def test_a_block_within_an_autograd_thread_gives_back_what_it_found():
+    seen = []
+
+    class Inner(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with ops.use_backend("reference"):
+                seen.append(ops.active_backend())
+            seen.append(ops.active_backend())
+            return grad
+
+    with ops.use_backend("math"):
+        Inner.apply(torch.ones(1, requires_grad=True)).backward()
+    assert seen == ["reference", "math"]
+
+
+def test_blocks_can_be_entered_again():
+    block = ops.use_backend("math")
+    with block, ops.use_backend("reference"), block:
+        assert ops.active_backend() == "math"
+    assert ops.active_backend() == "auto"
+
+
 def test_the_default_is_every_threads(monkeypatch):
     monkeypatch.setattr("elfatt.ops.dispatch._default", "auto")
     ops.set_default_backend("math")
@@ -107,6 +150,14 @@ def test_a_checkpointed_backward_runs_the_backend_of_its_forward(monkeypatch):
     with ops.use_backend("math"):  # PyTorch's own, with both passes inside
         torch_checkpoint(module, x, use_reentrant=False).sum().backward()
     assert len(calls) == 4
+
+
+def test_a_checkpointed_graph_is_walked_twice():
+    module = create_attention("elfatt", dim=16, num_heads=2, block_size=2)
+    x = torch.randn(1, 4, 4, 16, requires_grad=True)
+    out = ops.checkpoint(module, x).square().sum()
+    first, second = (torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_a_checkpointed_model_runs_the_backend_of_its_forward(monkeypatch):
@@ -220,6 +271,32 @@ def test_compiled_graphs_hold_the_fused_operators_under_auto(name, operator, dyn
     assert compiled_nodes(module, x, dynamic=dynamic) == {operator: 1}
     trained = compiled_nodes(module, x, backward=True, dynamic=dynamic)
     assert trained == {operator: 1, f"{operator}_backward": 1}
+
+
+@needs_kernels
+def test_a_compiled_operation_takes_other_channels():
+    compiled = torch.compile(
+        lambda qkv: ops.elfatt_attention(qkv, num_heads=(1, 1), global_channels=qkv.shape[-1] // 6, block_size=2),
+        backend="aot_eager",
+        dynamic=True,
+    )
+    torch._dynamo.reset()
+    for channels in (16, 32, 48):
+        qkv = torch.randn(1, 4, 6, 3 * channels)
+        expected = ops.elfatt_attention(qkv, num_heads=(1, 1), global_channels=channels // 2, block_size=2)
+        torch.testing.assert_close(compiled(qkv), expected)
+
+
+@needs_kernels
+def test_a_compiled_graph_refuses_forward_mode():
+    module = create_attention("elfatt", dim=16, num_heads=2, block_size=2)
+    x = torch.randn(1, 4, 4, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager")
+    with torch.no_grad():
+        compiled(x)
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode.*'sdpa'"):
+            compiled(torch.autograd.forward_ad.make_dual(x, x))
 
 
 @needs_kernels

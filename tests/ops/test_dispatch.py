@@ -33,7 +33,7 @@ def test_an_unknown_backend_names_the_choices():
 
 @pytest.mark.skipif(ops.get_backend("flash_attn").unsupported_reason() is None, reason="flash-attn is installed")
 def test_flash_attn_is_refused_when_it_is_missing():
-    with pytest.raises(ValueError, match="not installed: pip install flash-attn, or use 'sdpa'"):
+    with pytest.raises(ValueError, match="not installed: pip install flash-attn; use 'sdpa'"):
         with ops.use_backend("flash_attn"):
             pass
 
@@ -221,7 +221,7 @@ def test_fused_kernels_refuse_what_they_cannot_differentiate():
 
 def test_triton_is_refused_when_it_is_missing(monkeypatch):
     monkeypatch.setattr(triton, "_missing_package", lambda: "it is not installed: pip install triton")
-    with pytest.raises(ValueError, match="not installed: pip install triton, or use 'sdpa'"):
+    with pytest.raises(ValueError, match="not installed: pip install triton; use 'sdpa'"):
         with ops.use_backend("triton"):
             pass
     assert ops.get_backend("triton").unsupported_reason(packed().as_subclass(Cuda), (32, 32))

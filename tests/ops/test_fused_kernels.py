@@ -316,6 +316,32 @@ def test_compiles_without_a_break(name):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("name", ["elfatt", "agent"])
+def test_a_second_derivative_is_refused(name):
+    module = create_attention(name, dim=32, num_heads=2).to(DEVICE)
+    x = torch.randn(1, 4, 6, 32, device=DEVICE, requires_grad=True)
+    with ops.use_backend(KERNELS):
+        first = torch.autograd.grad(module(x).square().sum(), x)[0]
+        loss = module(x).sum() + (x**2).sum()  # whose gradient at the operator's output needs none itself
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative: use backend 'sdpa'"):
+            gradient.pow(2).sum().backward()
+        (again,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(again, first)
+
+
+def test_a_residual_is_broadcast_as_pytorch_does():
+    v, weight, bias, residual = torch.randn(2, 5, 6, 16), torch.randn(16, 1, 3, 3), torch.randn(16), torch.randn(6, 1)
+    v, weight, bias, residual = (x.to(DEVICE) for x in (v, weight, bias, residual))
+    with ops.use_backend(KERNELS):
+        found = add_lepe(residual, v, (weight, bias))
+        with pytest.raises(RuntimeError):
+            add_lepe(residual.expand(3, 6, 1), v, (weight, bias))
+        with pytest.raises(ValueError, match=r"expected a map \[B, H, W, C\], got \(5, 6, 16\)"):
+            add_lepe(residual, v[0], (weight, bias))
+    torch.testing.assert_close(found, add_lepe(residual, v, (weight, bias), backend="math"), rtol=1e-4, atol=1e-4)
+
+
 def test_checkpointing():
     torch.manual_seed(0)
     module = create_attention("elfatt", dim=32, num_heads=2, block_size=4).to(DEVICE)

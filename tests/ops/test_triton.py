@@ -132,6 +132,22 @@ def test_strips_take_no_more_tiles_than_their_tokens(block, rows):
     assert (constants["ROWS"], constants["PLACES"]) == (rows, -(-block[0] // rows) * rows * block[1])
 
 
+def test_a_kernel_that_fails_is_named():
+    from elfatt.ops.triton import launch
+
+    class Kernel:
+        __name__ = "context_kernel"
+
+        def __getitem__(self, grid):
+            def run(*_, **__):
+                raise ValueError("out of resource:\n shared memory")
+
+            return run
+
+    with pytest.raises(RuntimeError, match="^context_kernel: out of resource: shared memory$"):
+        launch.launch(Kernel(), 1)
+
+
 def test_four_launches_forward(monkeypatch):
     from elfatt.ops.triton import launch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -20,7 +19,7 @@ WIDEST = 64  # channels of a head
 # Where ``auto`` takes the kernels, by major compute capability and dtype: the widest head. Everything else stays on
 # PyTorch's operators until it is measured: ROCm, whose compiler refuses tf32x3, and 10.0 and newer.
 _HALVES = (torch.float16, torch.bfloat16)
-PROVED = (
+VERIFIED = (
     (9, _HALVES, 64),  # measured on an H200
     (9, (torch.float32,), 64),  # tested on an H200
     (8, _HALVES, 64),  # compiled clean for 8.0, 8.6 and 8.9
@@ -53,17 +52,17 @@ class TritonBackend(FusedBackend):
             return f"it takes heads of at most {WIDEST} channels, not {max(widths)}"
         return None if _interpreted() else _device_limit(device.index)
 
-    def unproved(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
+    def unverified(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
         if device.type != "cuda":
             return None
         if torch.version.hip:
-            return "they are not proved on ROCm"
+            return "they are not verified on ROCm"
         major, minor = _capability(device.index)
-        widest = next((widest for number, dtypes, widest in PROVED if number == major and dtype in dtypes), 0)
+        widest = next((widest for number, dtypes, widest in VERIFIED if number == major and dtype in dtypes), 0)
         if max(widths, default=1) <= widest:
             return None
         heads = f", heads wider than {widest}" if widest else ""
-        return f"they are not proved on compute capability {major}.{minor} in {dtype_name(dtype)}{heads}"
+        return f"they are not verified on compute capability {major}.{minor} in {dtype_name(dtype)}{heads}"
 
 
 @cache
@@ -89,19 +88,21 @@ def _missing_package() -> str | None:
 @cache
 def _missing_toolchain() -> str | None:
     """Triton builds the code that starts a kernel with a C compiler and Python's headers."""
-    version = importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return f"it needs triton {OLDEST[0]}.{OLDEST[1]} or newer, not {version}: pip install --upgrade triton"
+    try:
+        version = importlib.import_module("triton").__version__
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+            return f"it needs triton {OLDEST[0]}.{OLDEST[1]} or newer, not {version}: pip install --upgrade triton"
+        importlib.import_module(TritonBackend.kernels_module)
+    except Exception as error:
+        return f"triton cannot be imported: {error}"
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang")), None)
     if compiler is None or shutil.which(compiler) is None:
         return "triton finds no C compiler: install gcc, or name one in CC"
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # as Triton looks for them
+    header = Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
     if not header.exists():
         return f"triton needs Python's headers and {header} is missing: install python3-dev"
-    try:
-        importlib.import_module(TritonBackend.kernels_module)
-    except Exception as error:
-        return f"triton {version} cannot be imported: {error}"
     return None
 
 
