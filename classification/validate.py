@@ -22,6 +22,7 @@ from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
 from classification.splits import open_split
 
+CHOSEN = ("model", "checkpoint", "weights", "backend")  # before the scores
 WEIGHTS = {"ema": "averaged (EMA) weights", "raw": "raw weights"}
 
 
@@ -33,6 +34,8 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
     """
     args = parse_args(argv, train=False)
     world = init_world(args.device, args.backend)
+    if args.results_file and world.primary:
+        check_table(Path(args.results_file))
     model = build_model(args)
     dataset = open_split(args, train=False, num_classes=model.num_classes)
     weights = load_weights(model, args.checkpoint, use_ema=args.use_ema)
@@ -45,8 +48,8 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
     loader.seek(0)
     compiled = torch.compile(model) if args.compile else model
     scores = evaluate(compiled, loader, world, autocast(args, world.device), args.channels_last)
-    chosen = {"model": args.model, "checkpoint": args.checkpoint, "weights": weights, "backend": args.backend}
-    results = {**chosen, **scores}
+    values = args.model, args.checkpoint, weights, args.backend
+    results = {**dict(zip(CHOSEN, values, strict=True)), **scores}
     if world.primary:
         print(f"{args.model}, {WEIGHTS[weights]} of {args.checkpoint}:")
         print(
@@ -58,23 +61,30 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
     return results
 
 
-def write_results(results: dict[str, float | str], path: Path) -> None:
-    """Writes the results to a .json file, or appends them to a .csv table.
+def check_table(path: Path) -> None:
+    """Looks at the columns of a .csv table that is there already.
 
     Raises:
-        UserError: The table has other columns.
+        UserError: They are not those of today's results.
     """
+    if path.suffix == ".json" or not path.exists():
+        return
+    with path.open(newline="") as file:
+        header = next(csv.reader(file), None)
+    if header and header[: len(CHOSEN)] != list(CHOSEN):
+        raise UserError(f"{path} does not start with the columns {', '.join(CHOSEN)}: pass another --results-file")
+
+
+def write_results(results: dict[str, float | str], path: Path) -> None:
+    """Writes the results to a .json file, or appends them to a .csv table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
         path.write_text(json.dumps(results, indent=2) + "\n")
         return
-    with path.open("a+", newline="") as file:
-        file.seek(0)
-        header = next(csv.reader(file), None)
-        if header not in (None, list(results)):
-            raise UserError(f"{path} has other columns than {', '.join(results)}: pass another --results-file")
+    new = not path.exists()
+    with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(results))
-        if header is None:
+        if new:
             writer.writeheader()
         writer.writerow(results)
 

@@ -5,7 +5,7 @@ import torch
 
 from elfatt import ops
 
-# compiles now, lest a test that hides the compiler decide it for the rest
+# compiles now, so that a test that hides the compiler does not affect the others
 ops.get_backend("cpp").unsupported_reason(torch.empty(1, 1, 1, 1))
 
 

@@ -50,7 +50,7 @@ def time_in_turns(
         variants: What to call, by name.
         repeats: Turns that count.
         warm_up: Turns before them.
-        device: ``cpu`` or ``cuda``, whose own clock then counts, from the first kernel's launch to the last one's end.
+        device: ``cpu``, or ``cuda``, which is timed by its own events, from the call to the end of its last kernel.
     """
     seconds = _device_seconds if device == "cuda" else _host_seconds
     times: dict[str, list[float]] = {name: [] for name in variants}

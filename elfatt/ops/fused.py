@@ -108,7 +108,7 @@ class FusedBackend(PyTorchBackend):
         if not self.failures or configure() not in self.failures:
             try:
                 return kernels()
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:
                 if not self.falls_back:

@@ -95,6 +95,7 @@ def compile_for(capability, kernel, arguments, meta):
 
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program may have
+REGISTER_FILE = 2**16  # registers of a multiprocessor
 CHIPS, WIDTHS, SIDES = list(SHARED), (24, 32, 48, 64), (7, 14, 24)
 DTYPES = {"bf16": BRAIN, "fp32": FLOAT, "tf32": FLOAT, "fp16": HALF}
 # bytes of a thread's stack: half precision spills little, float32 as three products more, off Hopper
@@ -104,6 +105,8 @@ COMPILED = [
     for i, chip in enumerate(CHIPS)
     for j, name in enumerate(DTYPES)
 ]
+# the widest heads that `auto` takes
+COMPILED += [(80, "bf16", 64, 14), (89, "fp16", 64, 7), (90, "bf16", 64, 7), (80, "fp32", 32, 7), (90, "fp32", 32, 7)]
 
 
 @pytest.mark.slow
@@ -111,7 +114,7 @@ COMPILED = [
 @pytest.mark.parametrize(("chip", "name", "width", "side"), COMPILED, ids=str)
 def test_kernels_compile_without_a_gpu(monkeypatch, chip, name, width, side):
     """24 of the 288 products of six chips, four kinds of numbers, four head widths and three blocks: every pair of chip
-    and kind, chip and width, kind and width, kind and block, and every block on every chip."""
+    and kind, chip and width, kind and width, kind and block, and every block on every chip; and what `auto` takes."""
     shape = 64, 56, 56, 2 * width
     with tf32(name == "tf32"):
         calls = recorded_launches(monkeypatch, shape, width, (1, 1), (side, side), DTYPES[name], True)
@@ -119,6 +122,8 @@ def test_kernels_compile_without_a_gpu(monkeypatch, chip, name, width, side):
     found = {kernel.__name__: compile_for(chip, kernel, *call) for kernel, call in calls.items()}
     print("".join(f"\n{k}: {r} registers, {stack} stack, {shared} shared" for k, (r, stack, shared) in found.items()))
     assert {k: v for k, v in found.items() if v[1] > STACK[name] or v[2] > SHARED[chip] * 1024} == {}
+    threads = {kernel.__name__: 32 * meta["num_warps"] for kernel, (_, meta) in calls.items()}
+    assert {k: v for k, v in found.items() if v[0] * threads[k] > REGISTER_FILE} == {}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +191,7 @@ class NoDevice:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 def test_an_epoch_of_detection_compiles_little(monkeypatch):
-    """Multi-scale training of CSWin-T: 800 sizes of a batch's images, each of which other ranks wait for."""
+    """Multi-scale training of CSWin-T: 495 sizes of a batch's images, each of which other ranks wait for."""
     from elfatt.ops.triton import launch
 
     if not hasattr(triton, "knobs"):

@@ -5,6 +5,7 @@
 // summed over tasks goes to a place of its own for each task, so that the same input gives the same bits on any number
 // of threads. This file walks over the tasks, on all threads, for elfatt/ops/cpp/launch.py.
 #include <memory>
+#include <new>
 
 #include "global_branch.h"
 #include "local_branch.h"
@@ -259,24 +260,40 @@ void lepe_backward(Shape shape, const T* v, int stride, const T* dout, float* su
     });
 }
 
+// No exception may leave the library: whether there was memory for the work.
+template <typename Work>
+int done(const Work& work) {
+    try {
+        work();
+    } catch (const std::bad_alloc&) {
+        return 0;
+    }
+    return 1;
+}
+
 }  // namespace
 
 #define EXPORT(DTYPE, T)                                                                                              \
-    void forward_##DTYPE(Shape s, const T* qkv, const float* weight_global, const float* bias_global,                 \
-                         const float* weight_local, const float* bias_local, T* out, float* context, float* key_lse) { \
-        forward(s, qkv, weight_global, bias_global, weight_local, bias_local, out, context, key_lse);                 \
+    int forward_##DTYPE(Shape s, const T* qkv, const float* weight_global, const float* bias_global,                  \
+                        const float* weight_local, const float* bias_local, T* out, float* context,                   \
+                        float* key_lse) {                                                                             \
+        return done([&] {                                                                                             \
+            forward(s, qkv, weight_global, bias_global, weight_local, bias_local, out, context, key_lse);             \
+        });                                                                                                           \
     }                                                                                                                 \
-    void backward_##DTYPE(Shape s, const T* qkv, const T* dout, const float* weight_global, const float* weight_local, \
-                          const float* context, const float* key_lse, T* dqkv, float* sums_global,                    \
-                          float* sums_local) {                                                                        \
-        backward(s, qkv, dout, weight_global, weight_local, context, key_lse, dqkv, sums_global, sums_local);         \
+    int backward_##DTYPE(Shape s, const T* qkv, const T* dout, const float* weight_global,                            \
+                         const float* weight_local, const float* context, const float* key_lse, T* dqkv,              \
+                         float* sums_global, float* sums_local) {                                                     \
+        return done([&] {                                                                                             \
+            backward(s, qkv, dout, weight_global, weight_local, context, key_lse, dqkv, sums_global, sums_local);     \
+        });                                                                                                           \
     }                                                                                                                 \
-    void lepe_forward_##DTYPE(Shape s, const T* v, int stride, const float* weight, const float* bias,                \
-                              const T* residual, T* out, int transposed) {                                            \
-        lepe_forward(s, v, stride, weight, bias, residual, out, transposed);                                          \
+    int lepe_forward_##DTYPE(Shape s, const T* v, int stride, const float* weight, const float* bias,                 \
+                             const T* residual, T* out, int transposed) {                                             \
+        return done([&] { lepe_forward(s, v, stride, weight, bias, residual, out, transposed); });                    \
     }                                                                                                                 \
-    void lepe_backward_##DTYPE(Shape s, const T* v, int stride, const T* dout, float* sums) {                         \
-        lepe_backward(s, v, stride, dout, sums);                                                                      \
+    int lepe_backward_##DTYPE(Shape s, const T* v, int stride, const T* dout, float* sums) {                          \
+        return done([&] { lepe_backward(s, v, stride, dout, sums); });                                                \
     }
 
 extern "C" {

@@ -1,4 +1,4 @@
-"""From tensors to calls of the C++ kernels: one for each pass, for on small maps the calls are what takes time."""
+"""From tensors to calls of the C++ kernels: one for each pass, because call overhead dominates on small maps."""
 
 from __future__ import annotations
 
@@ -134,13 +134,14 @@ def _shape(x, *branches):
 
 def _call(name, dtype, shape, *arguments):
     """Tensors are passed by address; those made in an argument list live until the call returns."""
-    _function(name, dtype)(shape, *[x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments])
+    if not _function(name, dtype)(shape, *[x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]):
+        raise MemoryError("the C++ kernels found no memory for their sums")
 
 
 @cache
-def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+def _function(name: str, dtype: torch.dtype) -> Callable[..., int]:
     function = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
-    function.argtypes, function.restype = [_Shape, *_ARGUMENTS[name]], None
+    function.argtypes, function.restype = [_Shape, *_ARGUMENTS[name]], _INT
     return function
 
 
