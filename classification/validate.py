@@ -22,7 +22,8 @@ from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
 from classification.splits import open_split
 
-CHOSEN = ("model", "checkpoint", "weights", "backend")  # before the scores
+CHOSEN = ("model", "checkpoint", "weights", "backend")
+COLUMNS = (*CHOSEN, "top1", "top5", "loss", "images", "images_per_s")  # of a table of results
 WEIGHTS = {"ema": "averaged (EMA) weights", "raw": "raw weights"}
 
 
@@ -67,12 +68,12 @@ def check_table(path: Path) -> None:
     Raises:
         UserError: They are not those of today's results.
     """
-    if path.suffix == ".json" or not path.exists():
+    if path.suffix == ".json" or _is_new(path):
         return
     with path.open(newline="") as file:
         header = next(csv.reader(file), None)
-    if header and header[: len(CHOSEN)] != list(CHOSEN):
-        raise UserError(f"{path} does not start with the columns {', '.join(CHOSEN)}: pass another --results-file")
+    if header != list(COLUMNS):
+        raise UserError(f"{path} has other columns than {', '.join(COLUMNS)}: pass another --results-file")
 
 
 def write_results(results: dict[str, float | str], path: Path) -> None:
@@ -81,12 +82,16 @@ def write_results(results: dict[str, float | str], path: Path) -> None:
     if path.suffix == ".json":
         path.write_text(json.dumps(results, indent=2) + "\n")
         return
-    new = not path.exists()
+    new = _is_new(path)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(results))
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
         if new:
             writer.writeheader()
         writer.writerow(results)
+
+
+def _is_new(path):
+    return not path.exists() or not path.stat().st_size
 
 
 def main(argv: list[str] | None = None) -> int:

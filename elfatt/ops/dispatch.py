@@ -55,7 +55,7 @@ class _Ambient(threading.local):
 
     def __init__(self):
         self.name = None  # set here and not on the class, or torch.compile does not guard on it
-        self.outer = []
+        self.outer = ()  # nested, for torch.compile would guard on the length of a list
 
 
 _ambient = _Ambient()
@@ -110,13 +110,16 @@ class use_backend:
         self.name = name
 
     def __enter__(self) -> None:
-        _ambient.outer.append((_ambient.name, _inherited()))
+        compiling = torch.compiler.is_compiling()
+        _ambient.outer = _ambient.name, None if compiling else _inherited(), _ambient.outer
         _ambient.name = self.name
-        _hand_on(self.name)
+        if not compiling:
+            _hand_on(self.name)
 
     def __exit__(self, *_) -> None:
-        _ambient.name, inherited = _ambient.outer.pop()
-        _hand_on(inherited)
+        _ambient.name, inherited, _ambient.outer = _ambient.outer
+        if not torch.compiler.is_compiling():
+            _hand_on(inherited)
 
 
 def checkpoint(function: Callable[..., _Result], *args) -> _Result:

@@ -241,7 +241,8 @@ def _run_attention_backward(
         )
         gradients = []
         for weight, bias, rows in zip(lepes[::2], lepes[1::2], sums, strict=True):
-            gradients += (qkv.new_empty(0), qkv.new_empty(0)) if weight is None else _unpack(rows, weight, bias)
+            none = qkv.new_empty(0), qkv.new_empty(0)
+            gradients += none if weight is None else _unpack(rows, weight, bias, qkv.dtype)
         return dqkv, *gradients
 
     def operators():
@@ -275,7 +276,7 @@ def _run_lepe_backward(dout, v, weight, bias, backend, falls_back):
     def kernels():
         upstream, dv = dout.contiguous(), v.new_empty(v.shape)
         own.kernels.lepe(upstream, weight.contiguous(), None, None, dv, transposed=True)
-        return dv, *_unpack(own.kernels.lepe_sums(_evenly_strided(v), upstream), weight, bias)
+        return dv, *_unpack(own.kernels.lepe_sums(_evenly_strided(v), upstream), weight, bias, v.dtype)
 
     def operators():
         return _portable_gradients(_portable_lepe, dout, v, weight, bias)
@@ -347,8 +348,8 @@ class _Once(torch.autograd.Function):
     """Gradients as they are, which cannot be differentiated again."""
 
     @staticmethod
-    def forward(ctx, count, *tensors):
-        return tuple(x.view_as(x) for x in tensors[:count])
+    def forward(ctx, gradients, *tensors):
+        return tuple(gradients)
 
     @staticmethod
     def backward(ctx, *_):
@@ -360,14 +361,20 @@ def _differentiated_once(operator, *arguments):
         gradients = operator(*arguments)
     if not torch.is_grad_enabled():
         return gradients
-    return _Once.apply(len(gradients), *gradients, *(x for x in arguments if isinstance(x, Tensor)))
+    return _Once.apply(list(gradients), *(x for x in arguments if isinstance(x, Tensor)))
+
+
+def _has_tangent(tensors):
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    return any(x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _with_backward(operator, function, tensors):
     """An operator's kernel for autograd; ``torch.library.register_autograd`` costs twice as much a call."""
 
     def run(*arguments):
-        if torch.autograd.forward_ad._current_level >= 0:  # of a compiled graph: elsewhere it was asked before
+        if _has_tangent(arguments[:tensors]):  # in a compiled graph: elsewhere it was asked before
             raise RuntimeError(f"the fused operators have no forward-mode derivative: use backend {_PORTABLE.name!r}")
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:tensors]):
             return function.apply(*arguments)
@@ -416,19 +423,20 @@ def _cast_lepe(x, weight, bias):
 def _portable_gradients(run, dout, x, *lepe):
     """Gradients of ``run(x, *lepe)``, recomputed; an empty tensor for None."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *lepe)]
-    with torch.enable_grad():
+    # autograd, which a dispatch mode has left behind here
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
         out = run(*leaves)
-    dx, *found = torch.autograd.grad(out, [t for t in leaves if t is not None], dout)
+        dx, *found = torch.autograd.grad(out, [t for t in leaves if t is not None], dout)
     # of parameters in their own layout, which DDP's buckets have too
     gradients = iter(found)
     dlepe = (dout.new_empty(0) if t is None else torch.empty_like(t).copy_(next(gradients)) for t in lepe)
     return x.new_empty(x.shape).copy_(dx), *dlepe
 
 
-def _unpack(sums, weight, bias):
-    """Gradients of a weight and a bias, laid out as they are, from the kernels' ``[10, channels]``."""
+def _unpack(sums, weight, bias, dtype):
+    """Gradients of a weight and a bias, in their layout, from ``[10, channels]``; empty, in ``dtype``, for None."""
     dweight = torch.empty_like(weight).copy_(sums[:9].t().view(weight.shape))
-    return dweight, sums.new_empty(0) if bias is None else sums[9].to(bias.dtype, copy=True)
+    return dweight, sums.new_empty(0, dtype=dtype) if bias is None else sums[9].to(bias.dtype, copy=True)
 
 
 def _evenly_strided(x):

@@ -287,6 +287,20 @@ def test_a_compiled_operation_takes_other_channels():
         torch.testing.assert_close(compiled(qkv), expected)
 
 
+def test_a_block_within_a_compiled_function():
+    qkv = torch.randn(1, 4, 6, 48)
+    options = {"num_heads": (1, 1), "global_channels": 8, "block_size": 2}
+
+    def inside(x):
+        with ops.use_backend("math"):
+            return ops.elfatt_attention(x, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(inside, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(qkv), ops.elfatt_attention(qkv, **options, backend="math"))
+    assert ops.active_backend() == "auto"
+
+
 @needs_kernels
 def test_a_compiled_graph_refuses_forward_mode():
     module = create_attention("elfatt", dim=16, num_heads=2, block_size=2)
@@ -295,8 +309,10 @@ def test_a_compiled_graph_refuses_forward_mode():
     compiled = torch.compile(module, backend="aot_eager")
     with torch.no_grad():
         compiled(x)
-        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode.*'sdpa'"):
-            compiled(torch.autograd.forward_ad.make_dual(x, x))
+        with torch.autograd.forward_ad.dual_level():
+            compiled(x)
+            with pytest.raises(RuntimeError, match="forward-mode.*'sdpa'"):
+                compiled(torch.autograd.forward_ad.make_dual(x, x))
 
 
 @needs_kernels

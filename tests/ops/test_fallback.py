@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from elfatt import ops
 from elfatt.attention import create_attention
@@ -112,6 +113,20 @@ def test_a_broken_backward_in_mixed_precision_and_under_checkpointing(monkeypatc
             backend.failures.clear()
         for one, other in zip(gradients("auto", run), expected, strict=True):
             assert (one - other).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * other.norm()
+
+
+def test_a_broken_backward_under_a_dispatch_mode(monkeypatch):
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    module = create_attention("elfatt", dim=32, num_heads=2, block_size=4)
+    x = torch.randn(1, 6, 5, 32, requires_grad=True)
+    expected = torch.autograd.grad(module(x).square().sum(), x)
+    break_kernels(monkeypatch.setattr, ("backward",))
+    with Mode():
+        torch.testing.assert_close(torch.autograd.grad(module(x).square().sum(), x), expected)
+    assert AUTO["cpu"].failures
 
 
 def test_a_compiled_graph_goes_on(monkeypatch):

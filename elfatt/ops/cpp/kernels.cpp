@@ -260,7 +260,7 @@ void lepe_backward(Shape shape, const T* v, int stride, const T* dout, float* su
     });
 }
 
-// No exception may leave the library: whether there was memory for the work.
+// No exception may leave the library: whether there was memory for what is allocated before the threads start.
 template <typename Work>
 int done(const Work& work) {
     try {
