@@ -51,7 +51,7 @@ class QKVAttention(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """What tells this mechanism from others of its class."""
+        """Heads and options, shown by ``print(model)``."""
         names = ("num_heads", *self.shown, *(("backend",) if self.backend else ()))
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from elfatt.ops.cpp import CppBackend
 from elfatt.ops.fused import FusedBackend, explain_once, is_transformed
 from elfatt.ops.plain import PlainBackend
-from elfatt.ops.pytorch import FlashAttnBackend, MathBackend, PyTorchBackend
+from elfatt.ops.pytorch import SDPA, FlashAttnBackend, MathBackend, PyTorchBackend
 from elfatt.ops.reference import ReferenceBackend
 from elfatt.ops.triton import TritonBackend
 
@@ -36,22 +36,21 @@ _TABLE: dict[str, PyTorchBackend] = {
         ReferenceBackend(),
         PlainBackend(),
         MathBackend(),
-        PyTorchBackend(),
+        SDPA,
         FlashAttnBackend(),
         TritonBackend(),
         CppBackend(),
     )
 }
 BACKENDS = ("auto", *_TABLE)
-_PORTABLE = PyTorchBackend()
-# what ``auto`` takes on each type of device where it can; it falls back to PyTorch's operators where a kernel fails
+# what ``auto`` prefers on each device type; these fall back to PyTorch operators where a kernel fails
 AUTO: dict[str, FusedBackend] = {"cuda": TritonBackend(falls_back=True), "cpu": CppBackend(falls_back=True)}
 _TLS_KEY = "elfatt.backend"
 _Result = TypeVar("_Result")
 
 
 class _Ambient(threading.local):
-    """The backend of the innermost ``use_backend`` in this thread, and what was in force outside of each."""
+    """This thread's innermost ``use_backend``, and the state to restore on leaving it."""
 
     def __init__(self):
         self.name = None  # set here and not on the class, or torch.compile does not guard on it
@@ -68,7 +67,7 @@ def active_backend() -> str:
 
 
 def _inherited() -> str | None:
-    """What autograd hands to its own threads: the backend of the thread that called ``backward()``."""
+    """The backend of the thread that called ``backward()``, as seen from autograd's worker threads."""
     return torch._C._get_obj_in_tls(_TLS_KEY) if torch._C._is_key_in_tls(_TLS_KEY) else None
 
 
@@ -136,7 +135,7 @@ def checkpoint(function: Callable[..., _Result], *args) -> _Result:
 
 
 def get_backend(name: str) -> PyTorchBackend:
-    """The backend of a name, any of ``BACKENDS`` but ``auto``, which is a choice among them.
+    """Look up a backend by name: any of ``BACKENDS`` except ``auto``.
 
     Raises:
         ValueError: The name is unknown.
@@ -164,7 +163,7 @@ def resolve(
     widths: tuple[int, ...] = (),
     block: tuple[int, int] | None = None,
 ) -> PyTorchBackend:
-    """The backend of one call.
+    """Resolve the backend of one call.
 
     Args:
         name: One of ``BACKENDS``, or None for the ambient one.
@@ -180,14 +179,14 @@ def resolve(
 def _choose(x, widths, block) -> PyTorchBackend:
     fused = None if x is None else AUTO.get(x.device.type)
     if fused is None or torch.jit.is_tracing() or _is_exporting() or is_transformed():
-        return _PORTABLE
+        return SDPA
     if reason := fused.unsupported_reason(x, widths) or fused.unverified_reason(x, widths, block):
         explain_once(fused.name, reason)
-        return _PORTABLE
+        return SDPA
     return fused
 
 
-@torch.compiler.assume_constant_result  # traced, the question would always be answered with True
+@torch.compiler.assume_constant_result  # Dynamo folds is_exporting() to True
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 

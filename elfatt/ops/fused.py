@@ -1,10 +1,11 @@
-"""Backends with kernels of their own for the ELFATT operation and LePE, as PyTorch operators with a backward pass.
+"""Fused backends: ELFATT and LePE kernels wrapped as differentiable PyTorch operators.
 
 Each operator is one node to ``torch.compile`` (no graph break), activation checkpointing and CUDA graphs. A backend's
 kernels are a module with ``new_buffers``, ``forward``, ``backward``, ``lepe`` and ``lepe_sums``, imported at first use.
 
-Under ``auto`` a kernel that does not compile or start costs a warning: its configuration runs PyTorch's operators from
-then on, inside the operator too, so that the pass at hand, compiled graphs and the backward pass go on.
+Under ``auto``, a kernel that fails to compile or launch triggers one warning, and its configuration uses PyTorch
+operators from then on. The fallback is inside the operator: the current pass, the backward pass and compiled graphs
+all continue.
 """
 
 from __future__ import annotations
@@ -19,17 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elfatt.ops.pytorch import PyTorchBackend, dtype_name, refusal, without_autocast
+from elfatt.ops.pytorch import SDPA, PyTorchBackend, dtype_name, refusal, without_autocast
 
 MESSAGE = 400  # characters of a kernel's error that a warning repeats
 _logger = logging.getLogger("elfatt")
 _explained: set[tuple[str, str]] = set()
 _INSTANCES: dict[tuple[str, bool], FusedBackend] = {}
-_PORTABLE = PyTorchBackend()
 
 
 class FusedBackend(PyTorchBackend):
-    """Base of the backends with kernels; softmax attention over whole maps and all the rest as ``sdpa``.
+    """Base class of backends with their own kernels; everything else runs as in ``sdpa``.
 
     Args:
         falls_back: Run PyTorch's operators where a kernel fails, as ``auto`` wants it; else the failure is raised.
@@ -51,18 +51,18 @@ class FusedBackend(PyTorchBackend):
         return importlib.import_module(self.kernels_module)
 
     def limit(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
-        """What tensors of this kind are refused for; asked once in a compiled graph."""
+        """Why the kernels cannot take such tensors, or None; constant within a compiled graph."""
         raise NotImplementedError
 
     def unverified(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
-        """Why ``auto`` leaves tensors that the kernels take to PyTorch's operators."""
+        """Why ``auto`` avoids the kernels for such tensors although they would run, or None."""
         return None
 
     def unsupported_reason(self, x=None, widths=(), bias=None):
         return None if x is None else _ask(self.name, self.falls_back, "limit", x.device, x.dtype, widths)
 
     def unverified_reason(self, x: Tensor, widths: tuple[int, ...], block: tuple[int, int] | None) -> str | None:
-        """Why ``auto`` does not take the kernels: not verified, or failed before (which was said then)."""
+        """Why ``auto`` avoids the kernels: an earlier failure, or an unverified configuration."""
         if self.failures and not torch.compiler.is_compiling() and _configuration(x, widths, block) in self.failures:
             return self.failures[_configuration(x, widths, block)]
         return _ask(self.name, self.falls_back, "unverified", x.device, x.dtype, widths)
@@ -104,7 +104,7 @@ class FusedBackend(PyTorchBackend):
             raise ValueError(refusal(self.name, x, reason))
 
     def run(self, configure: Callable[[], tuple], kernels: Callable[[], Any], operators: Callable[[], Any]) -> Any:
-        """The kernels' result, or that of PyTorch's operators where the kernels fail under ``auto``, now or earlier."""
+        """Run the kernels; under ``auto``, fall back to PyTorch operators if they fail now or failed before."""
         if not self.failures or configure() not in self.failures:
             try:
                 return kernels()
@@ -113,7 +113,7 @@ class FusedBackend(PyTorchBackend):
             except Exception as error:
                 if not self.falls_back:
                     error.add_note(
-                        f"backend 'auto' would fall back to PyTorch operators here; {_PORTABLE.name!r} always uses them"
+                        f"backend 'auto' would fall back to PyTorch operators here; {SDPA.name!r} always uses them"
                     )
                     raise
                 result = operators()  # where these fail too, it is not the kernels' fault
@@ -129,7 +129,7 @@ class FusedBackend(PyTorchBackend):
             "set ELFATT_BACKEND=%s to silence this",
             self.name,
             reason,
-            _PORTABLE.name,
+            SDPA.name,
         )
 
 
@@ -148,11 +148,11 @@ def explain_once(backend: str, reason: str) -> None:
 
 @torch.compiler.assume_constant_result
 def is_transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode AD is at work, which the fused operators do not support."""
+    """True under torch.func transforms or forward-mode AD, which fused ops do not support."""
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-@torch.compiler.assume_constant_result  # what a graph was traced for does not change
+@torch.compiler.assume_constant_result  # fixed when a graph is traced
 def _ask(name, falls_back, question, device, dtype, widths):
     return getattr(_INSTANCES[name, falls_back], question)(device, dtype, widths)
 
@@ -345,7 +345,7 @@ class _Lepe(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are, which cannot be differentiated again."""
+    """Pass gradients through, and raise if they are differentiated again."""
 
     @staticmethod
     def forward(ctx, gradients, *tensors):
@@ -353,7 +353,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"the fused operators have no second derivative: use backend {_PORTABLE.name!r}")
+        raise RuntimeError(f"the fused operators have no second derivative: use backend {SDPA.name!r}")
 
 
 def _differentiated_once(operator, *arguments):
@@ -371,11 +371,11 @@ def _has_tangent(tensors):
 
 
 def _with_backward(operator, function, tensors):
-    """An operator's kernel for autograd; ``torch.library.register_autograd`` costs twice as much a call."""
+    """Autograd kernel of an operator; half the call overhead of ``torch.library.register_autograd``."""
 
     def run(*arguments):
         if _has_tangent(arguments[:tensors]):  # in a compiled graph: elsewhere it was asked before
-            raise RuntimeError(f"the fused operators have no forward-mode derivative: use backend {_PORTABLE.name!r}")
+            raise RuntimeError(f"the fused operators have no forward-mode derivative: use backend {SDPA.name!r}")
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:tensors]):
             return function.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
@@ -400,7 +400,7 @@ def _attention_configuration(qkv, num_heads, global_channels, block):
 
 def _portable_attention(qkv, weight_global, bias_global, weight_local, bias_local, num_heads, global_channels, block):
     with without_autocast(qkv):
-        return _PORTABLE.elfatt_attention(
+        return SDPA.elfatt_attention(
             qkv,
             num_heads=num_heads,
             global_channels=global_channels,
@@ -412,11 +412,11 @@ def _portable_attention(qkv, weight_global, bias_global, weight_local, bias_loca
 
 def _portable_lepe(v, weight, bias):
     with without_autocast(v):
-        return _PORTABLE.depthwise_conv(v, *_cast_lepe(v, weight, bias))
+        return SDPA.depthwise_conv(v, *_cast_lepe(v, weight, bias))
 
 
 def _cast_lepe(x, weight, bias):
-    """As autocast does, which is not in force in a backward pass."""
+    """Cast as autocast would; it is not active in the backward pass."""
     return None if weight is None else (weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""The baseline of every ratio: ELFATT as one writes it down first, with reshapes, transposes and NCHW convolutions."""
+"""Benchmark baseline: a straightforward ELFATT with reshapes, transposes and NCHW convolutions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every operation out of PyTorch's operators: the base of the other backends, which replace what they do better."""
+"""Every operation in terms of PyTorch operators: the base class of all backends."""
 
 from __future__ import annotations
 
@@ -124,6 +124,9 @@ class PyTorchBackend:
         return cat_with_blocks(out, blocks)
 
 
+SDPA = PyTorchBackend()
+
+
 class MathBackend(PyTorchBackend):
     """``math``: softmax attention as two explicit products, the paper's "nFA"."""
 
@@ -163,7 +166,7 @@ class FlashAttnBackend(PyTorchBackend):
 
 
 def refusal(name: str, x: torch.Tensor, reason: str) -> str:
-    """The message of a backend that was chosen by name and cannot run."""
+    """Error message of a backend that was requested by name but cannot run."""
     return f"{name} cannot run a tensor of shape {tuple(x.shape)}: {reason}; use 'sdpa'"
 
 
@@ -173,7 +176,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:
-    """Context in which products on the device of ``x`` keep the dtypes they are given."""
+    """Disable autocast on the device of ``x``."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
