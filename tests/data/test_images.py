@@ -1,0 +1,110 @@
+"""Image files of every bit depth and orientation give the right values."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from elfatt.data import is_image, orientation_of, read_image
+
+RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 0, 257 … 65535: exactly 0 … 255 in 8 bits
+
+
+def encode(image: Image.Image, kind: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_16_bits_are_scaled(kind, mode):
+    options = {"irreversible": False} if kind == "JPEG2000" else {}
+    read = np.asarray(read_image(encode(Image.fromarray(RAMP), kind, **options), mode))
+    expected = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(read, np.stack([expected] * 3, -1) if mode == "RGB" else expected)
+
+
+def test_16_bits_big_endian_and_turned():
+    rows = RAMP[:, :8]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored with its top at the right: shown turned clockwise
+    file = encode(Image.fromarray(rows.astype(">u2")), "TIFF", exif=exif)
+    np.testing.assert_array_equal(np.asarray(read_image(file, "L")), np.rot90(rows // 257, -1))
+
+
+def test_a_portable_graymap_of_another_maximum_is_scaled():
+    file = io.BytesIO(b"P5 2 1 4095\n" + np.array([0, 4095], ">u2").tobytes())
+    np.testing.assert_array_equal(np.asarray(read_image(file, "L")), [[0, 255]])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bits_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"32-bit pixels .* 8 or 16 bits"):
+        read_image(encode(Image.fromarray(RAMP.astype(dtype)), "TIFF"))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_8_bits_are_as_pillow_has_them(mode):
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    image = Image.fromarray(rgb).convert(mode)
+    file = encode(image, "TIFF" if mode == "CMYK" else "PNG")
+    np.testing.assert_array_equal(np.asarray(read_image(file)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda a: a),
+        (2, np.fliplr),
+        (3, lambda a: np.rot90(a, 2)),
+        (4, np.flipud),
+        (5, lambda a: a.swapaxes(0, 1)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: np.rot90(a, 2).swapaxes(0, 1)),
+        (8, np.rot90),
+        (9, lambda a: a),  # no such orientation
+    ],
+)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_images_are_turned_upright(orientation, upright, kind):
+    stored = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = encode(Image.fromarray(stored), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    assert orientation_of(Image.open(file)) == (orientation if orientation < 9 else 1)
+    np.testing.assert_array_equal(np.asarray(read_image(file)), upright(stored))
+
+
+def test_damaged_exif_data_leaves_the_pixels():
+    file = encode(Image.new("RGB", (3, 2), (255, 0, 0)), "PNG", exif=b"Exif\0\0XX*\0garbage")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert read_image(file).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_truncated_image_is_refused(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(OSError):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.JPG", True),
+        ("a.webp", True),
+        ("b/a.tif", True),
+        ("a.avif", True),
+        (".a.jpg", False),
+        ("a.h5", False),
+        ("a", False),
+    ],
+)
+def test_which_files_are_images(name, expected):
+    assert is_image(name) == expected
