@@ -23,6 +23,8 @@ from torch import nn
 
 from classification.config import UserError
 from classification.runtime import World
+from elfatt.data.classes import differences, renumbered
+from elfatt.data.resources import exhausted
 
 LOGGER = logging.getLogger("classification")
 RECOVERY = "recovery.pth.tar"
@@ -33,16 +35,28 @@ RESTORED |= {"warmup_epochs", "epochs", "cooldown_epochs"}
 
 
 def write(state: dict[str, Any], path: str | Path) -> None:
-    """Saves to `path` and returns when the bytes are on the disk. Not atomic by itself: rename afterwards."""
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Saves to `path` and returns when the bytes are on the disk. Not atomic by itself: rename afterwards.
+
+    Raises:
+        UserError: The disk is full; the part that was written is removed.
+    """
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        Path(path).unlink(missing_ok=True)
+        if full := exhausted(error, Path(path).parent):
+            raise UserError(f"cannot save {path}: {full}") from error
+        raise
 
 
 def rename(source: str | Path, target: str | Path) -> None:
     """Puts `source` in the place of `target` in one step, and makes the new name durable."""
     os.replace(source, target)
+    if os.name == "nt":  # Windows opens no folders
+        return
     folder = os.open(os.path.dirname(target) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -78,6 +92,7 @@ class TrainState:
     """All that changes in training.
 
     Attributes:
+        class_to_idx: The data set's classes, where its reader knows them.
         epoch: The epoch under way, or the next one where `batch` is 0.
         batch: Batches of this epoch that this process has finished.
         updates: Optimizer updates since the beginning.
@@ -92,6 +107,7 @@ class TrainState:
     ema: ModelEmaV3 | None
     args: argparse.Namespace
     world: World
+    class_to_idx: dict[str, int] | None = None
     epoch: int = 0
     batch: int = 0
     updates: int = 0
@@ -112,6 +128,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "position": {name: getattr(self, name) for name in POSITION},
+            "class_to_idx": self.class_to_idx,
             "batch_size": self.args.batch_size,
             "processes": processes,
             "version": 2,  # timm's format
@@ -130,13 +147,17 @@ class TrainState:
             path: Where it was read, for messages.
 
         Raises:
-            UserError: The checkpoint is another model's or another program's, or its position cannot be continued
-                with this number of processes and this batch size.
+            UserError: The checkpoint is another model's or another program's, has other classes, or its position
+                cannot be continued with this number of processes and this batch size.
         """
         if "position" not in state:
             raise UserError(f"{path} is no checkpoint of train.py: start from it with --initial-checkpoint")
         if state["arch"] != self.args.model:
             raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {self.args.model}: correct --model")
+        if classes := state.get("class_to_idx"):
+            now = self.class_to_idx or classes
+            if difference := differences(now, classes) or renumbered(now, classes):
+                raise UserError(f"the data have other classes than the run of {path}: {difference}")
         changed = {
             name: (value, state["args"].get(name))
             for name, value in vars(self.args).items()

@@ -213,7 +213,7 @@ def _load_yaml(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in users:
         raise UserError(f"{path} is its own base")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"config file {path} does not exist" + (f" (base of {users[-1]})" if users else "")) from None
     except yaml.YAMLError as error:

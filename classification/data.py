@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 
 from classification.config import UserError
 from classification.runtime import World
+from elfatt.data import read_image, standard_image
 
 LOGGER = logging.getLogger("classification")
+IMAGE_MODES = {3: "RGB", 1: "L"}  # by the model's input channels
 
 
 @dataclass(frozen=True)
@@ -95,24 +98,28 @@ class Samples(Dataset):
         dataset: timm's or torchvision's data set, without a transform.
         transform: Image to array or tensor.
         seed: Seed of the run.
+        mode: Mode of the images: RGB, or L for grey.
     """
 
-    def __init__(self, dataset: Dataset, transform: Callable, seed: int) -> None:
+    def __init__(self, dataset: Dataset, transform: Callable, seed: int, mode: str = "RGB") -> None:
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
+        self.mode = mode
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        reader = getattr(self.dataset, "reader", None)
-        if reader is None:  # torchvision
-            image, label = self.dataset[index]
-            return image.convert("RGB"), label
-        file, label = reader[index]  # not timm's dataset[index], which replaces an unreadable image by its neighbour
-        with file:
-            return Image.open(file).convert("RGB"), label
+        if hasattr(self.dataset, "reader"):  # not timm's dataset[index], which puts another image for an unreadable one
+            file, label = self.dataset.reader[index]
+            with file:
+                return read_image(file, self.mode), label
+        if samples := getattr(self.dataset, "samples", None):  # torchvision's folders, whose own loader clips 16 bits
+            path, label = samples[index]
+            return read_image(path, self.mode), label
+        image, label = self.dataset[index]
+        return standard_image(image, self.mode), label
 
     def _name(self, index: int) -> str:
         try:
@@ -129,6 +136,25 @@ class Samples(Dataset):
             return Broken(self._name(index), f"{type(error).__name__}: {error}")
         with seeded(self.seed, epoch, index):
             return self.transform(image), label
+
+
+class StreamTransform:
+    """A transform for iterable readers: an image that it cannot take becomes a `Broken` record.
+
+    Args:
+        transform: Image to array or tensor.
+        mode: Mode of the images: RGB, or L for grey.
+    """
+
+    def __init__(self, transform: Callable, mode: str) -> None:
+        self.transform = transform
+        self.mode = mode
+
+    def __call__(self, image: Image.Image) -> Any:
+        try:
+            return self.transform(standard_image(image, self.mode))
+        except (OSError, SyntaxError, ValueError) as error:
+            return Broken(f"{zlib.crc32(image.tobytes()):08x} (CRC-32) of the stream", str(error))
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -175,6 +201,9 @@ class Collate:
         self.even = even
 
     def __call__(self, batch: list) -> tuple[Tensor | None, Tensor | None, list[Broken]]:
+        batch = [
+            sample[0] if isinstance(sample, tuple) and isinstance(sample[0], Broken) else sample for sample in batch
+        ]
         broken = [sample for sample in batch if isinstance(sample, Broken)]
         good = [sample for sample in batch if not isinstance(sample, Broken)]
         if self.even and len(good) % 2:
@@ -204,7 +233,7 @@ class _Checked:
 
 
 class Loader:
-    """Batches of normalized images [B, 3, H, W] and labels [B] on the device.
+    """Batches of normalized images [B, 3 or 1, H, W] and labels [B] on the device.
 
     Args:
         dataset: Data set from `splits.open_split`.
@@ -234,6 +263,7 @@ class Loader:
         self.seed = args.seed if train else 0
         self.seekable = not isinstance(dataset, IterableDataset)
         transform = _checked_transform(args, config, train, on_gpu)
+        mode = IMAGE_MODES[len(config["mean"])]
         collate = Collate(fast_collate if on_gpu else default_collate, train and bool(args.mixup or args.cutmix))
         self.generator = torch.Generator()  # the workers' seeds come from here, not from the global state
         common = {
@@ -251,18 +281,19 @@ class Loader:
                     f"{world.size} processes × {self.accum} accumulation steps: lower --batch-size"
                 )
             self.sampler = EpochSampler(len(dataset), world, self.seed if train else None, multiple)
-            samples = Samples(dataset, transform, self.seed)
+            samples = Samples(dataset, transform, self.seed, mode)
             loader = DataLoader(
                 samples, sampler=self.sampler, drop_last=train, persistent_workers=train and args.workers > 0, **common
             )
         else:
             self.dataset = dataset
-            dataset.transform = transform
+            dataset.transform = StreamTransform(transform, mode)
             dataset.set_loader_cfg(num_workers=args.workers)
             loader = DataLoader(dataset, drop_last=train, **common)
         self.loader: Any = _Checked(loader, broken, train)
         if on_gpu:
-            self.loader = PrefetchLoader(self.loader, config["mean"], config["std"], device=world.device)
+            channels = len(config["mean"])
+            self.loader = PrefetchLoader(self.loader, config["mean"], config["std"], channels, device=world.device)
 
     def seek(self, epoch: int, batch: int = 0) -> None:
         """Sets the epoch and the batch (of this process) that the next iteration starts with."""
@@ -315,6 +346,17 @@ def _transform(args: argparse.Namespace, config: dict[str, Any], train: bool, on
 
 
 def data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """Returns timm's input size, mean, std, crop and interpolation for a model under the options."""
+    """Returns timm's input size, mean, std, crop and interpolation for a model under the options.
+
+    Raises:
+        UserError: The model takes neither RGB nor grey images.
+    """
     names = ("img_size", "crop_pct", "interpolation")
-    return resolve_data_config({name: getattr(args, name) for name in names}, model=model)
+    config = resolve_data_config({name: getattr(args, name) for name in names}, model=model)
+    channels = args.model_kwargs.get("in_chans", 3)
+    if channels not in IMAGE_MODES:
+        raise UserError(f"in_chans={channels}: images are read as RGB (3 channels) or grey (1)")
+    if channels == 1:
+        config["input_size"] = (1, *config["input_size"][1:])
+        config |= {name: (sum(config[name]) / len(config[name]),) for name in ("mean", "std")}
+    return config

@@ -8,13 +8,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
+
 import timm
 import torch
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
 from classification.config import UserError
-from elfatt.checkpoints import load_checkpoint
+from elfatt.checkpoints import LoadReport, load_checkpoint
+from elfatt.data.resources import exhausted
 from elfatt.ops import set_default_backend
 
 LOGGER = logging.getLogger("classification")
@@ -98,8 +104,18 @@ def build_model(args: argparse.Namespace, **kwargs) -> nn.Module:
         raise UserError(f"model {args.model} cannot be built with {given}: {error}") from error
 
 
-def load_weights(model: nn.Module, path: str, use_ema: bool, allow: Sequence[str] = ()) -> str:
-    """Loads a checkpoint's weights, all of them or none; says which: "ema" or "raw".
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak memory so far: of the GPU, or of this process where there is none; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
+
+
+def load_weights(model: nn.Module, path: str, use_ema: bool, allow: Sequence[str] = ()) -> LoadReport:
+    """Loads a checkpoint's weights, all of them or none.
 
     Args:
         model: Takes the weights.
@@ -111,18 +127,21 @@ def load_weights(model: nn.Module, path: str, use_ema: bool, allow: Sequence[str
         UserError: The file is missing or holds another model's weights.
     """
     try:
-        return load_checkpoint(model, path, use_ema=use_ema, allow=tuple(allow)).weights
+        return load_checkpoint(model, path, use_ema=use_ema, allow=tuple(allow))
     except (FileNotFoundError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load {path} into {type(model).__name__}: {reason}") from error
 
 
 def run_main(program: str, run: Callable[[], None]) -> int:
-    """Runs a program; a user's mistake becomes one line on stderr and exit code 1."""
+    """Runs a program; a user's mistake or a full machine becomes one line on stderr and exit code 1."""
     try:
         run()
-    except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    except (UserError, OSError, RuntimeError) as error:
+        message = error if isinstance(error, UserError) else exhausted(error)
+        if not message:
+            raise
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         return 1
     if torch.distributed.is_initialized():  # not after an error: the other processes may wait in a collective
         torch.distributed.destroy_process_group()

@@ -1,95 +1,91 @@
-"""Opens a data set's splits through timm's readers, and refuses what would train on wrong labels."""
+"""Opens a data set's splits, and refuses what would train on wrong labels.
+
+Folders and tar files are listed here, other sources by timm's readers. The classes are the visible folders of the first
+level; what lies outside them, or in hidden folders, is passed over and counted.
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import tarfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
-from timm.data import create_dataset
+import numpy as np
+from timm.data import ImageDataset, create_dataset
+from timm.data.readers import set_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
 from classification.config import UserError
+from elfatt.data import EXTENSIONS, is_image
+from elfatt.data.classes import differences, read_class_map, renumbered, shown
 
-SYNONYMS = [("train", "training"), ("val", "valid", "validation", "eval", "evaluation")]  # as timm searches
+LOGGER = logging.getLogger("classification")
+SYNONYMS = [("train", "training"), ("val", "valid", "validation", "eval", "evaluation")]
+set_img_extensions(sorted(EXTENSIONS))  # what timm looks for in tar files
 
 
-def open_split(args: argparse.Namespace, train: bool, num_classes: int) -> Dataset:
-    """Opens the training or the validation split through timm's readers, and checks what is in it.
+class FolderReader(ReaderImageFolder):
+    """timm's reader of image files, told which they are.
+
+    Args:
+        root: Folder of the split.
+        samples: Path and label of each image.
+        class_to_idx: Label of each class.
+    """
+
+    def __init__(self, root: Path, samples: list[tuple[str, int]], class_to_idx: dict[str, int]) -> None:
+        super(ReaderImageFolder, self).__init__()
+        self.root, self.samples, self.class_to_idx = str(root), samples, class_to_idx
+
+
+def open_split(args: argparse.Namespace, train: bool, trained: Mapping[str, int] | None = None) -> Dataset:
+    """Opens the training or the validation split.
 
     Args:
         args: Parsed options.
         train: The training split, or the validation split.
-        num_classes: Outputs of the model.
+        trained: Labels of the classes that a checkpoint knows. Folders are numbered by it and may be fewer.
 
     Raises:
-        UserError: No such folder or split, an empty class folder, or another number of classes than the model has.
+        UserError: No such folder or split, an empty class folder, or classes that contradict the class map or
+            `trained`.
     """
     split = args.train_split if train else args.val_split
-    if "/" not in args.dataset:
-        _check_split(Path(args.data_dir), split, "--train-split" if train else "--val-split")
-    elif args.data_dir and args.dataset.split("/")[0].lower() == "wds" and "://" not in args.data_dir:
-        if not os.path.isdir(args.data_dir):
-            raise UserError(f"data folder {args.data_dir} does not exist: correct --data-dir")
-    try:
-        dataset = create_dataset(
-            args.dataset,
-            root=args.data_dir,
-            split=split,
-            is_training=train,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            num_samples=args.train_num_samples if train else args.val_num_samples,
-            seed=getattr(args, "seed", 0),
-            input_key=args.input_key,
-            target_key=args.target_key,
-            trust_remote_code=args.dataset_trust_remote_code,
-        )
-    except ImportError as error:
-        raise UserError(f"--dataset {args.dataset} needs a package: pip install {error.name}") from error
-    except (RuntimeError, OSError, TypeError, ValueError, KeyError, AssertionError) as error:
-        where = f"--dataset '{args.dataset}', --data-dir {args.data_dir}, split {split}"
-        raise UserError(f"cannot open {where}: {' '.join(str(error).split()) or type(error).__name__}") from error
-    _check_classes(dataset, args, split, num_classes)
+    class_map = None
+    if args.class_map:
+        inside = Path(args.data_dir or ".", args.class_map)
+        try:
+            class_map = read_class_map(inside if inside.exists() else args.class_map)
+        except ValueError as error:
+            raise UserError(f"--class-map: {error}") from error
+    if "/" in args.dataset:
+        dataset = _open_reader(args, train, split, class_map)
+    else:
+        root = _find_split(Path(args.data_dir), split, "--train-split" if train else "--val-split")
+        dataset = _open_images(root, split, class_map, trained)
+    classes = class_names(dataset) or {}
+    if hidden := [name for name in classes if name.startswith(".")]:
+        raise UserError(f"split '{split}' takes the hidden folder {shown(hidden)} for a class: remove it")
+    unknown = [name for name in classes if trained and name not in trained]
+    if unknown or (trained and renumbered(classes, trained)):
+        reason = differences(classes, trained) if unknown else renumbered(classes, trained)
+        raise UserError(f"split '{split}' has other classes than the checkpoint: {reason}")
     return dataset
 
 
-def _check_split(root: Path, split: str, option: str) -> None:
-    if not root.exists():
-        raise UserError(f"data folder {root} does not exist: correct --data-dir (see docs/data.md)")
-    names = next((group for group in SYNONYMS if split in group), (split,))
-    if root.is_dir() and not any((root / name).exists() for name in names):
-        there = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-        raise UserError(f"no split '{split}' in {root} (it holds {there}): correct --data-dir or {option}")
-
-
 def class_names(dataset: Dataset) -> dict[str, int] | None:
-    """Returns the data set's class names and their indices, or None where its reader does not know them."""
+    """Returns the data set's class names and their labels, or None where its reader does not know them."""
     for holder in (getattr(dataset, "reader", None), dataset):
         if getattr(holder, "class_to_idx", None):
-            return holder.class_to_idx
+            return {str(name): int(label) for name, label in holder.class_to_idx.items()}
     return None
-
-
-def _check_classes(dataset: Dataset, args: argparse.Namespace, split: str, num_classes: int) -> None:
-    reader = getattr(dataset, "reader", None)
-    root = getattr(reader, "root", None)
-    if not args.class_map and root and os.path.isdir(root) and hasattr(reader, "samples"):
-        prefix = len(os.path.join(root, ""))
-        filled = {path[prefix:].split(os.sep, 1)[0] for path, _ in reader.samples}
-        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-            if entry.is_dir() and not entry.name.startswith(".") and entry.name not in filled:
-                raise UserError(f"class folder {entry.path} holds no image: fill it or remove it")
-    classes = class_names(dataset)
-    if classes is None:
-        return
-    count = max(classes.values()) + 1
-    if count != num_classes:
-        raise UserError(
-            f"split '{split}' has {count} classes, the model has {num_classes} outputs: "
-            f"pass --num-classes {count} or correct --data-dir {args.data_dir}"
-        )
 
 
 def check_same_classes(train: Dataset, val: Dataset) -> None:
@@ -99,10 +95,135 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
         UserError: They differ, so one index would mean two classes.
     """
     first, second = class_names(train), class_names(val)
-    if first is None or second is None or first == second:
+    if first and second and first != second:
+        reason = differences(second, first) or renumbered(second, first)
+        raise UserError(f"the validation split has other classes than the training split: {reason}")
+
+
+def check_class_count(dataset: Dataset, num_classes: int) -> None:
+    """Compares the number of classes with the model's outputs.
+
+    Raises:
+        UserError: They differ.
+    """
+    classes = class_names(dataset)
+    if classes is None:
         return
-    odd = sorted(set(first) ^ set(second))
-    raise UserError(
-        f"the training and validation splits disagree on {len(odd)} classes, e.g. '{odd[0] if odd else ''}': "
-        f"their class folders must have the same names"
-    )
+    count = max(classes.values()) + 1
+    if count != num_classes:
+        raise UserError(
+            f"the data have {count} classes ({shown(classes)}), the model has {num_classes} outputs: "
+            f"remove the folders that are no classes, pass --num-classes {count}, or correct --data-dir"
+        )
+
+
+def _find_split(root: Path, split: str, option: str) -> Path:
+    """The folder or tar file of a split; its synonyms are tried as well."""
+    if not root.exists():
+        raise UserError(f"data folder {root} does not exist: correct --data-dir (see docs/data.md)")
+    if root.is_file():
+        return root
+    names = split, *next((group for group in SYNONYMS if split in group), ())
+    found = next((root / name for name in names if (root / name).exists()), None)
+    if found is None:
+        there = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+        raise UserError(f"no split '{split}' in {root} (it holds {there}): correct --data-dir or {option}")
+    return found
+
+
+def _open_images(
+    root: Path, split: str, class_map: dict[str, int] | None, trained: Mapping[str, int] | None
+) -> ImageDataset:
+    """The images of a folder or a tar file."""
+    tar = None if root.is_dir() else _open_tar(root)
+    paths, others = _list_folder(root) if tar is None else _list_tar(tar)
+    names = [path[0] if len(path) > 1 and not any(part.startswith(".") for part in path) else None for path in paths]
+    others += [os.path.join(*path) for path, name in zip(paths, names, strict=True) if name is None]
+    if others:
+        kinds = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in others)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+        LOGGER.warning("split '%s': passed over %d files (%s), e.g. %s", split, len(others), kinds, others[0])
+
+    found = sorted(set(names) - {None}, key=natural_key)
+    labels = class_map or {name: label for label, name in enumerate(found)}
+    if trained and not class_map and all(name in trained for name in found):
+        labels = dict(trained)
+    if tar is None:
+        for entry in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+            if entry.name not in found and (entry.name in labels or not class_map):
+                raise UserError(f"class folder {entry} holds no image: fill it or remove it")
+    if not found:
+        raise UserError(f"split '{split}' has no image in a class folder of {root}: correct --data-dir")
+    if difference := differences(found, labels):
+        if class_map and not labels.keys() >= set(found) and not labels.keys() <= set(found):
+            raise UserError(f"split '{split}' has other classes than --class-map: {difference}")
+        LOGGER.warning("split '%s' has only some of the classes: %s", split, difference)
+
+    chosen = [index for index, name in enumerate(names) if name in labels]
+    if tar is not None:
+        tar.samples, tar.class_to_idx = tar.samples[chosen], labels
+        tar.targets = np.array([labels[names[index]] for index in chosen])
+        return ImageDataset(str(root), reader=tar)
+    samples = [(os.path.join(root, *paths[index]), labels[names[index]]) for index in chosen]
+    samples.sort(key=lambda sample: natural_key(sample[0]))
+    return ImageDataset(str(root), reader=FolderReader(root, samples, labels))
+
+
+def _list_folder(root: Path) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The images of a folder as parts of their paths, and the other visible files."""
+    images, others = [], []
+    for folder, _, files in os.walk(root, followlinks=True):
+        parts = Path(folder).relative_to(root).parts
+        for file in files:
+            if is_image(file):
+                images.append((*parts, file))
+            elif not file.startswith(".") and not any(part.startswith(".") for part in parts):
+                others.append(os.path.join(*parts, file))
+    return images, others
+
+
+def _open_tar(path: Path) -> ReaderImageInTar:
+    try:
+        return ReaderImageInTar(str(path))
+    except (AssertionError, OSError, ValueError, tarfile.TarError) as error:  # timm asserts the extension
+        raise UserError(f"{path} is no tar file with images: correct --data-dir or the split's name") from error
+
+
+def _list_tar(reader: ReaderImageInTar) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The images of a tar file as parts of their paths, from the first folder on at which these differ."""
+    paths = []
+    for sample, _, archive in reader.samples:  # the archive inside the archive, if any, counts as a folder
+        parent = (os.path.splitext(archive.name)[0],) if archive else ()
+        paths.append(tuple(part for name in (*parent, sample.path) for part in name.split("/") if part != "."))
+    folders = [path[:-1] for path in paths]
+    shared = len(os.path.commonprefix(folders))
+    shared -= all(len(folder) == shared for folder in folders)  # a single class
+    return [path[max(shared, 0) :] for path in paths], []
+
+
+def _open_reader(args: argparse.Namespace, train: bool, split: str, class_map: dict[str, int] | None) -> Dataset:
+    """A data set of one of timm's other readers."""
+    kind = args.dataset.split("/")[0].lower()
+    if args.data_dir and kind == "wds" and "://" not in args.data_dir and not os.path.isdir(args.data_dir):
+        raise UserError(f"data folder {args.data_dir} does not exist: correct --data-dir")
+    try:
+        return create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            is_training=train,
+            class_map=class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            num_samples=args.train_num_samples if train else args.val_num_samples,
+            seed=getattr(args, "seed", 0),
+            input_img_mode="RGB" if kind == "tfds" else "",  # TensorFlow decodes; others leave the pixels to data.py
+            input_key=args.input_key,
+            target_key=args.target_key,
+            trust_remote_code=args.dataset_trust_remote_code,
+        )
+    except ImportError as error:
+        raise UserError(f"--dataset {args.dataset} needs a package: pip install {error.name}") from error
+    except (RuntimeError, OSError, TypeError, ValueError, KeyError, AssertionError) as error:
+        where = f"--dataset '{args.dataset}', --data-dir {args.data_dir}, split {split}"
+        raise UserError(f"cannot open {where}: {' '.join(str(error).split()) or type(error).__name__}") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -37,8 +36,10 @@ from classification.checkpoint import AtomicSaver, TrainState, find_newest, load
 from classification.config import UserError, parse_args, save_yaml
 from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
-from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
-from classification.splits import check_same_classes, open_split
+from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, peak_memory_mib, run_main
+from classification.splits import check_class_count, check_same_classes, class_names, open_split
+from elfatt.checkpoints import LoadReport
+from elfatt.data.classes import differences, renumbered
 from elfatt.layers import align_gradients
 
 
@@ -63,14 +64,17 @@ class Trainer:
         self.model = model = build_model(args, drop_path_rate=args.drop_path)
         args.num_classes = model.num_classes
         config = data_config(args, model)
-        train, val = (open_split(args, is_train, model.num_classes) for is_train in (True, False))
+        train, val = (open_split(args, is_train) for is_train in (True, False))
         check_same_classes(train, val)
+        check_class_count(train, model.num_classes)
+        classes = class_names(train)
         self.broken = BrokenImages(args.max_broken_images)
         self.train_loader = Loader(train, args, config, world, self.broken, train=True)
         self.val_loader = Loader(val, args, config, world, self.broken, train=False)
 
         if args.initial_checkpoint:
-            load_weights(model, args.initial_checkpoint, use_ema=True, allow=args.allow_mismatch or ())
+            report = load_weights(model, args.initial_checkpoint, use_ema=True, allow=args.allow_mismatch or ())
+            _warn_of_other_classes(report, classes)
         if args.grad_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
                 raise UserError(f"model {args.model} has no --grad-checkpointing")
@@ -108,7 +112,7 @@ class Trainer:
             cooldown_epochs=args.cooldown_epochs,
         )
         scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == "float16" else None
-        self.state = TrainState(model, optimizer, scheduler, scaler, ema, args, world)
+        self.state = TrainState(model, optimizer, scheduler, scaler, ema, args, world, classes)
 
         self.erase = self.mixup = None
         self.loss = nn.CrossEntropyLoss()
@@ -229,8 +233,9 @@ class Trainer:
                     "lr": state.optimizer.param_groups[0]["lr"],
                     "images_per_s": seen / (ready - since),
                     "data_percent": 100 * data_s / (ready - since),
-                    "memory_mib": _memory_mib(world.device),
+                    "memory_mib": peak_memory_mib(world.device),
                 }
+                values = {key: value for key, value in values.items() if value is not None}
                 if world.primary:
                     bar.set_postfix_str(_line(values))
                     if bar.disable:
@@ -325,11 +330,14 @@ def _line(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
-def _memory_mib(device: torch.device) -> float:
-    """Peak memory so far: of the GPU, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _warn_of_other_classes(report: LoadReport, classes: dict[str, int] | None) -> None:
+    """A classifier that starts from other classes trains all the same, but its rows mean nothing at first."""
+    if any(name.startswith("head.") for name in report.skipped) or not (classes and report.class_to_idx):
+        return
+    if difference := differences(classes, report.class_to_idx) or renumbered(classes, report.class_to_idx):
+        LOGGER.warning(
+            "the classifier starts from other classes: %s; --allow-mismatch head. starts it anew", difference
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from classification.config import UserError, parse_args
 from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
-from classification.splits import open_split
+from classification.splits import check_class_count, open_split
 
 CHOSEN = ("model", "checkpoint", "weights", "backend")
 COLUMNS = (*CHOSEN, "top1", "top5", "loss", "images", "images_per_s")  # of a table of results
@@ -38,8 +38,10 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
     if args.results_file and world.primary:
         check_table(Path(args.results_file))
     model = build_model(args)
-    dataset = open_split(args, train=False, num_classes=model.num_classes)
-    weights = load_weights(model, args.checkpoint, use_ema=args.use_ema)
+    report = load_weights(model, args.checkpoint, use_ema=args.use_ema)
+    dataset = open_split(args, train=False, trained=report.class_to_idx)
+    if not report.class_to_idx:
+        check_class_count(dataset, model.num_classes)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(world.device, memory_format=memory_format)
     broken = BrokenImages(args.max_broken_images)
@@ -49,10 +51,10 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
     loader.seek(0)
     compiled = torch.compile(model) if args.compile else model
     scores = evaluate(compiled, loader, world, autocast(args, world.device), args.channels_last)
-    values = args.model, args.checkpoint, weights, args.backend
+    values = args.model, args.checkpoint, report.weights, args.backend
     results = {**dict(zip(CHOSEN, values, strict=True)), **scores}
     if world.primary:
-        print(f"{args.model}, {WEIGHTS[weights]} of {args.checkpoint}:")
+        print(f"{args.model}, {WEIGHTS[report.weights]} of {args.checkpoint}:")
         print(
             f"top-1 {scores['top1']:.3f} %, top-5 {scores['top5']:.3f} %, loss {scores['loss']:.4f}, "
             f"{scores['images']} images, {scores['images_per_s']:.1f} images/s"

@@ -32,6 +32,7 @@ class LoadReport:
         matched: Tensors loaded, resized ones included.
         resized: Position tables that were interpolated to the model's size.
         skipped: Tensors that did not fit and that the caller allowed not to.
+        class_to_idx: Labels of the classes that the model was trained on, where the file tells.
     """
 
     source: str
@@ -39,6 +40,7 @@ class LoadReport:
     matched: int
     resized: tuple[str, ...]
     skipped: tuple[str, ...]
+    class_to_idx: dict[str, int] | None = None
 
 
 def load_checkpoint(
@@ -63,7 +65,8 @@ def load_checkpoint(
     """
     if isinstance(allow, str):
         raise TypeError(f"allow={allow!r} must be a sequence of prefixes: ({allow!r},)")
-    tensors, weights = read_tensors(path, model, use_ema=use_ema, allow=allow)
+    content = _read(Path(path))
+    tensors, weights = _choose_tensors(content, model, path, use_ema, allow)
     tensors, source = convert_state_dict(tensors, model)
     origin = f"{source} names, {weights} weights"
     fit = fit_tensors(tensors, model)
@@ -82,7 +85,8 @@ def load_checkpoint(
     skipped = (*fit.missing, *fit.unexpected, *fit.mismatched)
     changes = _summary({"resized": tuple(fit.resized), "skipped": skipped}) or "none resized, none skipped"
     LOGGER.info("%s: %s, %d tensors matched, %s", path, origin, len(fit.tensors), changes)
-    return LoadReport(source, weights, len(fit.tensors), tuple(fit.resized), skipped)
+    classes = content.get("class_to_idx")
+    return LoadReport(source, weights, len(fit.tensors), tuple(fit.resized), skipped, classes)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,10 @@ def read_tensors(
 
     Args and errors as in ``load_checkpoint``.
     """
-    content = _read(Path(path))
+    return _choose_tensors(_read(Path(path)), model, path, use_ema, allow)
+
+
+def _choose_tensors(content, model, path, use_ema, allow):
     tensors, weights = _unwrap(content, use_ema, path)
     _check_architecture(content, model, path, allow)
     return tensors, weights

@@ -3,6 +3,6 @@
 Needs NumPy and Pillow only.
 """
 
-from elfatt.data.images import EXTENSIONS, is_image, orientation_of, read_image
+from elfatt.data.images import EXTENSIONS, is_image, orientation_of, read_image, standard_image
 
-__all__ = ["EXTENSIONS", "is_image", "orientation_of", "read_image"]
+__all__ = ["EXTENSIONS", "is_image", "orientation_of", "read_image", "standard_image"]

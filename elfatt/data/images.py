@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -22,8 +21,8 @@ EXTENSIONS = frozenset(
 
 def is_image(path: str | os.PathLike) -> bool:
     """Whether a path is a visible file name with the extension, in any case, of an image that Pillow reads."""
-    path = Path(path)
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+    name = os.path.basename(path)
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -36,9 +35,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def read_image(file: str | os.PathLike | IO[bytes], mode: str = "RGB") -> Image.Image:
-    """Decodes an image file to its end, turned upright as its EXIF orientation says.
-
-    16 bits are scaled to 8; transparency is dropped.
+    """Decodes an image file to its end and gives it as ``standard_image`` does.
 
     Args:
         file: Path, or file opened for reading.
@@ -50,15 +47,24 @@ def read_image(file: str | os.PathLike | IO[bytes], mode: str = "RGB") -> Image.
     """
     with Image.open(file) as image:
         image.load()
-        if orientation_of(image) != 1:
-            image = ImageOps.exif_transpose(image)
-        return _to_8_bits(image).convert(mode)
+        return standard_image(image, mode)
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Single-channel images of more bits as ``L``; Pillow's own conversion clips them at 255."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _16_BITS):
-        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
+def standard_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """An open image with 8 bits per channel, turned upright as its EXIF orientation says, without transparency.
+
+    Args:
+        image: As Pillow opened it; 16 bits are scaled to 8.
+        mode: ``RGB``, or ``L`` for grey.
+
+    Raises:
+        ValueError: Its 32-bit pixels have no known range.
+    """
+    kind = image.format
+    if orientation_of(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in _16_BITS):
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))  # convert() clips at 255
+    elif image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range: save the image with 8 or 16 bits")
-    return image
+    return image.convert(mode)

@@ -9,10 +9,19 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.loader import PrefetchLoader
-from torch.utils.data import DataLoader
 
 from classification.config import UserError, parse_args
-from classification.data import Broken, BrokenImages, Collate, EpochSampler, Loader, Samples, data_config, seeded
+from classification.data import (
+    Broken,
+    BrokenImages,
+    Collate,
+    EpochSampler,
+    Loader,
+    Samples,
+    StreamTransform,
+    data_config,
+    seeded,
+)
 from classification.runtime import World, build_model
 from classification.splits import open_split
 from classification.train import main as train
@@ -22,7 +31,7 @@ CPU = torch.device("cpu")
 
 def loader_of(options, train=True, limit=0):
     args = parse_args(options, train=True)
-    dataset = open_split(args, train, 3)
+    dataset = open_split(args, train)
     config = data_config(args, build_model(args))
     return Loader(dataset, args, config, World(CPU), BrokenImages(limit), train)
 
@@ -164,7 +173,7 @@ def test_a_batch_without_a_readable_image_stops_training_but_not_evaluation(opti
 
 def test_an_unreadable_image_is_never_replaced(broken_dir, options):
     args = parse_args(options(data=broken_dir), train=True)
-    samples = Samples(open_split(args, True, 3), lambda image: torch.zeros(1), seed=0)
+    samples = Samples(open_split(args, True), lambda image: torch.zeros(1), seed=0)
     items = [samples[0, index] for index in range(len(samples))]
     assert sum(isinstance(item, Broken) for item in items) == 2
     assert [item.path for item in items if isinstance(item, Broken)] == [
@@ -173,63 +182,61 @@ def test_an_unreadable_image_is_never_replaced(broken_dir, options):
     ]
 
 
-# --- what is refused ---
-
-
-def test_missing_folders_and_splits(options, data_dir, tmp_path, fails):
-    assert f"data folder {tmp_path / 'none'} does not exist" in fails(train, options(data=tmp_path / "none"))
-    line = fails(train, options("--train-split", "training2"))
-    assert "no split 'training2' in" in line and "it holds train, val" in line and "--train-split" in line
-    only_train = tmp_path / "only"
-    shutil.copytree(data_dir / "train", only_train / "train")
-    assert "no split 'val' in" in fails(train, options(data=only_train))  # timm would evaluate on the root folder
-    (tmp_path / "void" / "train").mkdir(parents=True)
-    (tmp_path / "void" / "val").mkdir()
-    assert "Found 0 images" in fails(train, options(data=tmp_path / "void"))
-    assert "does not exist" in fails(train, options("--dataset", "wds/", data=tmp_path / "none"))
-
-
-def test_an_empty_class_folder_is_named(options, data_dir, tmp_path, fails):
-    root = shutil.copytree(data_dir, tmp_path / "empty")
-    (root / "val" / "bird").mkdir()
-    (root / "val" / ".cache").mkdir()
-    line = fails(train, options(data=root))
-    assert f"class folder {root / 'val' / 'bird'} holds no image" in line
-
-
-def test_the_number_of_classes_must_fit(options, write_images, data_dir, tmp_path, fails):
-    line = fails(train, options("--num-classes", 10))
-    assert "split 'train' has 3 classes, the model has 10 outputs: pass --num-classes 3" in line
-    root = shutil.copytree(data_dir, tmp_path / "less")
-    shutil.rmtree(root / "val" / "dog")
-    assert "split 'val' has 2 classes, the model has 3 outputs" in fails(train, options(data=root))
-    (root / "val" / "cat").rename(root / "val" / "cow")
-    shutil.copytree(root / "val" / "cow", root / "val" / "zebra")
-    assert "disagree on 4 classes, e.g. 'cat'" in fails(train, options(data=root))
-
-
-def test_a_class_map_chooses_and_orders_classes(options, data_dir, tmp_path):
-    (tmp_path / "map.txt").write_text("fish\ncat\ndog\n")
-    val = loader_of(options("--class-map", tmp_path / "map.txt", "--batch-size", 15), train=False)
-    val.seek(0)
-    ((_, labels),) = val
-    assert labels.tolist() == [1] * 5 + [2] * 5 + [0] * 5
-
-
 def test_too_few_images_for_one_update(options, fails):
     line = fails(train, options("--batch-size", 16, "--grad-accum-steps", 2))
     assert "24 images, fewer than one update of 16 images × 1 processes × 2 accumulation steps" in line
 
 
-def test_images_of_any_mode_become_rgb(tmp_path):
-    for mode, name in (("L", "a.png"), ("RGBA", "a.png"), ("P", "a.png"), ("1", "a.png"), ("CMYK", "a.jpg")):
-        folder = tmp_path / "val" / mode
-        folder.mkdir(parents=True)
-        Image.new(mode, (9, 7)).save(folder / name)
-    argv = ["--model", "resnet18", "--data-dir", str(tmp_path), "--num-classes", "5"]
-    samples = Samples(open_split(parse_args(argv, True), False, 5), np.asarray, seed=0)
-    shapes = {item[0].shape for item in DataLoader(samples, sampler=EpochSampler(5, World(CPU)), batch_size=None)}
-    assert shapes == {(7, 9, 3)}
+RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 0 … 255 in 8 bits
+TURNED = Image.Exif()
+TURNED[0x0112] = 8
+
+
+@pytest.mark.parametrize("source", ["", "torch/image_folder", "tar"])
+@pytest.mark.parametrize(("mode", "chans"), [("RGB", 3), ("L", 1)])
+def test_16_bits_are_scaled_and_turned_images_upright_from_every_source(tmp_path, source, mode, chans):
+    for name, image, exif in (("deep", Image.fromarray(RAMP), None), ("turned", Image.fromarray(RAMP), TURNED)):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        image.save(tmp_path / "val" / name / "a.tif", **({"exif": exif} if exif else {}))
+    argv = ["--model", "resnet18", "--data-dir", str(tmp_path), "--num-classes", "2"]
+    if source == "tar":
+        with tarfile.open(tmp_path / "val.tar", "w") as file:
+            file.add(tmp_path / "val", arcname="val")
+        argv += ["--val-split", "val.tar"]
+    elif source:
+        argv += ["--dataset", source]
+    samples = Samples(open_split(parse_args(argv, True), False), np.asarray, seed=0, mode=mode)
+    upright = RAMP // 257
+    for index, expected in enumerate((upright, np.rot90(upright))):
+        expected = np.stack([expected] * 3, axis=-1) if chans == 3 else expected
+        np.testing.assert_array_equal(samples[0, index][0], expected)
+
+
+def test_images_of_a_stream_are_read_alike():
+    image = Image.fromarray(RAMP)
+    np.testing.assert_array_equal(StreamTransform(np.asarray, "L")(image), RAMP // 257)
+    broken = StreamTransform(np.asarray, "L")(Image.fromarray(RAMP.astype(np.float32)))
+    assert "no known range" in broken.reason
+    good = (torch.zeros(1, 2, 2), 1)
+    images, _, lost = Collate(torch.utils.data.default_collate, even=False)([good, (broken, 0)])
+    assert len(images) == 1 and lost == [broken]
+
+
+def test_grey_models_see_grey_images(options, data_dir, fails):
+    args = parse_args(options("--model-kwargs", "in_chans=1"), train=True)
+    config = data_config(args, build_model(args))
+    assert config["input_size"] == (1, 32, 32)
+    assert config["mean"] == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+    loader = loader_of(options("--model-kwargs", "in_chans=1", "--crop-pct", 1), train=False)
+    loader.seek(0)
+    images, _ = next(iter(loader))
+    with Image.open(data_dir / "val/cat/0.png") as image:
+        grey = image.convert("L").resize((32, 32), Image.BICUBIC)
+    expected = (np.asarray(grey) / 255 - config["mean"][0]) / config["std"][0]
+    np.testing.assert_allclose(images[0, 0], expected, atol=1e-5)
+    assert train(options("--model-kwargs", "in_chans=1", "--aa", "rand-m9-mstd0.5-inc1", "--epochs", 1)) == 0
+    line = fails(train, options("--model-kwargs", "in_chans=4", experiment="four"))
+    assert "in_chans=4: images are read as RGB (3 channels) or grey (1)" in line
 
 
 def test_the_gpu_path_gives_the_same_batches(options, data_dir, monkeypatch):
@@ -242,7 +249,7 @@ def test_the_gpu_path_gives_the_same_batches(options, data_dir, monkeypatch):
     for training in (True, False):
         batches = []
         for device in (CPU, torch.device("cuda")):
-            loader = Loader(open_split(args, training, 3), args, config, World(device), BrokenImages(0), training)
+            loader = Loader(open_split(args, training), args, config, World(device), BrokenImages(0), training)
             loader.seek(1, batch=1)
             batches.append(list(loader))
             assert len(loader) == (3 if training else 2)

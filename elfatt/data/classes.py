@@ -1,0 +1,54 @@
+"""The names of classes: read from a file, and compared before one index can mean two things."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+SHOWN = 5  # names in a message
+
+
+def read_class_map(path: str | Path) -> dict[str, int]:
+    """The classes of a text file, one name a line, numbered from 0.
+
+    Raises:
+        ValueError: The file is missing or no UTF-8 text, or a name is empty or there twice.
+    """
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except FileNotFoundError:
+        raise ValueError(f"class map {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"class map {path} must be a text file of one class per line ({error})") from error
+    for number, name in enumerate(names):
+        if not name:
+            raise ValueError(f"class map {path}: line {number + 1} is empty, write one class per line")
+        if name in names[:number]:
+            raise ValueError(f"class map {path}: '{name}' is on lines {names.index(name) + 1} and {number + 1}")
+    return {name: number for number, name in enumerate(names)}
+
+
+def differences(found: Iterable[str], expected: Iterable[str]) -> str:
+    """Says in words which names are too many and which are missing; empty where they are the same set."""
+    found, expected = list(found), list(expected)
+    surplus = [name for name in found if name not in set(expected)]
+    missing = [name for name in expected if name not in set(found)]
+    parts = [f"{len(surplus)} surplus ({shown(surplus)})"] * bool(surplus)
+    parts += [f"{len(missing)} missing ({shown(missing)})"] * bool(missing)
+    close = difflib.get_close_matches(surplus[0], missing, n=1) if surplus else []
+    return ", ".join(parts) + (f"; is '{surplus[0]}' the same as '{close[0]}'?" if close else "")
+
+
+def renumbered(found: Mapping[str, int], expected: Mapping[str, int]) -> str:
+    """Says in words which name of both has another index; empty where all agree."""
+    for name, index in found.items():
+        if expected.get(name, index) != index:
+            return f"'{name}' is class {index} here and class {expected[name]} there"
+    return ""
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first names, for a message."""
+    names = list(names)
+    return ", ".join(f"'{name}'" for name in names[:SHOWN]) + ", …" * (len(names) > SHOWN)

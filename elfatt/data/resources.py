@@ -1,0 +1,32 @@
+"""What a machine can run out of in the middle of a run, said in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+
+_SHARED_MEMORY = ("bus error", "shared memory", "unable to write to file </torch_", "unable to mmap")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def exhausted(error: BaseException, folder: str | os.PathLike | None = None) -> str | None:
+    """What is full and what to do about it, or None where the error is another one.
+
+    Args:
+        error: As the operating system, PyTorch or a data loader raised it; its causes are looked at as well.
+        folder: Where a file was being written, if known.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if any(sign in str(cause).lower() for sign in _SHARED_MEMORY):
+            return f"the data loader's workers ran out of shared memory{_free('/dev/shm')}: use fewer or enlarge it"
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            folder = folder or os.path.dirname(os.path.abspath(cause.filename or "."))
+            return f"the disk is full{_free(folder)}: make room and resume"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _free(folder: str | os.PathLike) -> str:
+    return f" ({folder} has {shutil.disk_usage(folder).free / 2**20:.1f} MiB left)" if os.path.isdir(folder) else ""

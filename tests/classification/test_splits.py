@@ -1,0 +1,169 @@
+"""Which files are images of which class, and what is refused before the first one is read."""
+
+import shutil
+import tarfile
+
+import pytest
+from PIL import Image
+
+from classification.config import UserError, parse_args
+from classification.splits import class_names, open_split
+from classification.train import main as train
+
+
+@pytest.fixture
+def copy(data_dir, tmp_path):
+    return shutil.copytree(data_dir, tmp_path / "copy")
+
+
+@pytest.fixture
+def opened(options):
+    """Opens a split and returns (file below the split's folder, label) of each image."""
+
+    def run(root, *extra, train=True, trained=None):
+        args = parse_args(options(*extra, data=root), train=True)
+        dataset = open_split(args, train, trained)
+        names = [dataset.filename(index, absolute=False) for index in range(len(dataset))]
+        return list(zip(names, [dataset.reader[index][1] for index in range(len(dataset))], strict=True))
+
+    return run
+
+
+def draw(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20)).save(path)
+
+
+def pack(root, name="train.tar", arcname="train"):
+    with tarfile.open(root / name, "w") as file:
+        file.add(root / "train", arcname=arcname)
+    return ["--train-split", name]
+
+
+@pytest.mark.parametrize("arcname", [None, "train", ".", "data/train"], ids=str)
+def test_classes_are_the_visible_folders_of_the_first_level(copy, opened, caplog, arcname):
+    before = opened(copy)
+    draw(copy / "train/cat/lying/deep/8.png")  # a pose is no class
+    for stray in (".ipynb_checkpoints/0-checkpoint.png", "cat/.ipynb_checkpoints/0.png", "dog/._0.png", "logo.png"):
+        draw(copy / "train" / stray)
+    (copy / "train/dog/notes.txt").touch()
+    after = opened(copy, *(pack(copy, arcname=arcname) if arcname else ()))
+    assert [label for _, label in after] == sorted([*(label for _, label in before), 0])
+    assert not any("checkpoint" in name or "logo" in name or "._0" in name for name, _ in after)
+    passed = {None: "passed over 4 files (3 .png, 1 .txt)"}.get(arcname, "passed over 4 files (4 .png)")
+    assert len(caplog.messages) == 1 and passed in caplog.messages[0]
+
+
+def test_a_tar_file_of_tar_files_has_a_class_each(copy, options):
+    for name in ("cat", "dog", "fish"):
+        with tarfile.open(copy / f"{name}.tar", "w") as file:
+            for path in (copy / "train" / name).iterdir():
+                file.add(path, arcname=path.name)
+    with tarfile.open(copy / "train.tar", "w") as file:
+        for name in ("cat", "dog", "fish"):
+            file.add(copy / f"{name}.tar", arcname=f"{name}.tar")
+    reader = open_split(parse_args(options("--train-split", "train.tar", data=copy), train=True), train=True).reader
+    names = [archive.name.removesuffix(".tar") for _, _, archive in reader.samples]
+    assert len(names) == 24
+    assert [reader.class_to_idx[name] for name in names] == reader.targets.tolist()
+
+
+def test_every_format_and_case_is_read(copy, opened):
+    for name in ("a.webp", "b.JPG", "c.TIFF", "d.bmp", "e.gif", "f.avif"):
+        draw(copy / "train/cat" / name)
+    assert len(opened(copy)) == 24 + 6
+    assert len(opened(copy, *pack(copy))) == 24 + 6
+
+
+def test_missing_folders_and_splits(options, data_dir, tmp_path, fails):
+    assert f"data folder {tmp_path / 'none'} does not exist" in fails(train, options(data=tmp_path / "none"))
+    line = fails(train, options("--train-split", "training2"))
+    assert "no split 'training2' in" in line and "it holds train, val" in line and "--train-split" in line
+    only_train = tmp_path / "only"
+    shutil.copytree(data_dir / "train", only_train / "train")
+    assert "no split 'val' in" in fails(train, options(data=only_train))  # timm would evaluate on the root folder
+    (tmp_path / "void" / "train").mkdir(parents=True)
+    (tmp_path / "void" / "val").mkdir()
+    assert "split 'train' has no image in a class folder" in fails(train, options(data=tmp_path / "void"))
+    assert "does not exist" in fails(train, options("--dataset", "wds/", data=tmp_path / "none"))
+    (tmp_path / "void" / "train.tar").write_bytes(b"no tar")
+    line = fails(train, options("--train-split", "train.tar", data=tmp_path / "void"))
+    assert "train.tar is no tar file with images" in line
+
+
+def test_synonyms_of_a_split_are_found(copy, opened):
+    (copy / "val").rename(copy / "validation")
+    assert len(opened(copy, train=False)) == 15
+    assert len(opened(copy / "train", "--train-split", ".")) == 24
+
+
+def test_an_empty_class_folder_is_named(options, copy, fails):
+    (copy / "val" / "bird").mkdir()
+    (copy / "val" / ".cache").mkdir()
+    line = fails(train, options(data=copy))
+    assert f"class folder {copy / 'val' / 'bird'} holds no image" in line
+
+
+def test_surplus_and_missing_classes_are_named_before_the_number(options, copy, fails):
+    line = fails(train, options("--num-classes", 10))
+    assert "the data have 3 classes ('cat', 'dog', 'fish'), the model has 10 outputs" in line
+    assert "pass --num-classes 3" in line
+    draw(copy / "train/archive/0.png")
+    line = fails(train, options(data=copy))
+    assert "the validation split has other classes than the training split: 1 missing ('archive')" in line
+    shutil.rmtree(copy / "train/archive")
+    (copy / "val" / "cat").rename(copy / "val" / "cats")
+    line = fails(train, options(data=copy))
+    assert "1 surplus ('cats'), 1 missing ('cat'); is 'cats' the same as 'cat'?" in line
+    assert "--num-classes" not in line
+
+
+def test_a_hidden_folder_is_no_class_of_torchvisions_reader(options, copy, fails):
+    draw(copy / "train/.ipynb_checkpoints/0.png")
+    line = fails(train, options("--dataset", "torch/image_folder", data=copy))
+    assert "takes the hidden folder '.ipynb_checkpoints' for a class: remove it" in line
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_class_map_chooses_and_orders_classes(copy, opened, tmp_path, encoding, caplog):
+    (tmp_path / "map.txt").write_bytes("fish\r\ncat\r\n".encode(encoding))
+    found = opened(copy, "--class-map", tmp_path / "map.txt", train=False)
+    assert [label for _, label in found] == [1] * 5 + [0] * 5  # in the order of the files
+    assert "has only some of the classes: 1 surplus ('dog')" in caplog.text
+    assert opened(copy, "--class-map", tmp_path / "map.txt", *pack(copy)) and "surplus ('dog')" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fish\ncta\ndog\n", "1 surplus ('cat'), 1 missing ('cta'); is 'cat' the same as 'cta'?"),
+        ("fish\n\ncat\ndog\n", "line 2 is empty"),
+        ("fish\ncat\ndog\ncat\n", "'cat' is on lines 2 and 4"),
+        (None, "does not exist"),
+    ],
+)
+def test_a_class_map_that_cannot_be_right(options, tmp_path, fails, text, message):
+    if text is not None:
+        (tmp_path / "map.txt").write_text(text)
+    line = fails(train, options("--class-map", tmp_path / "map.txt"))
+    assert message in line and "map" in line
+
+
+def test_a_checkpoints_classes_number_the_folders(copy, opened, tmp_path, caplog):
+    trained = {"fish": 0, "dog": 1, "cat": 2, "cow": 3}
+    shutil.rmtree(copy / "val" / "dog")
+    found = opened(copy, train=False, trained=trained)
+    assert [label for _, label in found] == [2] * 5 + [0] * 5
+    assert "has only some of the classes: 2 missing ('dog', 'cow')" in caplog.text
+    (copy / "val" / "cat").rename(copy / "val" / "Cat")
+    with pytest.raises(UserError, match=r"other classes than the checkpoint: 1 surplus \('Cat'\), 3 missing"):
+        opened(copy, train=False, trained=trained)
+    (tmp_path / "map.txt").write_text("cat\ndog\nfish\n")
+    with pytest.raises(UserError, match="'cat' is class 0 here and class 2 there"):
+        opened(copy, "--class-map", tmp_path / "map.txt", trained=trained)
+
+
+def test_class_names_are_those_of_the_reader(options, data_dir, copy):
+    names = {"cat": 0, "dog": 1, "fish": 2}
+    for extra in ([], ["--dataset", "torch/image_folder"], pack(copy)):
+        assert class_names(open_split(parse_args(options(*extra, data=copy), train=True), True)) == names
