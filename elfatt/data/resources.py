@@ -20,7 +20,8 @@ def exhausted(error: BaseException, folder: str | os.PathLike | None = None) -> 
     cause: BaseException | None = error
     while cause is not None:
         if any(sign in str(cause).lower() for sign in _SHARED_MEMORY):
-            return f"the data loader's workers ran out of shared memory{_free('/dev/shm')}: use fewer or enlarge it"
+            remedy = "lower --workers (num_workers in a dense config) or enlarge the mount"
+            return f"the data loader's workers ran out of shared memory{_free('/dev/shm')}: {remedy}"
         if isinstance(cause, OSError) and cause.errno in _FULL:
             folder = folder or os.path.dirname(os.path.abspath(cause.filename or "."))
             return f"the disk is full{_free(folder)}: make room and resume"

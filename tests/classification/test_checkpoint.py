@@ -1,5 +1,6 @@
 """Checkpoints survive a kill at any moment, and hold everything."""
 
+import errno
 import os
 import random
 import signal
@@ -75,6 +76,22 @@ def test_a_kill_while_saving_leaves_the_last_good_one(tmp_path, monkeypatch, mom
     again.load_state_dict(state["saver"])
     assert save(again, 1, 20.0) == 20
     assert {path.name for path in tmp_path.iterdir() if "tmp" in path.name} == set()
+
+
+def test_a_full_disk_loses_nothing_and_is_named(tmp_path, monkeypatch):
+    saver = AtomicSaver(tmp_path, max_history=3)
+    save(saver, 0, 10.0)
+    good = {path.name for path in tmp_path.iterdir()}
+
+    def full(state, file):
+        file.write(b"PK half a checkpoint")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=rf"cannot save {tmp_path}/.*: the disk is full \({tmp_path} has .* MiB left\)"):
+        save(saver, 1, 20.0)
+    assert {path.name for path in tmp_path.iterdir()} == good
+    assert find_newest(tmp_path)[1]["value"] == 0
 
 
 def test_the_names_of_a_checkpoint_never_vanish(tmp_path, monkeypatch):

@@ -3,19 +3,23 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
+import types
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from classification import runtime, validate
 from classification import train as program
-from classification import validate
 from classification.checkpoint import load
 from classification.config import parse_args
 from classification.train import Trainer, main
 
+ROOT = Path(__file__).resolve().parents[2]
 RANDOM = ["--mixup", 0.8, "--cutmix", 1.0, "--smoothing", 0.1, "--reprob", 0.5, "--drop-path", 0.2]
 RANDOM += ["--aa", "rand-m9-mstd0.5-inc1", "--color-jitter", 0.4]
 
@@ -305,6 +309,40 @@ def test_initial_weights_are_the_averaged_ones(options, tmp_path, fails):
     assert same(dict(trainer.model.state_dict()), dict(weights))
     line = fails(main, options("--initial-checkpoint", path, "--model", "resnet18", experiment="other"))
     assert f"cannot load {path} into" in line
+
+
+def test_the_classes_of_a_run_are_compared_when_it_goes_on(options, data_dir, tmp_path, fails, capsys):
+    assert main(options("--epochs", 1)) == 0
+    path = tmp_path / "run" / "last.pth.tar"
+    copy = shutil.copytree(data_dir, tmp_path / "copy")
+    for split in ("train", "val"):
+        (copy / split / "dog").rename(copy / split / "hound")
+    line = fails(main, options("--epochs", 1, "--resume", "auto", data=copy))
+    assert f"the data have other classes than the run of {path}: 1 surplus ('hound'), 1 missing ('dog')" in line
+    capsys.readouterr()
+    assert main(options("--epochs", 1, "--initial-checkpoint", path, data=copy, experiment="tuned")) == 0
+    assert "the classifier starts from other classes: 1 surplus ('hound')" in capsys.readouterr().out
+    anew = ["--initial-checkpoint", path, "--allow-mismatch", "head.", "--epochs", 1]
+    assert main(options(*anew, "--num-classes", 3, data=copy, experiment="anew")) == 0
+
+
+def test_a_system_without_the_resource_module_trains(options, command):
+    """Windows has none."""
+    code = "import sys\nsys.modules['resource'] = None\n"
+    code += "from classification.train import main\nsys.exit(main(sys.argv[1:]))"
+    process = command("classification/train.py", *options("--epochs", 1))
+    process["args"][1:2] = ["-c", code]
+    done = subprocess.run(**process, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "images_per_s" in done.stdout and "memory_mib" not in done.stdout
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
+def test_peak_memory_is_in_mib_on_every_system(monkeypatch, platform, unit):
+    monkeypatch.setattr(runtime.sys, "platform", platform)
+    peak = types.SimpleNamespace(ru_maxrss=3 * 2**20 // unit)
+    monkeypatch.setattr(runtime.resource, "getrusage", lambda _: peak)
+    assert runtime.peak_memory_mib(torch.device("cpu")) == 3
 
 
 class TestIterable:

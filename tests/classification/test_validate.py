@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -111,6 +112,26 @@ def test_a_checkpoint_that_does_not_fit(arguments, tmp_path, fails):
     assert "last.pth.tar is a checkpoint of cswin_nano_elfatt, not of resnet18" in line
     (tmp_path / "half.pth").write_bytes(b"PK")
     assert "half.pth" in fails(main, [*arguments, "--checkpoint", str(tmp_path / "half.pth")])
+
+
+def test_labels_are_compared_by_name(arguments, data_dir, tmp_path, fails, capsys):
+    assert load(arguments[-1])["class_to_idx"] == {"cat": 0, "dog": 1, "fish": 2}
+    copy = shutil.copytree(data_dir, tmp_path / "copy")
+    shutil.rmtree(copy / "val" / "cat")
+    arguments = [*arguments, "--data-dir", str(copy)]
+    part = run(arguments)  # the folders that are left keep the labels of training: nothing is shifted
+    assert "has only some of the classes: 1 missing ('cat')" in capsys.readouterr().out
+    whole = run([*arguments, "--data-dir", str(data_dir)])
+    for split in ("dog", "fish"):
+        shutil.rmtree(copy / "val" / split)
+    shutil.copytree(data_dir / "val" / "cat", copy / "val" / "cat")
+    cats = run(arguments)
+    assert cats["loss"] * 5 + part["loss"] * 10 == pytest.approx(whole["loss"] * 15)
+    (copy / "val" / "cat").rename(copy / "val" / "cow")
+    assert "has other classes than the checkpoint: 1 surplus ('cow')" in fails(main, arguments)
+    (tmp_path / "map.txt").write_text("dog\ncat\nfish\n")
+    line = fails(main, [*arguments, "--data-dir", str(data_dir), "--class-map", str(tmp_path / "map.txt")])
+    assert "has other classes than the checkpoint: 'dog' is class 0 here and class 1 there" in line
 
 
 @pytest.mark.slow
