@@ -142,7 +142,7 @@ def _open_images(
     if others:
         kinds = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in others)
         kinds = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-        LOGGER.warning("split '%s': passed over %d files (%s), e.g. %s", split, len(others), kinds, others[0])
+        LOGGER.warning("split '%s': passed over %d file(s) (%s), e.g. %s", split, len(others), kinds, others[0])
 
     found = sorted(set(names) - {None}, key=natural_key)
     labels = class_map or {name: label for label, name in enumerate(found)}

@@ -50,7 +50,7 @@ def test_classes_are_the_visible_folders_of_the_first_level(copy, opened, caplog
     after = opened(copy, *(pack(copy, arcname=arcname) if arcname else ()))
     assert [label for _, label in after] == sorted([*(label for _, label in before), 0])
     assert not any("checkpoint" in name or "logo" in name or "._0" in name for name, _ in after)
-    passed = {None: "passed over 4 files (3 .png, 1 .txt)"}.get(arcname, "passed over 4 files (4 .png)")
+    passed = {None: "passed over 4 file(s) (3 .png, 1 .txt)"}.get(arcname, "passed over 4 file(s) (4 .png)")
     assert len(caplog.messages) == 1 and passed in caplog.messages[0]
 
 
