@@ -1,0 +1,9 @@
+"""Trained models with their own weights and another attention: each head exact, linear or within blocks.
+
+The core needs torch only; ``elfatt.integrations`` finds the layers of a model and puts everything back.
+"""
+
+from elfatt.conversion.attention import hybrid_attention
+from elfatt.conversion.plan import Head, LayerPlan, Plan
+
+__all__ = ["Head", "LayerPlan", "Plan", "hybrid_attention"]
