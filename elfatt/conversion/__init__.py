@@ -4,6 +4,16 @@ The core needs torch only; ``elfatt.integrations`` finds the layers of a model a
 """
 
 from elfatt.conversion.attention import hybrid_attention
+from elfatt.conversion.calibrate import Attend, Calibration, calibrate, multiply_adds
 from elfatt.conversion.plan import Head, LayerPlan, Plan
 
-__all__ = ["Head", "LayerPlan", "Plan", "hybrid_attention"]
+__all__ = [
+    "Attend",
+    "Calibration",
+    "Head",
+    "LayerPlan",
+    "Plan",
+    "calibrate",
+    "hybrid_attention",
+    "multiply_adds",
+]
