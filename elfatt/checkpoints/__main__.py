@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import sys
 import textwrap
@@ -15,7 +16,7 @@ import timm
 import torch
 
 from elfatt.backbones import check_model
-from elfatt.checkpoints.loading import Fit, fit_tensors, read_checkpoint
+from elfatt.checkpoints.loading import Checkpoint, Fit, fit_tensors, read_checkpoint
 from elfatt.checkpoints.names import CROPS, StateDict
 from elfatt.checkpoints.structure import pair_by_structure
 
@@ -126,7 +127,7 @@ def _run(args: argparse.Namespace) -> int:
         print("does not fit" + (f": {args.output} is not written" if args.output else ""))
         return 1
     if args.output:
-        _write(args.output, args.model, checkpoint.source, fit.tensors)
+        _write(args.output, args.model, checkpoint, fit.tensors)
     print("fits" + (f": {args.output} is written" if args.output else ""))
     return 0
 
@@ -154,15 +155,17 @@ def _sections(
     }
 
 
-def _write(path: Path, model: str, source: str, tensors: StateDict) -> None:
-    """All of the file, or none of it."""
+def _write(path: Path, model: str, checkpoint: Checkpoint, tensors: StateDict) -> None:
+    """All of the file, or none of it, with what an evaluation needs to know of the weights beside them."""
     # copies, because views of one storage cannot become safetensors
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     part = path.with_name(path.name + ".part")
     if path.suffix == ".safetensors":
-        safetensors.torch.save_file(tensors, part, {"source": source})
+        classes = json.dumps(checkpoint.class_to_idx)
+        safetensors.torch.save_file(tensors, part, {"source": checkpoint.source, "class_to_idx": classes})
     else:
-        torch.save({"arch": model, "source": source, "state_dict": tensors}, part)
+        notes = {"arch": model, "source": checkpoint.source, "class_to_idx": checkpoint.class_to_idx}
+        torch.save({**notes, "state_dict": tensors}, part)
     os.replace(part, path)
 
 

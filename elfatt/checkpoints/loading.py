@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -239,7 +240,9 @@ def _read(path: Path) -> object:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # no mapping
-                return {"state_dict": tensors, "source": (file.metadata() or {}).get("source")}
+                notes = file.metadata() or {}
+                classes = json.loads(notes.get("class_to_idx", "null"))
+                return {"state_dict": tensors, "source": notes.get("source"), "class_to_idx": classes}
         # options of Swin's and its descendants are a dictionary; the rest is not built: no code
         options = (OrderedDict, "yacs.config.CfgNode")
         with torch.serialization.safe_globals([options, *((_Ignored, name) for name in IGNORED)]):

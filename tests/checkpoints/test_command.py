@@ -207,13 +207,14 @@ def test_renames_come_first_where_the_file_has_such_names(renames, names, tmp_pa
     assert torch.equal(model.stages[1].blocks[1].mlp.fc2.weight, expected.float())
 
 
-def test_the_source_survives_a_second_conversion(tmp_path, capsys):
-    path = save(tmp_path, drawn(convnext_shapes(DIMS, DEPTHS, 5)))
+def test_source_and_labels_survive_conversions(tmp_path, capsys):
+    path, labels = tmp_path / "in.pth", {"cat": 0, "dog": 1}
+    torch.save({"model": drawn(convnext_shapes(DIMS, DEPTHS, 5)), "class_to_idx": labels}, path)
     for target in ("a.safetensors", "b.pth", "c.safetensors"):
         assert run(capsys, path, *CONVNEXT, "--output", tmp_path / target)[0] == 0
         path = tmp_path / target
         report = load_checkpoint(timm.create_model("convnext_tiny", dims=DIMS, depths=DEPTHS, num_classes=5), path)
-        assert report.source == "Facebook ConvNeXt"
+        assert (report.source, report.class_to_idx) == ("Facebook ConvNeXt", labels)
 
 
 @pytest.mark.parametrize(
