@@ -22,7 +22,8 @@ FILES = sorted(
     for path in (CONFIGS / task).glob("*_*_*.py")
 )
 RATES = {"cswin_base": 0.6, "convnext": 0.4, "vmamba": 0.2}  # stochastic depth in segmentation, else 0.3
-SPARED = ("relative_position_bias_table", "A_logs", "Ds", "dt_projs_bias")
+AGENT = tuple(f"{table}_bias" for table in ("an", "na", "ah", "aw", "ha", "wa"))
+SPARED = ("relative_position_bias_table", *AGENT)
 SEGMENTATION = [name for name in FILES if name.startswith("segmentation")]
 DETECTION = [name for name in FILES if name.startswith("detection")]
 
