@@ -58,6 +58,18 @@ def test_default_cfg_names_real_parameters(name):
     assert features.shape == (1, *cfg["pool_size"], model.num_features)
 
 
+@pytest.mark.parametrize("name", [*TINY, "vmamba_tiny"])
+def test_an_empty_batch_gives_no_logits_and_zero_gradients(name):
+    model = timm.create_model(name, embed_dim=48, depths=(1, 1, 2, 1), num_classes=5)
+    for backend in ("reference", "plain", "math", "sdpa", "auto"):
+        model.zero_grad()
+        with use_backend(backend):
+            logits = model(torch.zeros(0, 3, 32, 32))
+            logits.sum().backward()
+        assert logits.shape == (0, 5), backend
+        assert not any(p.grad.count_nonzero() for p in model.parameters()), backend
+
+
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("size", [(32, 32), (47, 90)], ids=str)
 def test_forward_and_every_gradient_at_any_size(name, size):
