@@ -30,6 +30,8 @@ LEFT_OVER = ("head.", "norm.")  # a checkpoint's classifier and the norm before 
 class TimmBackbone(BaseModule):
     """Four feature maps of a timm model, each behind a LayerNorm of its own, as the paper's dense models have them.
 
+    The ε of these norms is that of the model's own, as in the dense code of each system: 1e-6 in ConvNeXt, else 1e-5.
+
     Args:
         name: Model of ``timm.create_model`` with ``forward_intermediates``: ours, ConvNeXt, or another of four stages.
         out_indices: Levels to return, from 0; level i has stride ``4 * 2**i``. Stages behind the last are not built.
@@ -73,8 +75,9 @@ class TimmBackbone(BaseModule):
         )
         if frozen_stages >= 0 and not {"stem", "stages"} <= dict(self.features.model.named_children()).keys():
             raise ValueError(f"frozen_stages={frozen_stages}: {name} has no 'stem' and 'stages', leave it at -1")
+        eps = next((m.eps for m in self.features.model.modules() if isinstance(m, nn.LayerNorm)), 1e-5)
         # "norm" in the name keeps weight decay away, see decay_mult in the configurations
-        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.features.feature_info.channels())
+        self.norms = nn.ModuleList(nn.LayerNorm(c, eps=eps) for c in self.features.feature_info.channels())
         if with_cp:
             self.features.model.set_grad_checkpointing(True)
         self._freeze()
