@@ -21,6 +21,7 @@ from timm.utils import ParseKwargs
 from elfatt.ops import BACKENDS, active_backend
 
 READERS = ("", "wds", "hfds", "hfids", "tfds", "torch")  # '' is a folder or tar files
+CROP_MODES = ("center", "squash", "border")  # timm's
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 # what a number may be: from, to, and whether the ends belong to it, as in [0, 1)
 RANGES = {
@@ -106,6 +107,11 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     add("--num-classes", type=int, help="outputs of the classifier (default: the model's own)")
     add("--img-size", type=int, help="side of the square input in pixels (default: the model's own)")
     add("--crop-pct", type=float, help="share of the resized image that the evaluation crop keeps")
+    add(
+        "--crop-mode",
+        choices=CROP_MODES,
+        help="center cuts the longer side off, squash changes the aspect ratio, border pads the shorter side",
+    )
     add("--interpolation", default="bicubic", choices=INTERPOLATIONS, help="resampling at evaluation")
 
     group = parser.add_argument_group("computation")

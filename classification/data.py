@@ -351,7 +351,7 @@ def data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     Raises:
         UserError: The model takes neither RGB nor grey images.
     """
-    names = ("img_size", "crop_pct", "interpolation")
+    names = ("img_size", "crop_pct", "crop_mode", "interpolation")
     config = resolve_data_config({name: getattr(args, name) for name in names}, model=model)
     channels = args.model_kwargs.get("in_chans", 3)
     if channels not in IMAGE_MODES:

@@ -270,10 +270,10 @@ class Trainer:
             UserError: The loss is not finite.
         """
         args, state = self.args, self.state
-        if self.erase:
-            images = self.erase(images)
         if self.mixup:
             images, labels = self.mixup(images, labels)
+        if self.erase:  # after mixing, as in timm 0.3.4's loader, which CSWin's recipe runs
+            images = self.erase(images)
         with nullcontext() if update else self.no_sync():
             with self.autocast:
                 loss = self.loss(self.net(images.contiguous(memory_format=self.memory_format)), labels)

@@ -1,26 +1,30 @@
 """Evaluates a checkpoint: `python classification/validate.py --config FILE --data-dir FOLDER --checkpoint FILE`.
 
 Runs alone or under torchrun; on any number of processes each image counts exactly once. Published accuracies are
-those of the averaged (EMA) weights, which are the default where the file has them.
+those of the averaged (EMA) weights, which are the default where the file has them, and of their authors' crop, which is
+taken for weights of theirs, whatever a configuration says, unless the command line has --crop-pct or --crop-mode.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 import torch
 
 import elfatt  # noqa: F401  registers the models with timm
-from classification.config import UserError, parse_args
+from classification.config import UserError, build_parser, parse_args
 from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
 from classification.splits import check_class_count, open_split
+from elfatt.checkpoints import LoadReport, published_crop
 
 CHOSEN = ("model", "checkpoint", "weights", "backend")
 COLUMNS = (*CHOSEN, "top1", "top5", "loss", "images", "images_per_s")  # of a table of results
@@ -45,7 +49,8 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(world.device, memory_format=memory_format)
     broken = BrokenImages(args.max_broken_images)
-    loader = Loader(dataset, args, data_config(args, model), world, broken, train=False)
+    config = evaluation_config(argv, args, model, report)
+    loader = Loader(dataset, args, config, world, broken, train=False)
     if world.distributed and not loader.seekable:
         LOGGER.warning("%s deals the images itself: check the number of images below", args.dataset)
     loader.seek(0)
@@ -62,6 +67,26 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
         if args.results_file:
             write_results(results, Path(args.results_file))
     return results
+
+
+def evaluation_config(
+    argv: list[str] | None, args: argparse.Namespace, model: torch.nn.Module, report: LoadReport
+) -> dict[str, Any]:
+    """timm's data configuration, with the crop of the weights' authors where the command line gives none."""
+    config = data_config(args, model)
+    crop = published_crop(report.source, config["input_size"][-1])
+    if crop is None:
+        return config
+    # values that stand in a namespace are no defaults any more: what is not None was typed
+    typed = build_parser(train=False).parse_known_args(argv, argparse.Namespace(**dict.fromkeys(crop._fields)))[0]
+    if typed.crop_pct is not None or typed.crop_mode is not None:
+        return config
+    config |= {name: value for name, value in crop._asdict().items() if getattr(typed, name) is None}
+    LOGGER.info(
+        "crop of the authors of %s: --crop-pct %s --crop-mode %s (%s); give these options to choose otherwise",
+        *(report.source, config["crop_pct"], config["crop_mode"], config["interpolation"]),
+    )
+    return config
 
 
 def check_table(path: Path) -> None:

@@ -96,13 +96,20 @@ def elfatt(w, x, *, num_heads, block_size, channel_split=0.5):
 
 @per_image
 def cswin(w, x, *, num_heads, stripe):
-    q, k, v = linear(w, "qkv", x).chunk(3, -1)
-    half = x.shape[-1] // 2
-    vertical = in_blocks(*(t[..., :half] for t in (q, k, v)), num_heads // 2, (x.shape[0], stripe), w, "lepe_vertical")
-    horizontal = in_blocks(
-        *(t[..., half:] for t in (q, k, v)), num_heads // 2, (stripe, x.shape[1]), w, "lepe_horizontal"
-    )
-    return linear(w, "proj", torch.cat([vertical, horizontal], -1))
+    """Each half of the channels on a canvas of whole stripes, the map in its middle; an odd token lies behind it."""
+    qkv, out = linear(w, "qkv", x).chunk(3, -1), []
+    for part, name in enumerate(("lepe_vertical", "lepe_horizontal")):
+        size, places = [*x.shape[:2]], [slice(0, x.shape[0]), slice(0, x.shape[1])]
+        axis = 1 - part
+        size[axis] = stripe * -(-x.shape[axis] // stripe)
+        start = (size[axis] - x.shape[axis]) // 2
+        places[axis] = slice(start, start + x.shape[axis])
+        canvases = [t.new_zeros(*size, x.shape[-1] // 2) for t in qkv]
+        for canvas, t in zip(canvases, qkv, strict=True):
+            canvas[tuple(places)] = t.chunk(2, -1)[part]
+        block = (size[0], stripe) if axis else (stripe, size[1])
+        out.append(in_blocks(*canvases, num_heads // 2, block, w, name)[tuple(places)])
+    return linear(w, "proj", torch.cat(out, -1))
 
 
 @per_image

@@ -11,10 +11,8 @@ optim_wrapper = dict(
             "absolute_pos_embed": _no_decay,
             "relative_position_bias_table": _no_decay,
             "norm": _no_decay,
-            # VMamba's scans
-            "A_logs": _no_decay,
-            "Ds": _no_decay,
-            "dt_projs_bias": _no_decay,
+            # Agent's position biases, as in its configs (LeapLabTHU/Agent-Attention, downstream/*/configs/agent_swin)
+            **{f"{table}_bias": _no_decay for table in ("an", "na", "ah", "aw", "ha", "wa")},
             # norms of timm's ConvNeXt that are not called so
             "features.model.stem.1.": _no_decay,
             "downsample.0.": _no_decay,

@@ -1,18 +1,27 @@
-"""CSWin's cross-shaped stripes (arXiv 2107.00652, official models/cswin.py): "LOCAL" on the CSWin backbone."""
+"""CSWin's cross-shaped stripes (arXiv 2107.00652): "LOCAL" on the CSWin backbone.
+
+Follows the official code; for maps that the stripes do not divide, segmentation/backbone/cswin_transformer.py.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
 from elfatt.layers.lepe import LePE, kernel_of
 from elfatt.ops import block_attention
 
+ROWS, COLUMNS = 1, 2  # axes of a map [B, H, W, ...]
+
 
 @register_attention("cswin")
 class CSWinAttention(QKVAttention):
     """Half the heads attend in vertical stripes, half in horizontal ones; LePE stays inside each stripe.
+
+    Where the stripes do not divide the map, q, k and v are zero-padded to whole stripes on both sides (an odd token on
+    the right or at the bottom), and the padding takes part without a mask.
 
     Args:
         dim: Channels C of the map.
@@ -37,14 +46,22 @@ class CSWinAttention(QKVAttention):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``, channels [vertical, horizontal]."""
-        halves = unpack(qkv).chunk(2, dim=-1)
-        stripes = ((0, self.stripe), self.lepe_vertical), ((self.stripe, 0), self.lepe_horizontal)
-        return torch.cat(
-            [
-                block_attention(
-                    half, num_heads=self.num_heads // 2, block=block, lepe=kernel_of(lepe), backend=self.backend
-                )
-                for half, (block, lepe) in zip(halves, stripes, strict=True)
-            ],
-            dim=-1,
+        vertical, horizontal = unpack(qkv).chunk(2, dim=-1)
+        parts = (vertical, COLUMNS, self.lepe_vertical), (horizontal, ROWS, self.lepe_horizontal)
+        return torch.cat([self._attend_stripes(*part) for part in parts], dim=-1)
+
+    def _attend_stripes(self, qkv: torch.Tensor, axis: int, lepe: LePE | None) -> torch.Tensor:
+        """From ``[B, H, W, 3, C / 2]`` to ``[B, H, W, C / 2]``, in stripes that lie side by side along the axis."""
+        side = qkv.shape[axis]
+        missing = -side % self.stripe
+        before = missing // 2
+        if missing:
+            qkv = F.pad(qkv, (0, 0) * (qkv.ndim - 1 - axis) + (before, missing - before))
+        out = block_attention(
+            qkv,
+            num_heads=self.num_heads // 2,
+            block=(0, self.stripe) if axis == COLUMNS else (self.stripe, 0),
+            lepe=kernel_of(lepe),
+            backend=self.backend,
         )
+        return out.narrow(axis, before, side)

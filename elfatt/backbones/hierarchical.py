@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -175,7 +176,7 @@ class HierarchicalBackbone(nn.Module):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
         wanted, last = feature_take_indices(len(self.stages), indices)
         intermediates = []
-        x = self.stem(x)
+        x = self._embed(x)
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in wanted:
@@ -202,7 +203,19 @@ class HierarchicalBackbone(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Image ``[B, in_chans, H, W]`` to normed features ``[B, H', W', C]``."""
-        return self.norm(self.stages(self.stem(x)))
+        return self.norm(self.stages(self._embed(x)))
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        """The stem; a trace (TorchScript, and ONNX by tracing) keeps the blocks and padding of the image at hand."""
+        if torch.jit.is_tracing():
+            height, width = x.shape[2:]
+            warnings.warn(
+                f"traced for images of {height}×{width} pixels (height × width) alone: at another size outputs can "
+                "differ without an error; trace again for it, or use torch.export, which refuses sizes beyond its own",
+                torch.jit.TracerWarning,
+                stacklevel=1,
+            )
+        return self.stem(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features ``[B, H', W', C]`` to logits ``[B, num_classes]``, or to pooled features ``[B, C]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import sys
 import textwrap
@@ -15,8 +16,8 @@ import timm
 import torch
 
 from elfatt.backbones import check_model
-from elfatt.checkpoints.loading import Fit, fit_tensors, read_tensors
-from elfatt.checkpoints.names import NAMINGS, StateDict, convert_state_dict, new_names
+from elfatt.checkpoints.loading import Checkpoint, Fit, fit_tensors, read_checkpoint
+from elfatt.checkpoints.names import CROPS, StateDict
 from elfatt.checkpoints.structure import pair_by_structure
 
 PROGRAM = "python -m elfatt.checkpoints"
@@ -24,12 +25,17 @@ DESCRIPTION = """\
 Convert a published checkpoint to the names of a model, and check that every tensor fits.
 
 Recognised names: {sources}, and the model's own.
-The report lists each tensor that was resized, paired by its structure, or does not fit. Nothing is written unless all
-fit; what is written loads wherever weights are taken: --initial-checkpoint, --checkpoint, --pretrained."""
+They may have a prefix (module., model., backbone. ...): the one under which most of the model's tensors are found. What
+stands elsewhere, such as a detector's heads, is left out. The report lists each tensor that was resized, paired by its
+structure, left out, or does not fit. Nothing is written unless all fit; what is written loads wherever weights are
+taken (--initial-checkpoint, --checkpoint, --pretrained) and names its source, whose crop validate.py then takes."""
 EPILOG = """\
 Modules of unknown names are paired with those that the model still misses where block and shapes leave one choice.
 Where they leave several, nothing is guessed: the report names the candidates, and --rename decides; only an evaluation
 can tell whether it decided well.
+
+A --rename whose PATTERN changes a name of the file is applied before names are recognised; any other is applied to the
+names that come out, as the report shows them after "here".
 
 examples:
   {program} swin_tiny_patch4_window7_224.pth --model swin_tiny_local
@@ -52,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv):
-    sources = textwrap.fill(", ".join(naming.source for naming in NAMINGS), 90)
+    sources = textwrap.fill(", ".join(CROPS), 90)
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description=DESCRIPTION.format(sources=sources),
@@ -72,7 +78,7 @@ def _parse(argv):
         default=[],
         type=_pair,
         metavar="PATTERN=NAME",
-        help="replace a regular expression in the names, as the report shows them; may be repeated",
+        help="replace a regular expression in the names; may be repeated",
     )
     add("--allow", nargs="+", default=[], metavar="PREFIX", help="names that need not fit, e.g. head.")
     return parser.parse_args(argv)
@@ -101,26 +107,27 @@ def _run(args: argparse.Namespace) -> int:
         model = timm.create_model(args.model, **dict(args.model_kwargs))
     own = model.state_dict()
 
-    tensors, weights = read_tensors(args.file, model, use_ema=not args.no_ema, allow=args.allow)
-    origins = {new: old for old, new in new_names(tensors, model, args.rename)[0].items()}
-    converted, source = convert_state_dict(tensors, model, args.rename)
+    checkpoint = read_checkpoint(args.file, model, use_ema=not args.no_ema, allow=args.allow, renames=args.rename)
+    converted, origins = dict(checkpoint.tensors), dict(checkpoint.origins)
     first = fit_tensors(converted, model)
     pairs, choices = pair_by_structure(first.missing, first.unexpected, own)
     for name, left_over in pairs.items():
         converted[name], origins[name] = converted.pop(left_over), origins[left_over]
     fit = fit_tensors(converted, model)
 
-    print(f"{args.file}: {len(tensors)} tensors, {source} names, {weights} weights")
+    count = len(origins) - len(pairs) + len(checkpoint.left_over)
+    print(f"{args.file}: {count} tensors, {checkpoint.names} names, {checkpoint.weights} weights")
     print(f"{args.model}: {len(fit.tensors)} of {len(own)} tensors matched")
     broken = [name for name, tensor in fit.tensors.items() if not tensor.isfinite().all()]
-    for title, lines in (_sections(fit, origins, pairs, choices) | {"not finite": broken}).items():
+    sections = _sections(fit, origins, pairs, choices)
+    for title, lines in {"of other parts": checkpoint.left_over, **sections, "not finite": broken}.items():
         if lines:
             print(f"{title} ({len(lines)}):", *lines, sep="\n  ")
     if broken or any(fit.misfits(args.allow).values()):
         print("does not fit" + (f": {args.output} is not written" if args.output else ""))
         return 1
     if args.output:
-        _write(args.output, args.model, fit.tensors)
+        _write(args.output, args.model, checkpoint, fit.tensors)
     print("fits" + (f": {args.output} is written" if args.output else ""))
     return 0
 
@@ -148,15 +155,17 @@ def _sections(
     }
 
 
-def _write(path: Path, model: str, tensors: StateDict) -> None:
-    """All of the file, or none of it."""
+def _write(path: Path, model: str, checkpoint: Checkpoint, tensors: StateDict) -> None:
+    """All of the file, or none of it, with what an evaluation needs to know of the weights beside them."""
     # copies, because views of one storage cannot become safetensors
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     part = path.with_name(path.name + ".part")
     if path.suffix == ".safetensors":
-        safetensors.torch.save_file(tensors, part)
+        classes = json.dumps(checkpoint.class_to_idx)
+        safetensors.torch.save_file(tensors, part, {"source": checkpoint.source, "class_to_idx": classes})
     else:
-        torch.save({"arch": model, "state_dict": tensors}, part)
+        notes = {"arch": model, "source": checkpoint.source, "class_to_idx": checkpoint.class_to_idx}
+        torch.save({**notes, "state_dict": tensors}, part)
     os.replace(part, path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import logging
 import math
 import re
@@ -11,15 +11,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import nn
 
-from elfatt.checkpoints.names import POSITIONS, StateDict, convert_state_dict
+from elfatt.backbones import list_models
+from elfatt.checkpoints.names import CROPS, POSITIONS, Crop, StateDict, convert_state_dict
 from elfatt.layers import resize_positions
 
 LOGGER = logging.getLogger(__name__)
-CONTAINERS = {"ema": ("state_dict_ema", "model_ema"), "raw": ("state_dict", "model")}
+CONTAINERS = {"ema": ("state_dict_ema", "model_ema", "ema_state_dict"), "raw": ("state_dict", "model")}
+
+# what trainers leave beside the tensors: arguments of timm's script, numbers and arrays of numpy 1 and 2, logged values
+# of open-mmlab's with their methods, which are pickled through getattr
+IGNORED = (
+    "argparse.Namespace",
+    "builtins.getattr",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("_core", "core") for name in ("scalar", "_reconstruct")),
+)
+
+AVERAGED_ONLY = "{} holds averaged weights only: load it with use_ema=True"
+REMEDIES = (  # by what all refused tensors match
+    (r"head\.", "set the checkpoint's num_classes, or start the classifier anew with allow=('head.',)"),
+    (
+        r"(head|norm)\.",
+        "a dense model has no classifier: if it is one's, start that anew with allow=('head.', 'norm.')",
+    ),
+    (r".*\.relative_position_bias_table \[", "its last axis is the number of heads: set the checkpoint's num_heads"),
+    (
+        "",
+        "build the model that the checkpoint was trained with, name the prefixes to skip in allow, or let "
+        "python -m elfatt.checkpoints list every tensor",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -27,11 +54,13 @@ class LoadReport:
     """What ``load_checkpoint`` did.
 
     Attributes:
-        source: Whose names the file uses; ``native`` for the model's own.
+        source: Who published the weights, by their names or by the note of ``python -m elfatt.checkpoints``; ``native``
+            for the model's own names.
         weights: ``ema`` or ``raw``.
         matched: Tensors loaded, resized ones included.
         resized: Position tables that were interpolated to the model's size.
         skipped: Tensors that did not fit and that the caller allowed not to.
+        left_over: The file's names of what belongs to other parts, such as the heads of a dense model.
         class_to_idx: Labels of the classes that the model was trained on, where the file tells.
     """
 
@@ -40,7 +69,13 @@ class LoadReport:
     matched: int
     resized: tuple[str, ...]
     skipped: tuple[str, ...]
+    left_over: tuple[str, ...] = ()
     class_to_idx: dict[str, int] | None = None
+
+
+def published_crop(source: str, side: int) -> Crop | None:
+    """The evaluation behind a source's published accuracies at a side in pixels, where it published any."""
+    return CROPS.get(source, {}).get(side)
 
 
 def load_checkpoint(
@@ -48,15 +83,16 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load a checkpoint into one of our models, or into any other under the names it has itself.
 
+    The model may be a part of what the file holds, such as the backbone of a detector; see ``convert_state_dict``.
     Position tables of another resolution are interpolated as their authors do. A table of tokens is taken to come from
     a square map. When it raises, the model is as it was.
 
     Args:
         model: The model.
-        path: ``.safetensors``, or a file of ``torch.save`` that holds nothing but tensors and plain containers.
+        path: ``.safetensors``, or a file of ``torch.save`` with nothing but tensors, numbers and plain containers.
         use_ema: Take averaged weights where the file has them.
         allow: Prefixes of tensors, under the model's names, that may be missing, unexpected or of another shape, such
-            as ``("head.",)`` for another number of classes; ``"arch"`` allows a file that names another model.
+            as ``("head.",)`` for another number of classes; ``"arch"`` allows a file that names another of our models.
 
     Raises:
         FileNotFoundError: No such file.
@@ -65,28 +101,30 @@ def load_checkpoint(
     """
     if isinstance(allow, str):
         raise TypeError(f"allow={allow!r} must be a sequence of prefixes: ({allow!r},)")
-    content = _read(Path(path))
-    tensors, weights = _choose_tensors(content, model, path, use_ema, allow)
-    tensors, source = convert_state_dict(tensors, model)
-    origin = f"{source} names, {weights} weights"
-    fit = fit_tensors(tensors, model)
+    checkpoint = read_checkpoint(path, model, use_ema=use_ema, allow=allow)
+    origin = f"{checkpoint.names} names, {checkpoint.weights} weights"
+    fit = fit_tensors(checkpoint.tensors, model)
     refused = fit.misfits(allow)
     if any(refused.values()):
-        remedy = (
-            "build the model that the checkpoint was trained with, name the prefixes to skip in allow, or let "
-            "python -m elfatt.checkpoints list every tensor"
-        )
-        if all(key.startswith("head.") for keys in refused.values() for key in keys):
-            remedy = "set the checkpoint's num_classes, or start the classifier anew with allow=('head.',)"
+        names = [name for group in refused.values() for name in group]
+        remedy = next(remedy for pattern, remedy in REMEDIES if all(re.match(pattern, name) for name in names))
         found = _summary(refused)
         raise ValueError(f"{path} ({origin}) does not fit {type(model).__name__}: {found}; {remedy}")
 
     model.load_state_dict(fit.tensors, strict=False)  # strictness is checked above, before anything changes
     skipped = (*fit.missing, *fit.unexpected, *fit.mismatched)
-    changes = _summary({"resized": tuple(fit.resized), "skipped": skipped}) or "none resized, none skipped"
+    groups = {"resized": tuple(fit.resized), "skipped": skipped, "of other parts": checkpoint.left_over}
+    changes = _summary(groups) or "none resized, none skipped"
     LOGGER.info("%s: %s, %d tensors matched, %s", path, origin, len(fit.tensors), changes)
-    classes = content.get("class_to_idx")
-    return LoadReport(source, weights, len(fit.tensors), tuple(fit.resized), skipped, classes)
+    return LoadReport(
+        checkpoint.source,
+        checkpoint.weights,
+        len(fit.tensors),
+        tuple(fit.resized),
+        skipped,
+        checkpoint.left_over,
+        checkpoint.class_to_idx,
+    )
 
 
 @dataclass(frozen=True)
@@ -135,20 +173,64 @@ def fit_tensors(tensors: StateDict, model: nn.Module) -> Fit:
     )
 
 
-def read_tensors(
-    path: str | Path, model: nn.Module, *, use_ema: bool = True, allow: Sequence[str] = ()
-) -> tuple[StateDict, str]:
-    """The tensors of a checkpoint under their own names, and whether they are ``ema`` or ``raw``.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds for a model.
 
-    Args and errors as in ``load_checkpoint``.
+    Attributes:
+        tensors: Under the model's names.
+        origins: Their names in the file.
+        left_over: The file's names of what belongs to other parts.
+        names: Whose names the file uses.
+        source: Who published the weights, as in ``LoadReport``.
+        weights: ``ema`` or ``raw``.
+        class_to_idx: Labels of the classes, as in ``LoadReport``.
     """
-    return _choose_tensors(_read(Path(path)), model, path, use_ema, allow)
+
+    tensors: StateDict
+    origins: dict[str, str]
+    left_over: tuple[str, ...]
+    names: str
+    source: str
+    weights: str
+    class_to_idx: dict[str, int] | None
 
 
-def _choose_tensors(content, model, path, use_ema, allow):
+def read_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    use_ema: bool = True,
+    allow: Sequence[str] = (),
+    renames: Sequence[tuple[str, str]] = (),
+) -> Checkpoint:
+    """Read a file and give its tensors the model's names, see ``load_checkpoint`` and ``convert_state_dict``."""
+    content = _read(Path(path))
     tensors, weights = _unwrap(content, use_ema, path)
     _check_architecture(content, model, path, allow)
-    return tensors, weights
+    converted = convert_state_dict(tensors, model, renames, use_ema=use_ema)
+    if converted.averaged and not use_ema:
+        raise ValueError(AVERAGED_ONLY.format(path))
+    noted = str(content.get("source"))
+    return Checkpoint(
+        converted.tensors,
+        converted.origins,
+        converted.left_over,
+        names=converted.source,
+        source=noted if noted in CROPS else converted.source,
+        weights="ema" if converted.averaged else weights,
+        class_to_idx=content.get("class_to_idx"),
+    )
+
+
+class _Ignored:
+    """Stands for an object of no interest, whatever it is made of; what that is has been checked by then."""
+
+    def __init__(self, *args: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def _read(path: Path) -> object:
@@ -156,10 +238,14 @@ def _read(path: Path) -> object:
         raise FileNotFoundError(f"checkpoint {path} does not exist, or is no file")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        # arguments of timm's training script, and options of Swin's and its descendants' read as what they are: no code
+            with safetensors.safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # no mapping
+                notes = file.metadata() or {}
+                classes = json.loads(notes.get("class_to_idx", "null"))
+                return {"state_dict": tensors, "source": notes.get("source"), "class_to_idx": classes}
+        # options of Swin's and its descendants are a dictionary; the rest is not built: no code
         options = (OrderedDict, "yacs.config.CfgNode")
-        with torch.serialization.safe_globals([argparse.Namespace, options]):
+        with torch.serialization.safe_globals([options, *((_Ignored, name) for name in IGNORED)]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files fail in many ways
         reason = f"is damaged or no checkpoint ({type(error).__name__}): download or copy it again"
@@ -174,6 +260,9 @@ def _read(path: Path) -> object:
 def _unwrap(content: object, use_ema: bool, path: str | Path) -> tuple[StateDict, str]:
     """The state dict in a file, and whether it is ``ema`` or ``raw``."""
     fields = content if isinstance(content, dict) else {}
+    averaged = fields.get("ema_state_dict")
+    if _is_state_dict(averaged) and "steps" in averaged:  # mmengine's EMAHook swaps the two when it saves
+        fields = {"ema_state_dict": fields.get("state_dict"), "state_dict": averaged}
     found = {
         weights: [fields[key] for key in keys if _is_state_dict(fields.get(key))]
         for weights, keys in CONTAINERS.items()
@@ -184,16 +273,16 @@ def _unwrap(content: object, use_ema: bool, path: str | Path) -> tuple[StateDict
         if found[weights]:
             return found[weights][0], weights
     if found["ema"]:
-        raise ValueError(f"{path} holds averaged weights only: load it with use_ema=True")
+        raise ValueError(AVERAGED_ONLY.format(path))
     wanted = ", ".join(key for keys in CONTAINERS.values() for key in keys)
     raise ValueError(f"{path} holds no tensors: it must be a state dict, or have one under {wanted}")
 
 
 def _check_architecture(content: object, model: nn.Module, path: str | Path, allow: Sequence[str]) -> None:
-    """Raise for a training checkpoint of another model: some models share all names and shapes."""
-    saved = content.get("arch") if isinstance(content, dict) else None
+    """Raise for a training checkpoint of another of our models: some of them share all names and shapes."""
+    saved = str(content.get("arch") if isinstance(content, dict) else None).split(".")[0]
     own = getattr(model, "pretrained_cfg", {}).get("architecture")
-    if saved and own and saved.split(".")[0] != own and "arch" not in allow:
+    if own and saved != own and saved in list_models() and "arch" not in allow:
         raise ValueError(
             f"{path} is a checkpoint of {saved}, not of {own}: build {saved}, or allow 'arch' to load it all the same"
         )

@@ -2,14 +2,16 @@
 
 Names follow microsoft/Swin-Transformer (swin_transformer.py), microsoft/CSWin-Transformer (cswin.py),
 LeapLabTHU/FLatten-Transformer (flatten_swin.py, flatten_cswin.py), LeapLabTHU/Agent-Attention (agent_swin.py,
-agent_cswin.py), MzeroMiko/VMamba (vmamba.py), facebookresearch/ConvNeXt (convnext.py, for timm's model) and timm
-(swin_transformer.py). Another one is another row of ``NAMINGS``.
+agent_cswin.py), MzeroMiko/VMamba (vmamba.py), facebookresearch/ConvNeXt (convnext.py, for timm's model), timm
+(swin_transformer.py) and open-mmlab's mmdetection, mmsegmentation and mmpretrain (swin.py), with the norms that their
+dense models have behind each level. Another one is another row of ``NAMINGS``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -17,8 +19,17 @@ from torch import nn
 
 StateDict = dict[str, torch.Tensor]
 
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # left by DistributedDataParallel and torch.compile
 DERIVED = (".relative_position_index", ".attn_mask")  # buffers that models compute and old checkpoints hold
+LEVEL_NORMS = "norms."  # of a dense model's backbone, one a level; a classification model has none
+AVERAGED = re.compile(r"(?:^|[._])ema(?:[._]|$)")  # prefixes of averaged copies, such as "ema_model."
+
+
+class Crop(NamedTuple):
+    """How authors cut an image for evaluation, in timm's terms."""
+
+    crop_pct: float
+    crop_mode: str
+    interpolation: str = "bicubic"
 
 
 class Naming(NamedTuple):
@@ -28,16 +39,25 @@ class Naming(NamedTuple):
         source: Its name for people.
         marks: Regular expressions that each match some key of it.
         rules: Regular expressions and their replacements, applied to every key in this order.
+        crops: The crop behind the published accuracies, by the side of the image in pixels.
+        values: Regular expressions for our names, and what becomes of such a tensor.
     """
 
     source: str
     marks: tuple[str, ...]
     rules: tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+    crops: Mapping[int, Crop]
+    values: tuple[tuple[str, Callable[[torch.Tensor], torch.Tensor]], ...] = ()
 
 
 def _stage(template: str, shift: int) -> Callable[[re.Match], str]:
     """Replacement that counts the stage in group 1 from elsewhere."""
     return lambda match: template.format(int(match[1]) + shift)
+
+
+def _corners(merged: torch.Tensor) -> torch.Tensor:
+    """``[..., 4 C]`` as ``nn.Unfold`` has it, channel by channel, to Swin's corners (0, 0), (1, 0), (0, 1), (1, 1)."""
+    return merged.unflatten(-1, (-1, 4)).mT[..., [0, 2, 1, 3], :].flatten(-2)
 
 
 TIMM_SWIN = (
@@ -49,7 +69,16 @@ SWIN = (
     # a merge ends the stage before it, ours opens the stage behind it
     (r"^layers\.(\d+)\.downsample\.", _stage("stages.{}.downsample.", 1)),
     *TIMM_SWIN,
+    (r"^norm(\d)\.", r"norms.\1."),
     (r"^head\.(?=weight$|bias$)", "head.fc."),
+)
+OPEN_MMLAB_SWIN = (
+    (r"^patch_embed\.projection\.", "stem.conv."),
+    (r"^patch_embed\.norm\.", "stem.norm."),
+    (r"^stages\.(\d+)\.downsample\.", _stage("stages.{}.downsample.", 1)),
+    (r"\.attn\.w_msa\.", ".attn."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
 )
 CSWIN = (
     (r"^stage1_conv_embed\.0\.", "stem.conv."),
@@ -61,6 +90,7 @@ CSWIN = (
     (r"\.attns\.1\.get_v\.", ".attn.lepe_horizontal."),
     (r"\.attns\.get_v\.", ".attn.lepe."),
     (r"\.attns\.(?=\D)", ".attn."),
+    (r"^norm(\d)\.", _stage("norms.{}.", -1)),
     (r"^head\.(?=weight$|bias$)", "head.fc."),
 )
 VMAMBA = (
@@ -71,10 +101,11 @@ VMAMBA = (
     (r"^layers\.(\d+)\.downsample\.1\.", _stage("stages.{}.downsample.conv.", 1)),
     (r"^layers\.(\d+)\.downsample\.3\.", _stage("stages.{}.downsample.norm.", 1)),
     (r"^layers\.(\d+)\.", r"stages.\1."),
-    (r"(\.blocks\.\d+)\.norm\.", r"\1.norm1."),
-    (r"(\.blocks\.\d+)\.op\.", r"\1.attn."),
+    (r"(\.blocks\.\d+)\.(?:norm|ln_1)\.", r"\1.norm1."),
+    (r"(\.blocks\.\d+)\.(?:op|self_attention)\.", r"\1.attn."),
     (r"^classifier\.norm\.", "norm."),
-    (r"^classifier\.head\.", "head.fc."),
+    (r"^(?:classifier\.)?head\.(?=weight$|bias$)", "head.fc."),
+    (r"^outnorm(\d)\.", r"norms.\1."),
 )
 CONVNEXT = (
     (r"^downsample_layers\.0\.", "stem."),
@@ -83,23 +114,50 @@ CONVNEXT = (
     (r"\.dwconv\.", ".conv_dw."),
     (r"\.pwconv(?=\d)", ".mlp.fc"),
     (r"^norm\.", "head.norm."),
+    (r"^norm(\d)\.", r"norms.\1."),
     (r"^head\.(?=weight$|bias$)", "head.fc."),
 )
 _SWIN, _CSWIN = r"^layers\.0\.downsample\.", r"^stage1_conv_embed\."
-_AGENT, _FLATTEN = r"\.an_bias$", r"\.positional_encoding$"
+_AGENT, _FLATTEN, _OPEN_MMLAB = r"\.an_bias$", r"\.positional_encoding$", r"\.attn\.w_msa\."
+
+# Agent's biases have a leading axis of one, with which they could not be channels-last
+AGENT_VALUES = ((r"\.(?:ah|aw|ha|wa)_bias$", lambda bias: bias[0] if bias.ndim == 5 else bias),)
+OPEN_MMLAB_VALUES = ((r"^stages\.\d+\.downsample\.", _corners),)
+VMAMBA_VALUES = ((r"\.(?:in_proj|out_proj|fc1|fc2)\.weight$", lambda weight: weight.flatten(1)),)  # 1 x 1 convolutions
+
+SWIN_CROPS = {
+    224: Crop(0.875, "center"),
+    384: Crop(1.0, "squash"),
+}  # data/build.py; the 384 configs have TEST.CROP False
+# LeapLabTHU's data/build.py resizes to 256 x 256 before it crops; only the Swin configs of 384 have TEST.CROP False
+LEAP_SWIN_CROPS = {224: Crop(0.875, "squash"), 384: Crop(1.0, "squash")}
+LEAP_CSWIN_CROPS = {224: Crop(0.875, "squash"), 384: Crop(0.875, "squash")}
+CSWIN_CROPS = {224: Crop(0.9, "center"), 384: Crop(1.0, "center")}  # models/cswin.py, default_cfgs
+VMAMBA_CROPS = {224: Crop(0.875, "center")}  # classification/data/build.py; it publishes nothing else
+CONVNEXT_CROPS = {224: Crop(0.875, "center"), 384: Crop(1.0, "squash")}  # datasets.py
+TIMM_SWIN_CROPS = {224: Crop(0.9, "center"), 384: Crop(1.0, "center")}  # swin_transformer.py, default_cfgs
 
 # the first row whose marks are all found counts
 NAMINGS = (
-    Naming("VMamba", (r"\.op\.A_logs$",), VMAMBA),
-    Naming("Facebook ConvNeXt", (r"^downsample_layers\.0\.", r"\.dwconv\."), CONVNEXT),
-    Naming("Agent-Swin", (_SWIN, _AGENT), (*SWIN, (r"\.attn\.dwc\.", ".attn.lepe."))),
-    Naming("Agent-CSWin", (_CSWIN, _AGENT), CSWIN),
-    Naming("FLatten-Swin", (_SWIN, _FLATTEN), SWIN),
-    Naming("FLatten-CSWin", (_CSWIN, _FLATTEN), CSWIN),
-    Naming("microsoft Swin", (_SWIN,), SWIN),
-    Naming("microsoft CSWin", (_CSWIN,), CSWIN),
-    Naming("timm Swin", (r"^layers\.1\.downsample\.",), TIMM_SWIN),
+    Naming("VMamba", (r"\.(?:op|self_attention)\.A_logs$",), VMAMBA, VMAMBA_CROPS, VMAMBA_VALUES),
+    Naming("Facebook ConvNeXt", (r"^downsample_layers\.0\.", r"\.dwconv\."), CONVNEXT, CONVNEXT_CROPS),
+    Naming("Agent-Swin", (_SWIN, _AGENT), (*SWIN, (r"\.attn\.dwc\.", ".attn.lepe.")), LEAP_SWIN_CROPS, AGENT_VALUES),
+    Naming("Agent-CSWin", (_CSWIN, _AGENT), CSWIN, LEAP_CSWIN_CROPS, AGENT_VALUES),
+    Naming("FLatten-Swin", (_SWIN, _FLATTEN), SWIN, LEAP_SWIN_CROPS),
+    Naming("FLatten-CSWin", (_CSWIN, _FLATTEN), CSWIN, LEAP_CSWIN_CROPS),
+    Naming("microsoft Swin", (_SWIN,), SWIN, SWIN_CROPS),
+    Naming("microsoft CSWin", (_CSWIN,), CSWIN, CSWIN_CROPS),
+    *(  # mmpretrain's classifier has norm3 alone, and that is the last norm
+        Naming("open-mmlab Swin", marks, (*OPEN_MMLAB_SWIN, norms), SWIN_CROPS, OPEN_MMLAB_VALUES)
+        for marks, norms in (
+            ((_OPEN_MMLAB, r"^norm[0-2]\."), (r"^norm(\d)\.", r"norms.\1.")),
+            ((_OPEN_MMLAB,), (r"^norm3\.", "norm.")),
+        )
+    ),
+    Naming("timm Swin", (r"^layers\.1\.downsample\.",), TIMM_SWIN, TIMM_SWIN_CROPS),
 )
+NATIVE = Naming("native", (), ((r"^features\.model\.", ""),), {})  # TimmBackbone keeps the model there
+CROPS = {naming.source: naming.crops for naming in NAMINGS}
 
 # learned position tables: interpolation, and the axis of the channels once the table is maps of four axes
 POSITIONS = {
@@ -112,65 +170,111 @@ POSITIONS = {
 }
 
 
-def convert_state_dict(
-    state_dict: StateDict, model: nn.Module, renames: Sequence[tuple[str, str]] = ()
-) -> tuple[StateDict, str]:
-    """Rename a checkpoint's tensors to a model's names, see ``new_names``.
+class Converted(NamedTuple):
+    """A checkpoint's tensors under a model's names.
 
-    Returns:
-        The same tensors under the new names, and whose names they had.
+    Attributes:
+        tensors: What belongs to the model, or is at least not known to belong elsewhere.
+        source: Whose names they had; ``native`` for the model's own.
+        origins: The checkpoint's name of each of them.
+        left_over: The checkpoint's names of what belongs to other parts: heads, necks, norms behind levels, copies.
+        averaged: They come from the averaged copy of a checkpoint that holds both under different prefixes.
     """
-    names, source = new_names(state_dict, model, renames)
-    converted = {}
-    for key, name in names.items():
-        tensor = state_dict[key]
-        # Agent's biases have a leading axis of one, with which they could not be channels-last
-        converted[name] = tensor[0] if tensor.ndim == 5 and name.endswith(tuple(POSITIONS)) else tensor
-    return converted, source
+
+    tensors: StateDict
+    source: str
+    origins: dict[str, str]
+    left_over: tuple[str, ...]
+    averaged: bool
 
 
-def new_names(
-    keys: Iterable[str], model: nn.Module, renames: Sequence[tuple[str, str]] = ()
-) -> tuple[dict[str, str], str]:
-    """What a model calls a checkpoint's tensors.
+def convert_state_dict(
+    state_dict: StateDict, model: nn.Module, renames: Sequence[tuple[str, str]] = (), *, use_ema: bool = True
+) -> Converted:
+    """Rename a checkpoint's tensors to a model's names.
 
-    Wrappers' prefixes and buffers that the model computes itself are dropped; a key no rule knows stays as it is.
+    The model's tensors may stand under a prefix, such as ``module.`` or ``backbone.``: it is the one under which most
+    of its names are found, if that is more than half of them; the others are then left over. Buffers that the model
+    computes itself are dropped; a key no rule knows stays as it is.
 
     Args:
-        keys: The checkpoint's names.
+        state_dict: The checkpoint's tensors.
         model: The model they are meant for.
-        renames: Further regular expressions and their replacements, for the names that come out.
-
-    Returns:
-        The new name of each key that is kept, and whose names they were.
+        renames: Further regular expressions and their replacements. One that changes a name of the checkpoint is
+            applied before names are recognised, any other to the names that come out.
+        use_ema: Prefer an averaged copy, by its prefix.
 
     Raises:
         ValueError: Two tensors end up under one name, or a regular expression is none.
     """
     own = model.state_dict().keys()
-    old = {key: WRAPPERS.sub("", key) for key in keys}
+    early = [rename for rename in renames if any(_substitute(key, [rename]) != key for key in state_dict)]
+    names = {key: _substitute(key, early) for key in state_dict}
+    prefix, new, naming = _locate(names, own, [rename for rename in renames if rename not in early], use_ema)
+    if prefix:  # open-mmlab's classifier stands beside the backbone
+        taken = set(new.values())
+        new |= {key: name for key, name in names.items() if key not in new and name in own and name not in taken}
+    new = {key: name for key, name in new.items() if name in own or not name.startswith(LEVEL_NORMS)}
+    origins: dict[str, str] = {}
+    for key, name in new.items():
+        if name in origins:
+            raise ValueError(f"two tensors of the checkpoint are called {name}: {origins[name]} and {key}")
+        origins[name] = key
+    return Converted(
+        tensors={name: _changed(state_dict[key], name, naming) for name, key in origins.items()},
+        source=naming.source,
+        origins=origins,
+        left_over=tuple(key for key in state_dict if key not in new and not key.endswith(DERIVED)),
+        averaged=bool(AVERAGED.search(prefix)),
+    )
+
+
+def _locate(
+    names: Mapping[str, str], own: Set[str], renames: Sequence[tuple[str, str]], use_ema: bool
+) -> tuple[str, dict[str, str], Naming]:
+    """The prefix that the model's tensors have, the model's names for them, and whose theirs are."""
+    parts = defaultdict(dict, {"": {}})
+    for key, name in names.items():
+        for end in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
+            parts[name[:end]][key] = name[end:]
+    half = len(own) / 2
+    found = {p: _recognise(part, own, renames) for p, part in parts.items() if not p or len(part) > half}
+    counts = {p: len(own & set(new.values())) for p, (new, _) in found.items()}
+    best = max(found, key=lambda p: (counts[p], bool(AVERAGED.search(p)) == use_ema, -len(p)))
+    best = best if counts[best] > half else ""
+    return best, *found[best]
+
+
+def _recognise(
+    old: Mapping[str, str], own: Set[str], renames: Sequence[tuple[str, str]]
+) -> tuple[dict[str, str], Naming]:
+    """The new name of each key, from its old one, and whose the old ones are."""
     old = {key: name for key, name in old.items() if name in own or not name.endswith(DERIVED)}
     foreign = [name for name in old.values() if name not in own]
     naming = next(
-        (n for n in NAMINGS if all(any(re.search(mark, name) for name in foreign) for mark in n.marks)),
-        Naming("native", (), ()),
+        (n for n in NAMINGS if all(any(re.search(mark, name) for name in foreign) for mark in n.marks)), NATIVE
     )
     # CSWin counts the branches of a block even where there is only one, and that one is another mechanism
     paired = {name.partition(".attns.1.")[0] for name in foreign if ".attns.1." in name}
-    new: dict[str, str] = {}
-    taken = set()
+    new = {}
     for key, name in old.items():
-        if naming.rules and name.partition(".attns.0.")[0] not in paired:
+        if naming is not NATIVE and name.partition(".attns.0.")[0] not in paired:
             name = name.replace(".attns.0.", ".attns.")
-        for pattern, replacement in (*naming.rules, *renames):
-            try:
-                name = re.sub(pattern, replacement, name)
-            except re.error as error:
-                raise ValueError(
-                    f"{pattern!r} to {replacement!r} is no renaming by regular expression: {error}"
-                ) from error
-        if name in taken:
-            raise ValueError(f"two tensors of the checkpoint are called {name}: {key} is one of them")
-        taken.add(name)
-        new[key] = name
-    return new, naming.source
+        new[key] = _substitute(name, (*naming.rules, *renames))
+    return new, naming
+
+
+def _substitute(name: str, rules: Iterable[tuple[str, str | Callable[[re.Match], str]]]) -> str:
+    for pattern, replacement in rules:
+        try:
+            name = re.sub(pattern, replacement, name)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} to {replacement!r} is no renaming by regular expression: {error}") from error
+    return name
+
+
+def _changed(tensor: torch.Tensor, name: str, naming: Naming) -> torch.Tensor:
+    for pattern, change in naming.values:
+        if re.search(pattern, name):
+            tensor = change(tensor)
+    return tensor

@@ -6,6 +6,7 @@ file also puts ``mmcv_ops`` in place, so it must come before mmdet.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import timm
@@ -29,12 +30,14 @@ LEFT_OVER = ("head.", "norm.")  # a checkpoint's classifier and the norm before 
 class TimmBackbone(BaseModule):
     """Four feature maps of a timm model, each behind a LayerNorm of its own, as the paper's dense models have them.
 
+    The ε of these norms is that of the model's own, as in the dense code of each system: 1e-6 in ConvNeXt, else 1e-5.
+
     Args:
         name: Model of ``timm.create_model`` with ``forward_intermediates``: ours, ConvNeXt, or another of four stages.
         out_indices: Levels to return, from 0; level i has stride ``4 * 2**i``. Stages behind the last are not built.
         frozen_stages: Parts that do not train: 0 freezes the stem, n the first n stages as well, -1 nothing.
         with_cp: Recompute activations in the backward pass instead of keeping them.
-        pretrained: Checkpoint file of a classification model, ours or an official one; short for ``init_cfg``.
+        pretrained: Checkpoint file of a classification or dense model, ours or an official one; short for ``init_cfg``.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``; without it the weights are random.
         **options: Keywords of the model, such as ``block_size``, ``img_size`` or ``drop_path_rate``.
 
@@ -72,14 +75,17 @@ class TimmBackbone(BaseModule):
         )
         if frozen_stages >= 0 and not {"stem", "stages"} <= dict(self.features.model.named_children()).keys():
             raise ValueError(f"frozen_stages={frozen_stages}: {name} has no 'stem' and 'stages', leave it at -1")
+        eps = next((m.eps for m in self.features.model.modules() if isinstance(m, nn.LayerNorm)), 1e-5)
         # "norm" in the name keeps weight decay away, see decay_mult in the configurations
-        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.features.feature_info.channels())
+        self.norms = nn.ModuleList(nn.LayerNorm(c, eps=eps) for c in self.features.feature_info.channels())
         if with_cp:
             self.features.model.set_grad_checkpointing(True)
         self._freeze()
 
     def init_weights(self) -> None:
         """Load the checkpoint that ``init_cfg`` names, averaged (EMA) weights first; all that the levels need, or none.
+
+        The levels' own norms are loaded too where the checkpoint is a dense model's and all four levels are built.
 
         Raises:
             FileNotFoundError: No such checkpoint.
@@ -88,13 +94,24 @@ class TimmBackbone(BaseModule):
         if not self.init_cfg:
             print_log(f"{self.name}: random weights; pretrained weights are given by --pretrained FILE", "current")
             return
-        path = self.init_cfg["checkpoint"]
+        path, model = self.init_cfg["checkpoint"], self.features.model
+        total = len(model.state_dict())
+        norms = self.norms if len(self.norms) == 4 else nn.ModuleList()
         unused = [f"stages.{i}." for i in range(max(self.features.out_indices) + 1, 4)]
-        report = load_checkpoint(self.features.model, path, allow=(*LEFT_OVER, *unused))
-        left_over = f"left over: {', '.join(report.skipped) or 'nothing'}"
+        model.norms = norms  # a checkpoint has them beside the stages
+        try:
+            report = load_checkpoint(model, path, allow=(*LEFT_OVER, "norms.", *unused))
+        finally:
+            del model.norms
+        new = [name for name in report.skipped if name.startswith("norms.")]
+        normed = len(norms.state_dict()) - len(new)
+        skipped = [name for name in report.skipped if name not in new]
+        parts = Counter(name.split(".")[0] for name in (*skipped, *report.left_over))
+        left_over = ", ".join(f"{count} of {part}" for part, count in parts.items())
         print_log(
-            f"{self.name}: {report.matched} of {len(self.features.model.state_dict())} tensors matched from {path} "
-            f"({report.source} names, {report.weights} weights, {len(report.resized)} resized; {left_over})",
+            f"{self.name}: {report.matched - normed} of {total} tensors matched from {path} (source {report.source}, "
+            f"{report.weights} weights, {len(report.resized)} resized; level norms: {'loaded' if normed else 'new'}; "
+            f"left over: {left_over or 'nothing'})",
             "current",
         )
 

@@ -45,7 +45,7 @@ def _local_branch(q, k, v, num_heads, size, block, lepe):
 
 
 def _heads(x, count):
-    return x.reshape(*x.shape[:2], count, -1).transpose(1, 2)
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
 def _lepe(x, size, kernel):

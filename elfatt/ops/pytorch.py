@@ -62,7 +62,7 @@ class PyTorchBackend:
 
     def agent_attention(self, q, k, v, *, num_heads, agents, gather_bias, broadcast_bias) -> torch.Tensor:
         b, h, w, c = q.shape
-        a = self.pool(q, agents).reshape(b, -1, num_heads, c // num_heads).transpose(1, 2)
+        a = self.pool(q, agents).unflatten(-1, (num_heads, -1)).transpose(1, 2)
         q, k, v = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         out = _attend_explicitly(q, a, _attend_explicitly(a, k, v, gather_bias), broadcast_bias)
         return out.transpose(1, 2).reshape(b, h, w, c)

@@ -46,7 +46,7 @@ class ReferenceBackend(PyTorchBackend):
         for i in range(0, h, bh):
             for j in range(0, w, bw):
                 q, k, v = (x.squeeze(3) for x in padded[:, i : i + bh, j : j + bw].split(1, dim=3))
-                tokens = (x.reshape(b, bh * bw, num_heads, -1) for x in (q, k, v))
+                tokens = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)) for x in (q, k, v))
                 out.append(self.add_lepe(self.softmax_attention(*tokens).reshape(v.shape), v, lepe))
         return torch.stack(out, dim=1).flatten(0, 1)
 

@@ -83,6 +83,18 @@ def test_forward_and_gradients_equal_the_formula(name, options, size):
         assert relative(single, expected) < 1e-5, backend
 
 
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_an_empty_batch_gives_an_empty_map_and_zero_gradients(name, options):
+    module, _ = build(name, options, (5, 9))
+    x = torch.zeros(0, 5, 9, 16)
+    for backend in ("reference", "plain", "math", "sdpa", "auto"):
+        module.zero_grad()
+        with use_backend(backend):
+            out, dx, *gradients = run(module, x, x)
+        assert out.shape == dx.shape == x.shape, backend
+        assert not any(gradient.count_nonzero() for gradient in gradients), backend
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 def test_low_precision_error_is_at_most_twice_pytorchs(name, options, dtype):

@@ -1,6 +1,7 @@
 """The timm entry points: what timm's generic model tests ask for (but TorchScript), any image size, every backend."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -56,6 +57,18 @@ def test_default_cfg_names_real_parameters(name):
     assert cfg["first_conv"] + ".weight" in state
     features = model.forward_features(torch.empty(1, *cfg["input_size"], device="meta"))
     assert features.shape == (1, *cfg["pool_size"], model.num_features)
+
+
+@pytest.mark.parametrize("name", [*TINY, "vmamba_tiny"])
+def test_an_empty_batch_gives_no_logits_and_zero_gradients(name):
+    model = timm.create_model(name, embed_dim=48, depths=(1, 1, 2, 1), num_classes=5)
+    for backend in ("reference", "plain", "math", "sdpa", "auto"):
+        model.zero_grad()
+        with use_backend(backend):
+            logits = model(torch.zeros(0, 3, 32, 32))
+            logits.sum().backward()
+        assert logits.shape == (0, 5), backend
+        assert not any(p.grad.count_nonzero() for p in model.parameters()), backend
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -227,6 +240,32 @@ def test_graph_has_no_breaks(name):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def size_warnings(run):
+    """The warnings of ``run()`` that name the size of an image."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in caught if "traced for images" in str(w.message)]
+
+
+@pytest.mark.parametrize(("name", "features"), [*((name, False) for name in TINY), ("cswin_tiny_elfatt", True)])
+def test_a_trace_names_the_size_it_holds_for(name, features):
+    model = timm.create_model(name, embed_dim=48, depths=(1, 1, 1, 1), features_only=features).eval()
+    x, traced = torch.randn(1, 3, 64, 48), []
+    with torch.no_grad():
+        found = size_warnings(lambda: traced.append(torch.jit.trace(model, x, check_trace=False)))
+        assert len(found) == 1 and found[0].startswith("traced for images of 64×48 pixels (height × width) alone")
+        torch.testing.assert_close(traced[0](x), model(x))
+        assert not size_warnings(lambda: (model(x), traced[0](x)))
+
+
+def test_only_a_trace_warns_of_its_size():
+    model, x = small("swin_tiny_elfatt", depths=(1, 1, 1, 1)), torch.randn(1, 3, 64, 64)
+    torch._dynamo.reset()
+    assert not size_warnings(lambda: torch.compile(model, backend="eager")(x))
+    assert not size_warnings(lambda: torch.export.export(model, (x,)))
 
 
 @pytest.mark.parametrize(

@@ -342,8 +342,9 @@ def cswin_block(state, name, block, x):
     return mlp(state, name, x + linear(state, f"{name}.proj", out))
 
 
-def official_logits(shell, stages, state, image):
-    x = image.movedim(1, -1)
+def official_maps(shell, stages, state, image):
+    """What each stage returns, before any norm."""
+    x, maps = image.movedim(1, -1), []
     if shell == "swin":
         x = norm(state, "patch_embed.norm", conv(state, "patch_embed.proj", x, stride=4))
     else:
@@ -360,6 +361,12 @@ def official_logits(shell, stages, state, image):
                 x = swin_block(state, f"layers.{i}.blocks.{j}", block, x)
             else:
                 x = cswin_block(state, f"stage{i + 1}.{j}", block, x)
+        maps.append(x)
+    return maps
+
+
+def official_logits(shell, stages, state, image):
+    x = official_maps(shell, stages, state, image)[-1]
     return linear(state, "head", norm(state, "norm", x).mean(dim=(1, 2)))
 
 
@@ -383,7 +390,8 @@ def cross_selective_scan(state, name, x):
     return out[:, 0].unflatten(-1, (height, width)) + out[:, 1].unflatten(-1, (width, height)).transpose(2, 3)
 
 
-def vmamba_logits(state, depths, image):
+def vmamba_maps(state, depths, image):
+    maps = []
     x = F.gelu(norm(state, "patch_embed.2", conv(state, "patch_embed.0", image.movedim(1, -1), stride=2, padding=1)))
     x = norm(state, "patch_embed.7", conv(state, "patch_embed.5", x, stride=2, padding=1))
     for i, depth in enumerate(depths):
@@ -397,6 +405,12 @@ def vmamba_logits(state, depths, image):
             y = F.silu(F.conv2d(y, kernel, padding=1, groups=len(kernel)))
             y = norm(state, f"{name}.op.out_norm", cross_selective_scan(state, f"{name}.op", y).movedim(1, -1))
             x = mlp(state, name, x + linear(state, f"{name}.op.out_proj", y))
+        maps.append(x)
+    return maps
+
+
+def vmamba_logits(state, depths, image):
+    x = vmamba_maps(state, depths, image)[-1]
     return linear(state, "classifier.head", norm(state, "classifier.norm", x).mean(dim=(1, 2)))
 
 

@@ -53,7 +53,7 @@ def test_a_file_that_fits_is_converted(name, tmp_path, capsys):
         f"fits: {out} is written",
     ]
     model = timm.create_model("convnext_tiny", dims=DIMS, depths=DEPTHS, num_classes=5)
-    assert load_checkpoint(model, out).source == "native"
+    assert load_checkpoint(model, out).source == "Facebook ConvNeXt"  # noted: the names are the model's own
     assert torch.equal(model.stages[1].blocks[1].mlp.fc2.weight, state["stages.1.1.pwconv2.weight"].float())
     assert not list(tmp_path.glob("*.part"))
 
@@ -69,7 +69,7 @@ def test_each_repository_is_recognised(name, tmp_path, capsys):
     assert code == 0 and f"{SOURCES[name]} names" in text
     direct, converted = small_model(name), small_model(name)
     load_checkpoint(direct, path)
-    assert load_checkpoint(converted, out).source == "native"
+    assert load_checkpoint(converted, out) == load_checkpoint(direct, path)
     assert all(torch.equal(t, direct.state_dict()[key]) for key, t in converted.state_dict().items())
 
 
@@ -180,6 +180,41 @@ def test_what_structure_decides_is_paired_and_reported(small_elfatt, tmp_path, c
     model = timm.create_model("cswin_tiny_elfatt", **SMALL)
     load_checkpoint(model, out)
     assert all(torch.equal(t, small_elfatt.state_dict()[k]) for k, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("renames", "names"),
+    [
+        ([], "Facebook ConvNeXt"),  # the prefix is found
+        ([r"^body_\d\.=", r"_of_convnext\.=."], "Facebook ConvNeXt"),  # before names are recognised
+        ([r"^body_\d\.=", r"_of_convnext\.=.", r"^head\.norm\.=head.norm."], "Facebook ConvNeXt"),  # after
+    ],
+)
+def test_renames_come_first_where_the_file_has_such_names(renames, names, tmp_path, capsys):
+    state = drawn(convnext_shapes(DIMS, DEPTHS, 5))
+    if renames:  # no prefix that is common to all: every tensor would be left over
+        state = {f"body_{i % 2}.{key.replace('.', '_of_convnext.', 1)}": t for i, (key, t) in enumerate(state.items())}
+    else:
+        state = {f"backbone.{key}": t for key, t in state.items()} | {"decode_head.conv.weight": torch.ones(2)}
+    path = save(tmp_path, state)
+    options = [part for rename in renames for part in ("--rename", rename)]
+    code, text, _ = run(capsys, path, *CONVNEXT, *options, "--output", tmp_path / "out.safetensors")
+    assert code == 0 and f"{path}: {len(state)} tensors, {names} names" in text
+    assert ("of other parts (1):\n  decode_head.conv.weight\n" in text) == (not renames)
+    model = timm.create_model("convnext_tiny", dims=DIMS, depths=DEPTHS, num_classes=5)
+    load_checkpoint(model, tmp_path / "out.safetensors")
+    expected = next(t for key, t in state.items() if key.endswith("1.1.pwconv2.weight"))
+    assert torch.equal(model.stages[1].blocks[1].mlp.fc2.weight, expected.float())
+
+
+def test_source_and_labels_survive_conversions(tmp_path, capsys):
+    path, labels = tmp_path / "in.pth", {"cat": 0, "dog": 1}
+    torch.save({"model": drawn(convnext_shapes(DIMS, DEPTHS, 5)), "class_to_idx": labels}, path)
+    for target in ("a.safetensors", "b.pth", "c.safetensors"):
+        assert run(capsys, path, *CONVNEXT, "--output", tmp_path / target)[0] == 0
+        path = tmp_path / target
+        report = load_checkpoint(timm.create_model("convnext_tiny", dims=DIMS, depths=DEPTHS, num_classes=5), path)
+        assert (report.source, report.class_to_idx) == ("Facebook ConvNeXt", labels)
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,14 @@ def save_changed(model, path, *, without=(), **more):
 @pytest.mark.parametrize(
     ("without", "more", "message"),
     [
-        (("norm.bias",), {}, r"1 missing \(norm\.bias\); build the model"),
+        (("stem.norm.bias",), {}, r"1 missing \(stem\.norm\.bias\); build the model"),
+        (("norm.bias",), {}, r"1 missing \(norm\.bias\); a dense model .* allow=\('head\.', 'norm\.'\)"),
         ((), {"extra": torch.zeros(1)}, r"1 unexpected \(extra\); build the model"),
-        ((), {"norm.bias": torch.zeros(7)}, r"1 mismatched \(norm\.bias \[7\] for \[256\]\); build the model"),
+        (
+            (),
+            {"stem.norm.bias": torch.zeros(7)},
+            r"1 mismatched \(stem\.norm\.bias \[7\] for \[32\]\); build the model",
+        ),
         ((), {"head.fc.bias": torch.zeros(7)}, r"1 mismatched \(head\.fc\.bias \[7\] for \[5\]\); set the .*num_class"),
     ],
 )
@@ -189,13 +194,15 @@ def test_two_branches_do_not_pass_for_one(tmp_path):
 
 
 def test_unknown_keys_keep_their_names(nano):
-    converted, source = convert_state_dict({"layers.0.downsample.x": torch.ones(1), "ape": torch.ones(1)}, nano)
+    converted, source, *_ = convert_state_dict({"layers.0.downsample.x": torch.ones(1), "ape": torch.ones(1)}, nano)
     assert (source, list(converted)) == ("microsoft Swin", ["stages.1.downsample.x", "ape"])
 
 
 def test_two_tensors_under_one_name(nano):
-    with pytest.raises(ValueError, match="two tensors of the checkpoint are called norm.bias"):
-        convert_state_dict({"module.norm.bias": torch.ones(1), "norm.bias": torch.ones(1)}, nano)
+    with pytest.raises(
+        ValueError, match=r"two tensors of the checkpoint are called norm\.bias: a\.bias and norm\.bias"
+    ):
+        convert_state_dict({"a.bias": torch.ones(1), "norm.bias": torch.ones(1)}, nano, [("^a", "norm")])
 
 
 def test_allow_skips_a_classifier_of_other_classes(nano, tmp_path, caplog):

@@ -85,7 +85,7 @@ def test_published_sizes_convert_with_nothing_left_over(name, img_size, size):
         model = timm.create_model(full_name, img_size=img_size)
     shapes = SHAPES[shell](plan(name, model_options(full_name, img_size), img_size), 1000)
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    converted, source = convert_state_dict(state, model)
+    converted, source, *_ = convert_state_dict(state, model)
     assert source == SOURCES[name]
     own = model.state_dict()
     assert {key: t.shape for key, t in converted.items()} == {key: t.shape for key, t in own.items()}
@@ -149,7 +149,7 @@ def test_other_published_sizes_convert_with_nothing_left_over(case):
     with torch.device("meta"):
         model = timm.create_model(name, **options)
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    converted, _ = convert_state_dict(state, model)
+    converted = convert_state_dict(state, model).tensors
     assert {key: t.shape for key, t in converted.items()} == {key: t.shape for key, t in model.state_dict().items()}
 
 
@@ -160,7 +160,7 @@ def test_every_program_takes_official_weights(case, tmp_path):
     state, path = drawn(shapes), str(tmp_path / "official.pth")
     torch.save({"model": state}, path)
     model = timm.create_model(name, num_classes=5, **options)
-    assert load_weights(model, path, use_ema=True) == "raw"
+    assert load_weights(model, path, use_ema=True).weights == "raw"
     dense = TimmBackbone(name, pretrained=path, **options)
     dense.init_weights()
     own = model.state_dict()

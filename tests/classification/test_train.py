@@ -135,6 +135,18 @@ def test_every_mode_takes_a_step(options, tmp_path, extra):
     assert ("amp_scaler" in state) == ("float16" in extra)
 
 
+def test_images_are_erased_after_they_are_mixed(options):
+    extra = ["--mixup", 0.8, "--cutmix", 0, "--reprob", 1, "--remode", "const"]
+    trainer = Trainer(parse_args(options(*extra), train=True))
+    seen = []
+    trainer.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    images = torch.arange(1.0, 5)[:, None, None, None].expand(4, 3, 32, 32).contiguous()
+    trainer.train_step(images, torch.tensor([0, 1, 2, 0]), True)
+    for image in seen[0]:
+        values = image.unique()
+        assert len(values) == 2 and values[0] == 0 and 1 <= values[1] <= 4  # erased, and one blend of two images
+
+
 @pytest.mark.parametrize("given", ["option", "config"])
 def test_the_backend_is_run_and_recorded(options, tmp_path, backends_run, capsys, given):
     (tmp_path / "math.yaml").write_text("backend: math\n")

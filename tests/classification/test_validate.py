@@ -2,19 +2,29 @@
 
 import csv
 import json
+import logging
 import shutil
 import subprocess
 
 import pytest
+import timm
 import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
+from torchvision.transforms.functional import center_crop, normalize, to_tensor
 
 from classification.checkpoint import load
-from classification.config import UserError
+from classification.config import UserError, parse_args
+from classification.data import _transform
 from classification.evaluate import evaluate
 from classification.runtime import World
 from classification.train import main as train
-from classification.validate import main, run
+from classification.validate import evaluation_config, main, run
+from elfatt.checkpoints import LoadReport
+from elfatt.checkpoints.__main__ import main as convert
+from elfatt.checkpoints.names import NAMINGS
+from tests.checkpoints.official import drawn, plan, swin_shapes
 
 CPU = torch.device("cpu")
 NO_AMP = torch.autocast("cpu", enabled=False)
@@ -132,6 +142,109 @@ def test_labels_are_compared_by_name(arguments, data_dir, tmp_path, fails, capsy
     (tmp_path / "map.txt").write_text("dog\ncat\nfish\n")
     line = fails(main, [*arguments, "--data-dir", str(data_dir), "--class-map", str(tmp_path / "map.txt")])
     assert "has other classes than the checkpoint: 'dog' is class 0 here and class 1 there" in line
+
+
+# ------------------------------------------------------------------------- the crop behind published accuracies
+
+# width and height after resizing the image of 640 x 480, from each repository's own data code
+SHORT_256, SQUARE_256 = (341, 256), (256, 256)
+RESIZED = {
+    ("microsoft Swin", 224): SHORT_256,
+    ("microsoft Swin", 384): (384, 384),
+    ("open-mmlab Swin", 224): SHORT_256,
+    ("open-mmlab Swin", 384): (384, 384),
+    ("microsoft CSWin", 224): (330, 248),
+    ("microsoft CSWin", 384): (512, 384),
+    ("FLatten-Swin", 224): SQUARE_256,
+    ("FLatten-Swin", 384): (384, 384),
+    ("FLatten-CSWin", 224): SQUARE_256,
+    ("FLatten-CSWin", 384): (438, 438),
+    ("Agent-Swin", 224): SQUARE_256,
+    ("Agent-Swin", 384): (384, 384),
+    ("Agent-CSWin", 224): SQUARE_256,
+    ("Agent-CSWin", 384): (438, 438),
+    ("VMamba", 224): SHORT_256,
+    ("Facebook ConvNeXt", 224): SHORT_256,
+    ("Facebook ConvNeXt", 384): (384, 384),
+    ("timm Swin", 224): (330, 248),
+    ("timm Swin", 384): (512, 384),
+}
+
+
+def pixels(argv, source, side):
+    """The evaluation transform of an image with noise in every pixel."""
+    argv = ["--model", "cswin_nano_elfatt", "--data-dir", "x", "--checkpoint", "y", "--img-size", str(side), *argv]
+    args, report = parse_args(argv, train=False), LoadReport(source, "raw", 1, (), ())
+    with torch.device("meta"):
+        model = timm.create_model(args.model)
+    return _transform(args, evaluation_config(argv, args, model, report), False, False)(noise())
+
+
+def noise():
+    values = torch.randint(0, 256, (480, 640, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(values.numpy())
+
+
+def cut(size, side, resample=Image.Resampling.BICUBIC):
+    image = to_tensor(center_crop(noise().resize(size, resample), [side, side]))
+    return normalize(image, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def test_every_publication_has_its_crop():
+    assert {(naming.source, side) for naming in NAMINGS for side in naming.crops} == set(RESIZED)
+
+
+@pytest.mark.parametrize(("source", "side"), RESIZED)
+def test_the_crop_is_the_authors(source, side, caplog):
+    with caplog.at_level(logging.INFO, logger="classification"):
+        assert torch.equal(pixels([], source, side), cut(RESIZED[source, side], side))
+    (record,) = caplog.records
+    assert f"crop of the authors of {source}: --crop-pct" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("argv", "source", "side", "size"),
+    [
+        (["--crop-pct", "1.0"], "microsoft Swin", 224, (298, 224)),
+        (["--crop-mode", "squash"], "microsoft Swin", 224, (248, 248)),  # with the model's own 0.9
+        (["--crop-mode", "squash", "--crop-pct", "1.0"], "microsoft CSWin", 384, (384, 384)),
+        ([], "native", 224, (330, 248)),
+        ([], "microsoft Swin", 288, (426, 320)),  # a side that was not published: the model's own
+    ],
+)
+def test_other_crops(argv, source, side, size, caplog):
+    with caplog.at_level(logging.INFO, logger="classification"):
+        assert torch.equal(pixels(argv, source, side), cut(size, side))
+    assert not caplog.records
+
+
+def test_an_interpolation_goes_with_the_authors_crop():
+    found = pixels(["--interpolation", "bilinear"], "microsoft Swin", 224)
+    assert torch.equal(found, cut(SHORT_256, 224, Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize("name", ["official.pth", "converted.pth", "converted.safetensors"])
+def test_published_weights_are_evaluated_as_published(name, write_images, tmp_path, capsys):
+    """The official file and what `python -m elfatt.checkpoints` makes of it, whatever the configuration says."""
+    options = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2), "num_classes": 3}
+    stages = plan("swin_local", options | {"window_size": 7, "levels": "LLLL", "agents": (1,) * 4}, 224)
+    torch.save(
+        {"model": {key: t.float() for key, t in drawn(swin_shapes(stages, 3)).items()}}, tmp_path / "official.pth"
+    )
+    model = ["--model", "swin_tiny_local", "--model-kwargs", *(f"{key}={value}" for key, value in options.items())]
+    if name != "official.pth":
+        assert convert([str(tmp_path / "official.pth"), *model, "--output", str(tmp_path / name)]) == 0
+    (tmp_path / "config.yaml").write_text("crop-pct: 1.0\n")
+    data = write_images(tmp_path / "data", train=1, val=1, side=64)
+    argv = ["--data-dir", str(data), "--checkpoint", str(tmp_path / name), "--config", str(tmp_path / "config.yaml")]
+    argv += [*model, "--device", "cpu", "--no-amp", "--workers", "0"]
+    found = run(argv)
+    assert (
+        "crop of the authors of microsoft Swin: --crop-pct 0.875 --crop-mode center (bicubic)"
+        in capsys.readouterr().out
+    )
+    assert found["loss"] == run([*argv, "--crop-pct", "0.875"])["loss"]
+    assert found["loss"] != run([*argv, "--crop-pct", "1.0"])["loss"]
 
 
 @pytest.mark.slow

@@ -22,7 +22,8 @@ FILES = sorted(
     for path in (CONFIGS / task).glob("*_*_*.py")
 )
 RATES = {"cswin_base": 0.6, "convnext": 0.4, "vmamba": 0.2}  # stochastic depth in segmentation, else 0.3
-SPARED = ("relative_position_bias_table", "A_logs", "Ds", "dt_projs_bias")
+AGENT = tuple(f"{table}_bias" for table in ("an", "na", "ah", "aw", "ha", "wa"))
+SPARED = ("relative_position_bias_table", *AGENT)
 SEGMENTATION = [name for name in FILES if name.startswith("segmentation")]
 DETECTION = [name for name in FILES if name.startswith("detection")]
 
@@ -81,11 +82,14 @@ def test_model_builds_and_norms_do_not_decay(name):
 CHANNELS = {"swin_tiny": 96, "swin_base": 128, "cswin_tiny": 64, "cswin_base": 96, "convnext_tiny": 96, "vmamba": 96}
 
 
+def library_config(library, file):
+    return Config.fromfile(Path(find_spec(library).submodule_search_locations[0], ".mim", "configs", file))
+
+
 @cache
 def library_model(library, file):
     """The model of a library's own base configuration, without its backbone."""
-    root = Path(find_spec(library).submodule_search_locations[0])
-    return flatten(Config.fromfile(root / ".mim" / "configs" / "_base_" / "models" / file).model)
+    return flatten(library_config(library, f"_base_/models/{file}").model)
 
 
 def flatten(model, prefix=""):
@@ -179,18 +183,11 @@ COCO_FLIP = [kind("RandomFlip", prob=0.5)]
 COCO_1X = [*COCO_IMAGE, *COCO_INSTANCES, *COCO_RESIZE, *COCO_FLIP, kind("PackDetInputs")]
 COCO_META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 COCO_TEST = [*COCO_IMAGE, *COCO_RESIZE, *COCO_INSTANCES, kind("PackDetInputs", meta_keys=COCO_META)]
-COCO_SHORT = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-COCO_ANY_RESIZE = kind("RandomChoiceResize", scales=[(short, 1333) for short in COCO_SHORT], keep_ratio=True)
-COCO_CROP = [
-    kind("RandomChoiceResize", scales=[(400, 4200), (500, 4200), (600, 4200)], keep_ratio=True),
-    kind("RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True),
-]
+# behind the annotations, the augmentation of mmdet's Swin, which ConvNeXt, Agent and VMamba train with too
 COCO_3XMS = [
     *COCO_IMAGE,
     *COCO_INSTANCES,
-    *COCO_FLIP,
-    kind("RandomChoice", transforms=[[COCO_ANY_RESIZE], [*COCO_CROP, COCO_ANY_RESIZE]]),
-    kind("PackDetInputs"),
+    *library_config("mmdet", "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py").train_pipeline[2:],
 ]
 
 

@@ -27,6 +27,19 @@ def test_each_map_is_normed():
         torch.testing.assert_close(m.mean(1), torch.zeros_like(m[:, 0]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "eps"),
+    [("swin_nano_elfatt", 1e-5), ("cswin_nano_elfatt", 1e-5), ("vmamba_tiny", 1e-5), ("convnext_atto", 1e-6)],
+)
+def test_maps_are_normed_with_the_models_own_epsilon(name, eps):
+    model = TimmBackbone(name)
+    faint = torch.tensor([1e-3, -1e-3]).repeat(400)  # of variance 1e-6
+    maps = [faint[:c].view(1, c, 1, 1) for c in model.features.feature_info.channels()]
+    model.features.forward = lambda image: maps
+    for found, given in zip(model(None), maps, strict=True):
+        torch.testing.assert_close(found, given / (1e-6 + eps) ** 0.5)
+
+
 @pytest.mark.parametrize("name", ["swin_tiny_elfatt", "cswin_tiny_elfatt"])
 def test_maps_of_an_odd_image_equal_float64(name):
     """Sides of 15×29, 8×15, 4×8 and 2×4 tokens: no block of 7 or 3 divides the first three."""

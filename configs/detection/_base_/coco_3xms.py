@@ -1,4 +1,5 @@
-# COCO, "3xMS": 36 epochs of 8 GPUs x 2 images, short sides of 480 to 800 pixels, every second image cropped before.
+# COCO, "3xMS": 36 epochs of 8 GPUs x 2 images, short sides of 480 to 800 pixels, every second image cropped before,
+# as mmdet's mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py.
 _base_ = "coco_1x.py"
 
 _resize = dict(type="RandomChoiceResize", scales=[(short, 1333) for short in range(480, 801, 32)], keep_ratio=True)
@@ -12,7 +13,7 @@ train_pipeline = [
         transforms=[
             [_resize],
             [
-                dict(type="RandomChoiceResize", scales=[(400, 4200), (500, 4200), (600, 4200)], keep_ratio=True),
+                dict(type="RandomChoiceResize", scales=[(400, 1333), (500, 1333), (600, 1333)], keep_ratio=True),
                 dict(type="RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True),
                 _resize,
             ],
