@@ -57,8 +57,9 @@ def hybrid_attention(
     for index, head in enumerate(plan.heads):
         groups[head.branch, head.block].append(index)
     exact = groups.pop(("exact", 0), [])
-    temperature = _column(q, [head.temperature for head in plan.heads])
-    soft = (q, k) if (temperature == 1).all() else (q / temperature, k / temperature)
+    soft = q, k
+    if any(head.temperature != 1 for head in plan.heads):
+        soft = tuple(x / _column(x, [head.temperature for head in plan.heads]) for x in soft)
 
     parts: list[tuple[list[int], torch.Tensor]] = []  # heads, and their output at the tokens of the map
     if exact:

@@ -1,0 +1,230 @@
+"""ELFATT in diffusion models of diffusers, without training: Stable Diffusion 1.x, 2.x and XL, DiT, PixArt.
+
+A processor wraps each self-attention layer's own one. The original runs as it is, with its projections, norms and
+adapters; only its softmax attention is computed by the plan. Cross-attention and masked attention are not touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+try:
+    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
+    from diffusers.models.attention_processor import Attention
+except ImportError as error:
+    raise ImportError("elfatt.integrations.diffusers needs diffusers 0.35 or newer: pip install diffusers") from error
+
+from elfatt.conversion import Attend, Calibration, Plan, hybrid_attention
+from elfatt.conversion.intercept import InterceptAttention
+
+MODELS = (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel, PixArtTransformer2DModel)
+_TIMESTEP = {PixArtTransformer2DModel: 2}  # its place among the arguments of the forward pass, else 1
+_applied: WeakKeyDictionary[nn.Module, Handle] = WeakKeyDictionary()
+
+
+class Handle:
+    """Another attention within a model; ``remove`` takes it out, and so does leaving it as a context.
+
+    Args:
+        model: The UNet or transformer.
+        attend: Computes the softmax attention of a layer.
+        layers: Names of the layers that call it.
+        steps: First and last step in which they do, as shares.
+        train_steps: Steps that the model was trained with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attend: Attend,
+        layers: Collection[str],
+        steps: tuple[float, float] = (0.0, 1.0),
+        train_steps: int = 1000,
+    ):
+        if model in _applied:
+            _applied[model].remove()
+        _applied[model] = self
+        self.model, self.attend = model, attend
+        self._steps, self._train_steps = steps, train_steps
+        self._latent, self._runs = (0, 0), False
+        self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
+        self._processors = []
+        for name, layer in self_attention_layers(model).items():
+            if name in layers:
+                own = _wrap(layer.processor)(layer.processor, name, self)
+                self._processors.append((layer, own))
+                layer.set_processor(own)
+
+    def remove(self) -> None:
+        """Puts every processor back; a second call does nothing."""
+        self._hook.remove()
+        self._runs = False
+        for layer, own in self._processors:
+            if layer.processor is own:  # else another one was set in the meantime, such as a fused one
+                layer.set_processor(own.original)
+        self._processors = []
+        if _applied.get(self.model) is self:
+            del _applied[self.model]
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _look(self, model, args, kwargs):
+        """Before each step: the size of the latent, and whether the step is among those to replace."""
+        latent = kwargs.get("sample", kwargs.get("hidden_states", args[0] if args else None))
+        patch = getattr(model.config, "patch_size", None) or 1
+        self._latent = latent.shape[-2] // patch, latent.shape[-1] // patch
+        self._runs = True
+        if self._steps != (0.0, 1.0):
+            position = _TIMESTEP.get(type(model), 1)
+            timestep = kwargs.get("timestep", args[position] if len(args) > position else None)
+            done = 1 - float(torch.as_tensor(timestep).flatten()[0]) / self._train_steps
+            self._runs = self._steps[0] <= done < self._steps[1]
+
+
+class _Processor:
+    """A processor whose softmax attention a handle computes."""
+
+    def __init__(self, original: Callable, name: str, handle: Handle):
+        self.original, self.name, self.handle = original, name, handle
+
+    def __call__(self, *args, **kwargs):
+        if not self.handle._runs:
+            return self.original(*args, **kwargs)
+        with InterceptAttention(self._attend):
+            return self.original(*args, **kwargs)
+
+    def _attend(self, q, k, v, scale):
+        size = map_size(self.handle._latent, q.shape[1])
+        return self.handle.attend(self.name, q, k, v, size, scale=scale)
+
+
+def _wrap(original: Callable) -> type[_Processor]:
+    """The class of a wrapper with the original's signature: diffusers reads from it which keywords to pass."""
+
+    def call(self, *args, **kwargs):
+        return _Processor.__call__(self, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(type(original).__call__)
+    return type(type(original).__name__, (_Processor,), {"__call__": call})
+
+
+def apply(
+    pipe_or_model: object,
+    plan: Plan | None = None,
+    *,
+    block: int = 8,
+    min_tokens: int = 1024,
+    steps: tuple[float, float] = (0.0, 1.0),
+) -> Handle:
+    """Replace the self-attention of a diffusion model by a plan; a second call replaces the first one's plan.
+
+    Args:
+        pipe_or_model: A pipeline, or its UNet or transformer.
+        plan: What each layer runs; by default the paper's ELFATT, ``Plan.uniform``.
+        block: Side of its blocks, in tokens.
+        min_tokens: Layers of fewer tokens stay exact in it.
+        steps: First and last step that are replaced, as shares of all from 0 (noise) to 1.
+
+    Returns:
+        A handle to remove it.
+
+    Raises:
+        TypeError: A model that is not supported.
+        ValueError: A plan of another model, or a share out of range.
+    """
+    model, train_steps = denoiser(pipe_or_model)
+    if not 0 <= steps[0] < steps[1] <= 1:
+        raise ValueError(f"steps={steps} must be two growing shares from 0 to 1")
+    heads = {name: layer.heads for name, layer in self_attention_layers(model).items()}
+    if plan is None:
+        plan = Plan.uniform(name_of(model), heads, block=block, min_tokens=min_tokens)
+    plan.check(name_of(model), heads)
+    layers = {name for name, layer in plan.layers.items() if not layer.is_exact}
+    return Handle(model, partial(_attend, plan), layers, (float(steps[0]), float(steps[1])), train_steps)
+
+
+def _attend(plan, layer, q, k, v, size, *, scale=None):
+    return hybrid_attention(q, k, v, size, plan.layers[layer], scale=scale)
+
+
+def calibrate(
+    pipe_or_model: object, run: Callable[[object], object], batches: Iterable, **options: object
+) -> Calibration:
+    """Measure what each branch would do in each head of a model; ``.plan(error=…)`` of the result chooses.
+
+    Args:
+        pipe_or_model: A pipeline, or its UNet or transformer.
+        run: Runs it on a batch, such as ``lambda prompt: pipe(prompt, num_inference_steps=10)``.
+        batches: What ``run`` takes.
+        **options: Of ``elfatt.conversion.Calibration``.
+
+    Raises:
+        TypeError: A model that is not supported.
+    """
+    model, train_steps = denoiser(pipe_or_model)
+    calibration = Calibration(name_of(model), **options)
+    with Handle(model, calibration.attend, self_attention_layers(model), train_steps=train_steps):
+        for batch in batches:
+            run(batch)
+    return calibration
+
+
+def denoiser(pipe_or_model: object) -> tuple[nn.Module, int]:
+    """The UNet or transformer of a pipeline, or the model given, and the number of steps that it was trained with.
+
+    Raises:
+        TypeError: A model that is not supported; the reason is named.
+    """
+    model = getattr(pipe_or_model, "unet", None) or getattr(pipe_or_model, "transformer", None) or pipe_or_model
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if not isinstance(model, MODELS):
+        reason = "it is no UNet or transformer with a self-attention of its own, as joint attention with text is not"
+        names = ", ".join(kind.__name__ for kind in MODELS)
+        raise TypeError(f"{type(model).__name__} is not supported: {reason}; supported are {names}")
+    if not self_attention_layers(model):
+        raise TypeError(f"{type(model).__name__} has no self-attention to replace")
+    scheduler = getattr(pipe_or_model, "scheduler", None)
+    return model, getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+
+
+def self_attention_layers(model: nn.Module) -> dict[str, Attention]:
+    """The self-attention layers of a model, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Attention) and not module.is_cross_attention and module.added_kv_proj_dim is None
+    }
+
+
+def name_of(model: nn.Module) -> str:
+    """What plans call a model: its class, its width and its number of self-attention layers."""
+    layers = self_attention_layers(model)
+    return f"{type(model).__name__}-{sum(layer.inner_dim for layer in layers.values())}-{len(layers)}"
+
+
+def map_size(latent: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """Height and width of the level of a latent that has so many tokens; levels halve, rounding up or down.
+
+    Raises:
+        ValueError: No level has.
+    """
+    for rounding in (math.ceil, math.floor):
+        height, width = latent
+        while height * width > tokens:
+            height, width = rounding(height / 2), rounding(width / 2)
+        if height * width == tokens:
+            return height, width
+    raise ValueError(
+        f"{tokens} tokens are no level of a latent of {latent[0]} × {latent[1]}: the map's size is unknown"
+    )
