@@ -87,6 +87,67 @@ def test_ade20k_faults(capsys, folder, damage, path, words):
     assert str(folder / path) in line.split()[:2] and words in line and ": " in line
 
 
+def every_mask(change):
+    def damage(root):
+        for path in (root / "annotations" / "training").iterdir():
+            Image.fromarray(change(np.array(Image.open(path)))).save(path)
+
+    return damage
+
+
+def turn(name, orientation, size=(128, 128)):
+    def damage(root):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.open(root / name).resize(size).save(root / name, exif=exif)
+
+    return damage
+
+
+def copy(name, other):
+    return lambda root: Image.open(root / name).save(root / other)
+
+
+@pytest.mark.parametrize(
+    ("damage", "path", "words"),
+    [
+        (every_mask(lambda labels: 255 * (labels > 0).astype(np.uint8)), "annotations/training", "hold none"),
+        (every_mask(lambda labels: (labels > 0).astype(np.uint8)), "annotations/training", "hold '1' alone"),
+        (write_mask(MASK, np.zeros((128, 128), np.uint16)), MASK, "is a picture of mode I;16"),
+        (turn(MASK, 3), MASK, "EXIF orientation 3"),
+        (copy(IMAGE, "images/training/train_00002.png"), "images/training/train_00002.png", "has the name of"),
+    ],
+)
+def test_what_stops_training_on_masks(capsys, folder, damage, path, words):
+    damage(folder)
+    (line,) = check(capsys, folder, *ADE20K)
+    assert str(folder / path) in line.split()[:2] and words in line
+
+
+def test_images_that_exif_turns(capsys, folder):
+    turn(IMAGE, 6)(folder)
+    (note,) = check(capsys, folder, *ADE20K, notes=True)
+    assert note.startswith("note: 1 of the images opened are turned upright") and str(folder / IMAGE) in note
+    turn(IMAGE, 6, (128, 96))(folder)
+    write_mask(MASK, np.zeros((96, 128), np.uint8))(folder)
+    (line,) = check(capsys, folder, *ADE20K)
+    assert "orientation 6" in line and "exiftool -Orientation=" in line
+
+
+def test_every_extension_is_checked(capsys, folder):
+    (folder / IMAGE).rename((folder / IMAGE).with_suffix(".JPG"))
+    copy(MASK, MASK.replace(".png", ".tif"))(folder)
+    (folder / MASK).unlink()
+    (folder / "images" / "training" / "notes.txt").touch()
+    (note,) = check(capsys, folder, *ADE20K, notes=True)
+    assert "1 files are no images and passed over" in note and check(capsys, folder, *ADE20K) == []
+
+
+def test_ignored_pixels_are_no_label(capsys, folder):
+    write_mask(MASK, np.full((128, 128), 255, np.uint8))(folder)
+    assert check(capsys, folder, *ADE20K) == []
+
+
 def test_labels_up_to_150_by_default(capsys, folder):
     write_mask(MASK, np.full((128, 128), 150, np.uint8))(folder)
     assert check(capsys, folder, "ade20k", "--any-size") == []
@@ -130,6 +191,49 @@ def test_coco_faults(capsys, folder, damage, path, words):
     lines = check(capsys, folder, *COCO)
     assert any(line.startswith(f"{folder / path} ") and words in line and ": " in line for line in lines)
     assert all(str(folder / path) in line or "segmentation" in line for line in lines)
+
+
+def every_annotation(**values):
+    return lambda root: edit(root, lambda content: [entry.update(values) for entry in content["annotations"]])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (every_annotation(area=0), "each has an area of 0"),
+        (every_annotation(bbox=[0.1, 0.1, 0.4, 0.5]), "each has a box in 0…1"),
+        (every_annotation(segmentation=[[]]), "each has no polygon of three or more points"),
+        (every_annotation(segmentation=[[1, 1, 9, 9]]), "each has no polygon of three or more points"),
+        (every_annotation(iscrowd=1), "each is a crowd"),
+    ],
+)
+def test_annotations_that_mmdet_loses(capsys, folder, damage, words):
+    damage(folder)
+    (line,) = check(capsys, folder, *COCO)
+    assert line.startswith(f"{folder / JSON} has ") and "no object to learn" in line and words in line
+
+
+def test_some_lost_annotations_are_a_note(capsys, folder):
+    change("annotations", 2, area=0)(folder)
+    (note,) = check(capsys, folder, *COCO, notes=True)
+    assert "annotations are lost: 1 because each has an area of 0, the first with id 3" in note
+
+
+@pytest.mark.parametrize("shape", [[1, 1, 9, 1, 9, 9], [[[1, 1], [9, 1], [9, 9]]]])
+def test_polygons_of_another_nesting(capsys, folder, shape):
+    change("annotations", 0, segmentation=shape)(folder)
+    (line,) = check(capsys, folder, *COCO)
+    assert "has the annotation 1, which has no valid segmentation, polygons are lists of numbers in one list" in line
+
+
+def test_both_files_have_the_same_categories(capsys, folder):
+    edit(folder, lambda content: content["categories"].reverse())
+    (line,) = check(capsys, folder, *COCO)
+    assert "instances_val2017.json lists its categories in another order" in line
+    edit(folder, lambda content: content["categories"].pop(0))
+    assert any(
+        "has the category nine, instances_train2017.json has not" in line for line in check(capsys, folder, *COCO)
+    )
 
 
 def test_boxes_of_coco_itself(capsys, folder):
