@@ -14,7 +14,7 @@ from elfatt.data.errors import UserError
 
 _NOT_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them, but most need a plugin
 _16_BITS = {"JPEG2000", "PNG", "PPM"}  # their mode "I" holds 16 bits in 32
-FLATTEST = 500  # 1333 pixels long, detection's longest side, it would be less than 3 pixels wide
+FLATTEST = 100  # resized to 128 pixels, the shortest recipe's long side, it is still a pixel wide
 
 Image.init()
 EXTENSIONS = frozenset(
@@ -72,7 +72,7 @@ def check_shape(path: str | os.PathLike, size: tuple[int, int]) -> None:
     """Stops at an image so flat that nothing is left of it once its long side is that of a recipe.
 
     Raises:
-        UserError: One side, in pixels, is more than 500 times the other.
+        UserError: One side, in pixels, is more than 100 times the other.
     """
     if max(size) > FLATTEST * min(size):
         fault = f"has {size[0]}x{size[1]} pixels, one side more than {FLATTEST} times the other"

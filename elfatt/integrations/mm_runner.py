@@ -174,6 +174,8 @@ def _check_channels(config: Config) -> None:
             f"set mode='{mode}' in LoadImage of every pipeline, and in model.data_preprocessor mean and std of "
             f"{channels} value(s) and bgr_to_rgb={channels == 3}",
         )
+    if channels == 1 and any(list(_steps(loader, "PhotoMetricDistortion")) for loader in loaders):
+        raise UserError("PhotoMetricDistortion", "changes colours, and in_chans=1 is grey", "leave it out")
 
 
 def _steps(node, kind: str) -> Iterator[dict]:

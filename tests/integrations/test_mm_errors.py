@@ -178,6 +178,10 @@ def test_channels_agree(channels, mode, means, swap, message):
     config = Config({"model": model, "train_dataloader": loader})
     if message is None:
         _check_channels(config)
+        config.train_dataloader.dataset.dataset.pipeline.append({"type": "PhotoMetricDistortion"})
+        if channels == 1:
+            with pytest.raises(UserError, match="PhotoMetricDistortion changes colours"):
+                _check_channels(config)
     else:
         with pytest.raises(UserError, match=message):
             _check_channels(config)
