@@ -164,7 +164,9 @@ def _is_listed_by_mmseg(dataset: BaseDataset) -> bool:
     """Whether the listing is mmseg's own, of local images and of masks in another folder."""
     if type(dataset).load_data_list.__module__ != "mmseg.datasets.basesegdataset" or dataset.backend_args:
         return False
-    folders = [Path(folder) for folder in (dataset.data_prefix[key] for key in ("img_path", "seg_map_path"))]
+    folders = [Path(dataset.data_prefix[key]) for key in ("img_path", "seg_map_path") if dataset.data_prefix.get(key)]
+    if len(folders) < 2:
+        return False
     apart = not any(a.is_relative_to(b) for a, b in (folders, folders[::-1]))
     return apart and is_image("x" + dataset.img_suffix) and is_image("x" + dataset.seg_map_suffix)
 

@@ -106,15 +106,16 @@ class CheckedRunner(Runner):
         Raises:
             UserError: The disk is full.
         """
-        whole = Path(out_dir, filename)
+        whole, writes = Path(out_dir, filename), is_main_process()
         part = whole.with_name(f"{filename}.tmp")
         with enough_space(out_dir):
             try:
                 super().save_checkpoint(out_dir, part.name, *args, **kwargs)
-                if is_main_process():
+                if writes:
                     part.replace(whole)
             finally:
-                part.unlink(missing_ok=True)
+                if writes:
+                    part.unlink(missing_ok=True)
 
     def train(self) -> nn.Module:
         """See ``Runner``.

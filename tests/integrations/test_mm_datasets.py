@@ -99,6 +99,7 @@ def test_names_with_endings_and_masks_beside_their_images(masks, warnings):
     together = {"img_path": "images/training", "seg_map_path": "images/training"}
     dataset = open_masks(masks, data_prefix=together, img_suffix="_left.JPG", seg_map_suffix="_train.png")
     assert len(dataset) == 4  # as mmseg lists it
+    assert len(open_masks(masks, data_prefix={"img_path": "images/training"}, img_suffix="_left.JPG")) == 4
 
 
 def turn(path, orientation):

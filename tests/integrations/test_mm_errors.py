@@ -123,6 +123,15 @@ def test_a_full_disk_leaves_no_part_of_a_checkpoint(monkeypatch, tmp_path, numbe
     assert [path.name for path in tmp_path.iterdir()] == ["iter_1.pth"]
 
 
+def test_only_the_process_that_writes_a_checkpoint_touches_its_file(monkeypatch, tmp_path):
+    monkeypatch.setattr("mmengine.runner.Runner.save_checkpoint", lambda *args: None)
+    monkeypatch.setattr("elfatt.integrations.mm_runner.is_main_process", lambda: False)
+    part = tmp_path / "iter_1.pth.tmp"
+    part.touch()
+    CheckedRunner.save_checkpoint(CheckedRunner.__new__(CheckedRunner), str(tmp_path), "iter_1.pth")
+    assert part.exists()
+
+
 def test_another_error_of_the_disk_is_kept(tmp_path):
     with pytest.raises(PermissionError), mm_errors.enough_space(str(tmp_path)):
         raise PermissionError(errno.EACCES, "denied")
