@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import re
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.queues import Queue
 from pathlib import Path
-
-from torch._utils import ExceptionWrapper
 
 import elfatt
 from elfatt.data import UserError
+from elfatt.data.resources import exhausted
+
+NO_WORKERS = "--cfg-options " + " ".join(f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test"))
 
 
 def run(main: Callable[[], object]) -> None:
@@ -23,7 +21,8 @@ def run(main: Callable[[], object]) -> None:
     try:
         main()
     except (ValueError, TypeError, RuntimeError) as error:
-        message = _line(error) if isinstance(error, UserError) or _is_ours(error) else _shared_memory(error)
+        ours = isinstance(error, UserError) or _is_ours(error)
+        message = _line(error) if ours else exhausted(error, workers=NO_WORKERS)
         if message is None:
             raise
         path = Path(sys.argv[0])
@@ -37,44 +36,12 @@ def _is_ours(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) and ours and last.line.startswith("raise ")
 
 
-def start_worker(prepare: Callable[[int], None] | None, worker: int) -> None:
-    """First call in a worker of a data loader: what it cannot hand over becomes an error of the program.
-
-    Python prints such an error in the worker, and the program waits for the batch for ever.
-
-    Args:
-        prepare: The loader's own ``worker_init_fn``.
-        worker: Number.
-    """
-    Queue._on_queue_feeder_error = _hand_over
-    if prepare:
-        prepare(worker)
-
-
-def _hand_over(queue: Queue, error: Exception, batch: tuple) -> None:
-    queue.put((batch[0], ExceptionWrapper((type(error), error, error.__traceback__), "in a worker")))
-
-
 def _line(error: Exception) -> str:
     """The message alone, of what mmengine's registry or a worker of the data loader has wrapped."""
     text = str(error)
     if "\nOriginal Traceback" in text:
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return " ".join(re.sub(r"class `\w+` in \S+: ", "", text).split())
-
-
-def _shared_memory(error: Exception | None) -> str | None:
-    """What to do where workers have no room to hand over their batches, or None for another error."""
-    while error and not re.search("shared memory|</torch_", str(error)):
-        error = error.__cause__ or error.__context__
-    if not error:
-        return None
-    free = shutil.disk_usage("/dev/shm").free / 2**20
-    return (
-        f"the data loader's workers need more shared memory than the {free:,.0f} MiB free in /dev/shm: enlarge that "
-        "mount (docker run --shm-size), or --cfg-options train_dataloader.num_workers=0 val_dataloader.num_workers=0 "
-        "test_dataloader.num_workers=0"
-    )
 
 
 @contextmanager
@@ -92,9 +59,7 @@ def enough_space(folder: str) -> Iterator[None]:
     """Makes the error of a full disk, raised within, a ``UserError`` that names the folder and what is free."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(folder).free / 2**20
-        remedy = "free some, or give another --work-dir; --resume auto then continues"
-        raise UserError(folder, f"has no room left ({free:,.1f} MiB free)", remedy) from error
+    except (OSError, RuntimeError) as error:
+        if full := exhausted(error, folder, NO_WORKERS):
+            raise UserError(full) from error
+        raise

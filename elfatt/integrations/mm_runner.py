@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 
 import elfatt.integrations.openmmlab  # noqa: F401  before mmdet
 from elfatt.data import UserError, read_image
+from elfatt.data.workers import start_worker
 from elfatt.integrations.mm_datasets import check_evaluator, check_training_masks, lazy, open_dataset, warn
-from elfatt.integrations.mm_errors import as_user_error, enough_space, start_worker
+from elfatt.integrations.mm_errors import as_user_error, enough_space
 from elfatt.integrations.mm_hooks import DrawImages, NameUnseenClasses
 from elfatt.layers import align_gradients
 from elfatt.ops import BACKENDS, active_backend, set_default_backend
