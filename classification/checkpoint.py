@@ -21,8 +21,8 @@ import torch.distributed as dist
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
 from torch import nn
 
-from classification.config import UserError
 from classification.runtime import World
+from elfatt.data import UserError
 from elfatt.data.classes import differences, renumbered
 from elfatt.data.resources import exhausted
 

@@ -18,6 +18,7 @@ import timm
 import yaml
 from timm.utils import ParseKwargs
 
+from elfatt.data import UserError
 from elfatt.ops import BACKENDS, active_backend
 
 READERS = ("", "wds", "hfds", "hfids", "tfds", "torch")  # '' is a folder or tar files
@@ -39,10 +40,6 @@ RANGES = {
     "seed": (0, 2**32, "[)"),
 }
 NO_FOLDER_PREFIXES = ("hfds", "hfids", "tfds", "torch")  # these readers find or download their own data
-
-
-class UserError(RuntimeError):
-    """A mistake in what the user gave; `main` prints it in one line, without a traceback."""
 
 
 class _Parser(argparse.ArgumentParser):

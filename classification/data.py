@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,9 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
-from classification.config import UserError
 from classification.runtime import World
-from elfatt.data import read_image, standard_image
+from elfatt.data import UserError, read_image, standard_image
+from elfatt.data.workers import start_worker
 
 LOGGER = logging.getLogger("classification")
 IMAGE_MODES = {3: "RGB", 1: "L"}  # by the model's input channels
@@ -272,6 +273,7 @@ class Loader:
             "collate_fn": collate,
             "pin_memory": on_gpu,
             "generator": self.generator,
+            "worker_init_fn": partial(start_worker, None),
         }
         if self.seekable:
             multiple = batch_size * world.size * self.accum if train else 1

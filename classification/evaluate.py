@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from classification.config import UserError
 from classification.runtime import World
+from elfatt.data import UserError
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ import torch
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
-from classification.config import UserError
 from elfatt.checkpoints import LoadReport, load_checkpoint
+from elfatt.data import UserError
 from elfatt.data.resources import exhausted
 from elfatt.ops import set_default_backend
 

@@ -22,8 +22,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from classification.config import UserError
-from elfatt.data import EXTENSIONS, is_image
+from elfatt.data import EXTENSIONS, UserError, is_image
 from elfatt.data.classes import differences, read_class_map, renumbered, shown
 
 LOGGER = logging.getLogger("classification")

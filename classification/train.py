@@ -33,12 +33,13 @@ from tqdm import tqdm
 
 import elfatt  # noqa: F401  registers the models with timm
 from classification.checkpoint import AtomicSaver, TrainState, find_newest, load, write
-from classification.config import UserError, parse_args, save_yaml
+from classification.config import parse_args, save_yaml
 from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, peak_memory_mib, run_main
 from classification.splits import check_class_count, check_same_classes, class_names, open_split
 from elfatt.checkpoints import LoadReport
+from elfatt.data import UserError
 from elfatt.data.classes import differences, renumbered
 from elfatt.layers import align_gradients
 

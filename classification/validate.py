@@ -19,12 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import torch
 
 import elfatt  # noqa: F401  registers the models with timm
-from classification.config import UserError, build_parser, parse_args
+from classification.config import build_parser, parse_args
 from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, run_main
 from classification.splits import check_class_count, open_split
 from elfatt.checkpoints import LoadReport, published_crop
+from elfatt.data import UserError
 
 CHOSEN = ("model", "checkpoint", "weights", "backend")
 COLUMNS = (*CHOSEN, "top1", "top5", "loss", "images", "images_per_s")  # of a table of results

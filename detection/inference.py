@@ -7,13 +7,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from elfatt.integrations import mm_runner  # noqa: E402
+import numpy as np  # noqa: E402
+
+from elfatt.data import read_image  # noqa: E402
+from elfatt.integrations import mm_errors, mm_runner  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the program with these arguments, by default the command line's."""
     args = mm_runner.parse_inference(argv, "detection")
-    import mmcv
     from mmdet.apis import inference_detector, init_detector
     from mmdet.visualization import DetLocalVisualizer
 
@@ -21,9 +23,9 @@ def main(argv: list[str] | None = None) -> None:
     result = inference_detector(model, args.image)
     visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = model.dataset_meta
-    image = mmcv.imread(args.image, channel_order="rgb")
+    image = np.asarray(read_image(args.image))
     visualizer.add_datasample("image", image, result, draw_gt=False, pred_score_thr=args.score, out_file=args.output)
 
 
 if __name__ == "__main__":
-    main()
+    mm_errors.run(main)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # torchrun runs the file, not the module
 
-from elfatt.integrations import mm_runner  # noqa: E402
+from elfatt.integrations import mm_errors, mm_runner  # noqa: E402
 
 
 def main(argv: list[str] | None = None):
@@ -16,4 +16,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    mm_errors.run(main)

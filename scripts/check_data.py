@@ -1,62 +1,53 @@
 """Checks a user's ADE20K or COCO folder before training starts: one line a problem, with its path and the remedy.
 
 File names and annotation files are read completely. Images and masks are opened for a sample, or all with `--full`.
-Needs no mm package. Exit code: 0 where nothing is wrong, else 1.
+Needs no mm package. Exit code: 0 where nothing is wrong, else 1. A line that begins with "note" says what is lost or
+open, and is no problem. The rules are those of the training programs.
 
-ADE20K: images/{training,validation}/*.jpg, annotations/{training,validation}/*.png of the same names
-COCO:   {train,val}2017/*.jpg, annotations/instances_{train,val}2017.json
+ADE20K: images/{training,validation}/*, annotations/{training,validation}/* of the same names, with any extension
+COCO:   {train,val}2017/*, annotations/instances_{train,val}2017.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from elfatt.data import UserError, check_shape, check_size, list_images, read_image  # noqa: E402
+from elfatt.data.coco import (  # noqa: E402
+    FIELDS,
+    annotation_faults,
+    check_annotations,
+    check_categories,
+    form_faults,
+    load_coco,
+)
+from elfatt.data.masks import check_classes, check_labels, check_mask  # noqa: E402
 
 ADE20K_IMAGES = {"training": 20_210, "validation": 2_000}
 COCO_IMAGES = {"train2017": 118_287, "val2017": 5_000}
 COCO_CATEGORIES = 80
 SAMPLE = 100  # images opened at the start of each split, and as many more at random
 SHOWN = 20  # lines with the same remedy
-TOLERANCE = 1.0  # pixels that a box may reach beyond its image: COCO rounds coordinates
-COCO_FIELDS = {
-    "images": {"id": int, "file_name": str, "width": int, "height": int},
-    "categories": {"id": int, "name": str},
-    "annotations": {
-        "id": int,
-        "image_id": int,
-        "category_id": int,
-        "bbox": list,
-        "area": (int, float),
-        "iscrowd": int,
-        "segmentation": (list, dict),
-    },
-}
 DOWNLOAD = "download and unpack this part again, or pass --any-size for data of your own"
 
 
-class Problem(NamedTuple):
-    """Something wrong: where, what, and what to do."""
-
-    path: Path | str
-    fault: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.fault}; {self.remedy}"
+Found = UserError | str  # a problem, or a note
 
 
-def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[Problem]:
-    """Problems of ``root/images/{split}/*.jpg`` and ``root/annotations/{split}/*.png``.
+def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[Found]:
+    """Problems and notes of ``root/images/{split}`` and ``root/annotations/{split}``.
 
     Args:
         root: The folder of the data set.
@@ -64,38 +55,40 @@ def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[P
         args: The command line.
     """
     folders = root / "images" / split, root / "annotations" / split
-    missing = [folder for folder in folders if not folder.is_dir()]
-    yield from (Problem(folder, "no such folder", "see --help for what is expected") for folder in missing)
-    if missing:
+    listed = yield from _caught(list_images, folders[0])
+    labelled = yield from _caught(list_images, folders[1])
+    if listed is None or labelled is None:
         return
-    images, masks = (
-        {path.stem: path for path in folder.glob(f"*{suffix}")}
-        for folder, suffix in zip(folders, (".jpg", ".png"), strict=True)
-    )
+    (images, others), (masks, _) = listed, labelled
+    if others:
+        yield f"{folders[0]}: {len(others):,} files are no images and passed over, first {others[0]}"
     yield from _check_count(folders[0], len(images), ADE20K_IMAGES[split], args)
     for name in sorted(images.keys() - masks.keys()):
-        yield Problem(images[name], "has no mask", f"add it to {folders[1]} as a .png, or remove the image")
+        yield UserError(images[name], "has no mask", f"add one of the same name to {folders[1]}, or remove the image")
     for name in sorted(masks.keys() - images.keys()):
-        yield Problem(masks[name], "has no image", f"add it to {folders[0]} as a .jpg, or remove the mask")
+        yield UserError(masks[name], "has no image", f"add one of the same name to {folders[0]}, or remove the mask")
+    remedy = f"labels are 0 (other) and 1 to {args.classes}; --classes says how many you have"
+    turned, pixels, read = [], np.zeros(args.classes, int), 0
     for name in _sample(sorted(images.keys() & masks.keys()), f"{split} images", args.full):
-        image = yield from _open(images[name])
-        mask = yield from _open(masks[name])
-        if mask is None:
+        opened = yield from _caught(_open, images[name])
+        size = yield from _caught(check_mask, masks[name])
+        if size is None:
             continue
-        if image is not None and image.size != mask.size:
-            fault = f"is {_size(mask.size)}, its image {_size(image.size)} pixels"
-            yield Problem(masks[name], fault, "write the mask at the size of its image")
-        labels = np.asarray(mask)
-        if labels.ndim != 2:
-            yield Problem(masks[name], f"is a {mask.mode} picture", "write one index a pixel, as 8-bit grey")
-        elif labels.max() > args.classes:
-            unknown = ", ".join(map(str, np.unique(labels[labels > args.classes])[:5]))
-            remedy = f"labels are 0 (other) and 1…{args.classes}; --classes says how many you have"
-            yield Problem(masks[name], f"has the labels {unknown}", remedy)
+        if opened and (yield from _caught(check_size, images[name], size, masks[name])):
+            turned.append(images[name])
+        labels = yield from _caught(_read_labels, masks[name])
+        if labels is not None:
+            yield from _caught(check_labels, masks[name], labels, args.classes, remedy)
+            pixels += np.bincount(labels.ravel(), minlength=256)[1 : args.classes + 1]
+            read += 1
+    yield from _turned(turned)
+    if split == "training" and read:
+        names = [str(label) for label in range(1, args.classes + 1)]
+        yield from _caught(check_classes, folders[1], pixels, names, read)
 
 
-def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Problem]:
-    """Problems of ``root/{split}/*.jpg`` and ``root/annotations/instances_{split}.json``.
+def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Found]:
+    """Problems and notes of ``root/{split}`` and ``root/annotations/instances_{split}.json``.
 
     Args:
         root: The folder of the data set.
@@ -104,113 +97,112 @@ def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Pro
     """
     folder, path = root / split, root / "annotations" / f"instances_{split}.json"
     if not folder.is_dir():
-        yield Problem(folder, "no such folder", "see --help for what is expected")
+        yield UserError(folder, "is no folder", "see --help for what is expected")
     content = yield from _read_coco(path)
     if content is None:
         return
-    images = {image["id"]: image for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
-    if len(categories) != COCO_CATEGORIES and not args.any_size:
-        yield Problem(path, f"has {len(categories)} categories, expected {COCO_CATEGORIES}", DOWNLOAD)
-    for annotation in tqdm(content["annotations"], f"{split} annotations", disable=None, leave=False):
-        for fault, remedy in _annotation_faults(annotation, images, categories):
-            yield Problem(path, f"annotation {annotation['id']} {fault}", remedy)
+    yield from _check_instances(path, content, split, args)
+    if split == "val2017":
+        yield from _compare_categories(path, content)
     if not folder.is_dir():
         return
     files = {file.name for file in folder.iterdir() if not file.name.startswith(".")}
     yield from _check_count(folder, len(files), COCO_IMAGES[split], args)
-    present = []
+    present, turned = [], []
     for image in content["images"]:
         file = folder / image["file_name"]
         if image["file_name"] in files or file.is_file():  # the second for names with a folder
             present.append(image)
         else:
-            yield Problem(file, f"is named in {path.name} and not there", "add the image, or unpack the images again")
+            yield UserError(file, f"is named in {path.name} and not there", "add it, or unpack the images again")
     for image in _sample(present, f"{split} images", args.full):
-        opened = yield from _open(folder / image["file_name"])
-        stated = image["width"], image["height"]
-        if opened is not None and opened.size != stated:
-            fault = f"is {_size(opened.size)} pixels, {path.name} says {_size(stated)}"
-            yield Problem(folder / image["file_name"], fault, "correct width and height, or restore the image")
-
-
-def _read_coco(path: Path) -> Generator[Problem, None, dict[str, Any] | None]:
-    """Yields what is wrong with an annotation file; returns its content, or None where that cannot be used."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError:
-        yield Problem(path, "no such file", "unpack annotations_trainval2017.zip, or write your own")
-        return None
-    except ValueError as error:
-        fault = f"is not JSON ({error})" if path.stat().st_size else "is empty"
-        yield Problem(path, fault, "unpack or write the file again")
-        return None
-    problems = list(_content_problems(path, content))
-    yield from problems
-    return None if problems else content
-
-
-def _content_problems(path: Path, content: Any) -> Iterator[Problem]:
-    for table, fields in COCO_FIELDS.items():
-        entries = content.get(table) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not entries:
-            yield Problem(path, f"has no {table}", f"it needs the non-empty lists {', '.join(COCO_FIELDS)}")
+        file = folder / image["file_name"]
+        if not (yield from _caught(_open, file)):
             continue
-        for number, entry in enumerate(entries):
-            for field, kind in fields.items():
-                if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
-                    remedy = f"each of {table} needs {', '.join(fields)} as COCO defines them"
-                    yield Problem(path, f"{table}[{number}] has no valid '{field}'", remedy)
-        counts = Counter(str(entry.get("id")) for entry in entries if isinstance(entry, dict))
-        for number, count in counts.items():
-            if count > 1:
-                yield Problem(path, f"{table} has the id {number} {count} times", f"number the {table} anew")
+        if (yield from _caught(check_size, file, (image["width"], image["height"]), path.name)):
+            turned.append(file)
+    yield from _turned(turned)
 
 
-def _annotation_faults(annotation: dict[str, Any], images: dict[int, Any], known: set[int]) -> Iterator[tuple]:
-    """Yields (fault, remedy) of one annotation whose fields are all there."""
-    if annotation["id"] == 0:
-        yield "has the id 0", "number from 1: COCO's evaluation takes 0 for no match"
-    if annotation["category_id"] not in known:
-        yield f"has the unknown category {annotation['category_id']}", "list the category, or correct the id"
-    image = images.get(annotation["image_id"])
-    if image is None:
-        yield f"is of the unknown image {annotation['image_id']}", "list the image, or remove the annotation"
-        return
-    box, width, height = annotation["bbox"], image["width"], image["height"]
+def _read_coco(path: Path) -> Generator[Found, None, dict[str, Any] | None]:
+    """Yields what is wrong with an annotation file; returns its content, or None where that cannot be used."""
+    content = yield from _caught(load_coco, path)
+    if content is None:
+        return None
+    faults = list(form_faults(content))
+    faults += [
+        (f"has no {table}", f"it needs the non-empty lists {', '.join(FIELDS)}")
+        for table in FIELDS
+        if content.get(table) == []
+    ]
+    yield from (UserError(path, *fault) for fault in faults)
+    return None if faults else content
+
+
+def _check_instances(path: Path, content: dict[str, Any], split: str, args: argparse.Namespace) -> Iterator[Found]:
+    images = {image["id"]: image for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    if len(categories) != COCO_CATEGORIES and not args.any_size:
+        yield UserError(path, f"has {len(categories)} categories, expected {COCO_CATEGORIES}", DOWNLOAD)
+    readable = True
+    for annotation in tqdm(content["annotations"], f"{split} annotations", disable=None, leave=False):
+        for fault, remedy, stops in annotation_faults(annotation, images, categories):
+            yield UserError(path, f"has the annotation {annotation['id']}, which {fault}", remedy)
+            readable &= not stops
+    if readable:
+        classes = {category["name"] for category in content["categories"]}
+        lost = yield from _caught(check_annotations, path, content, classes)
+        if lost:
+            yield lost
+
+
+def _compare_categories(path: Path, content: dict[str, Any]) -> Iterator[UserError]:
+    """Whether the other annotation file, where it can be read, has the same categories in the same order."""
+    other = path.with_name("instances_train2017.json")
     try:
-        left, top, across, down = map(float, box)
-    except (TypeError, ValueError):
-        yield f"has the box {box}", "a box is [left, top, width, height] in pixels"
-    else:
-        fits = left + across <= width + TOLERANCE and top + down <= height + TOLERANCE
-        if not (fits and left >= -TOLERANCE and top >= -TOLERANCE and across >= 0 and down >= 0):  # so NaN is found
-            fault = f"has the box {box}, outside {image['file_name']} of {_size((width, height))} pixels"
-            yield fault, "a box is [left, top, width, height] in pixels, inside its image"
-    shape = annotation["segmentation"]
-    if not shape or (isinstance(shape, dict) and ("counts" not in shape or shape.get("size") != [height, width])):
+        classes = [category["name"] for category in load_coco(other)["categories"]]
+    except (UserError, LookupError, TypeError):
+        return  # its own check names the fault
+    extra = [category["name"] for category in content["categories"] if category["name"] not in classes]
+    if extra:
+        yield UserError(path, f"has the category {extra[0]}, {other.name} has not", "list the same in both files")
+    yield from _caught(check_categories, path, content, classes)
+
+
+def _caught(rule: Callable, path: Path, *others) -> Generator[UserError, None, Any]:
+    """Yields the problem that a rule raises about a file; returns what it returns, or None."""
+    try:
+        return rule(path, *others)
+    except UserError as error:
+        yield error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
+        yield UserError(path, f"cannot be read ({error})", "restore the file")
+
+
+def _open(path: Path) -> bool:
+    """Reads an image; whether it could be."""
+    check_shape(path, read_image(path).size)
+    return True
+
+
+def _read_labels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(np.uint8)
+
+
+def _turned(images: list[Path]) -> Iterator[str]:
+    if images:
         yield (
-            "has no valid segmentation",
-            "polygons, or run lengths with counts and the image's [height, width] as size",
+            f"{len(images)} of the images opened are turned upright by their EXIF orientation, first {images[0]}: "
+            "where labels were drawn on the pixels as they are stored, remove the tag (exiftool -Orientation= FILE)"
         )
 
 
-def _check_count(folder: Path, count: int, expected: int, args: argparse.Namespace) -> Iterator[Problem]:
+def _check_count(folder: Path, count: int, expected: int, args: argparse.Namespace) -> Iterator[UserError]:
     if not count:
-        yield Problem(folder, "has no images", "see --help for what is expected")
+        yield UserError(folder, "has no images", "see --help for what is expected")
     elif count != expected and not args.any_size:
-        yield Problem(folder, f"has {count:,} images, expected {expected:,}", DOWNLOAD)
-
-
-def _open(path: Path) -> Generator[Problem, None, Image.Image | None]:
-    """Yields why a picture cannot be decoded to its end; returns it, or None."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
-        yield Problem(path, f"cannot be read ({error})", "restore the file")
-        return None
+        yield UserError(folder, f"has {count:,} images, expected {expected:,}", DOWNLOAD)
 
 
 def _sample(items: list, title: str, full: bool) -> Iterator:
@@ -219,10 +211,6 @@ def _sample(items: list, title: str, full: bool) -> Iterator:
     if not full and len(rest) > SAMPLE:
         rest = random.Random(0).sample(rest, SAMPLE)
     return iter(tqdm(first + rest, title, disable=None, leave=False))
-
-
-def _size(size: tuple[int, int]) -> str:
-    return "{}×{}".format(*size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,10 +230,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{args.dataset} has no split '{split}': give {' or '.join(splits)}")
     counts: Counter[str] = Counter()
     for split in args.splits or splits:
-        for problem in check(args.root, split, args):
-            counts[problem.remedy] += 1
-            if counts[problem.remedy] <= SHOWN:
-                tqdm.write(str(problem))
+        for found in check(args.root, split, args):
+            if isinstance(found, str):
+                tqdm.write(f"note: {found}")
+                continue
+            counts[found.remedy] += 1
+            if counts[found.remedy] <= SHOWN:
+                tqdm.write(str(found))
     for remedy, count in counts.items():
         if count > SHOWN:
             print(f"… and {count - SHOWN:,} more lines that say: {remedy}")

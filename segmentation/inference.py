@@ -7,7 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from elfatt.integrations import mm_runner  # noqa: E402
+import numpy as np  # noqa: E402
+
+from elfatt.data import read_image  # noqa: E402
+from elfatt.integrations import mm_errors, mm_runner  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,8 +20,10 @@ def main(argv: list[str] | None = None) -> None:
 
     model = mm_runner.load_model(args, init_model)
     result = inference_model(model, args.image)
-    show_result_pyplot(model, args.image, result, draw_gt=False, show=False, out_file=args.output)
+    show_result_pyplot(
+        model, np.asarray(read_image(args.image)), result, draw_gt=False, show=False, out_file=args.output
+    )
 
 
 if __name__ == "__main__":
-    main()
+    mm_errors.run(main)

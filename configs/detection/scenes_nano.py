@@ -21,9 +21,9 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
 )
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="LoadImage"),
     dict(type="CheckInstances"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PhotoMetricDistortion"),  # and no mirroring: a mirrored digit is another sign
     dict(type="PackDetInputs"),
 ]

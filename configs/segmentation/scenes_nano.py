@@ -15,7 +15,7 @@ model = dict(
     auxiliary_head=dict(in_channels=128, channels=32, **_head),
 )
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadImage"),
     dict(type="LoadAnnotations"),
     dict(type="CheckMask", num_classes=num_classes),
     dict(type="PhotoMetricDistortion"),  # and no mirroring: a mirrored digit is another sign

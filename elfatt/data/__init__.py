@@ -3,6 +3,26 @@
 Needs NumPy and Pillow only.
 """
 
-from elfatt.data.images import EXTENSIONS, is_image, orientation_of, read_image, standard_image
+from elfatt.data.errors import UserError
+from elfatt.data.images import (
+    EXTENSIONS,
+    check_shape,
+    check_size,
+    is_image,
+    list_images,
+    orientation_of,
+    read_image,
+    standard_image,
+)
 
-__all__ = ["EXTENSIONS", "is_image", "orientation_of", "read_image", "standard_image"]
+__all__ = [
+    "EXTENSIONS",
+    "UserError",
+    "check_shape",
+    "check_size",
+    "is_image",
+    "list_images",
+    "orientation_of",
+    "read_image",
+    "standard_image",
+]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from elfatt.data.errors import UserError
+
 _NOT_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them, but most need a plugin
 _16_BITS = {"JPEG2000", "PNG", "PPM"}  # their mode "I" holds 16 bits in 32
+FLATTEST = 100  # resized to 128 pixels, the shortest recipe's long side, it is still a pixel wide
 
 Image.init()
 EXTENSIONS = frozenset(
@@ -34,6 +39,81 @@ def orientation_of(image: Image.Image) -> int:
     return found if found in range(1, 9) else 1
 
 
+def list_images(folder: str | os.PathLike, ending: str = "") -> tuple[dict[str, Path], list[Path]]:
+    """The images below a folder, and the files that no program reads: others, and images in hidden folders.
+
+    Args:
+        folder: Looked through to its last subfolder.
+        ending: What a name has before its extension, in layouts such as ``a_leftImg8bit.png``; it is cut off.
+
+    Returns:
+        Images by their path in the folder without ending and extension, in order, and the other files.
+
+    Raises:
+        UserError: No such folder, or two images of one name.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(folder, "is no folder", "give the one that holds the images or masks")
+    paths = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    images, others = {}, []
+    for path in sorted(path for path in paths if not path.name.startswith(".")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or not is_image(path) or not path.stem.endswith(ending):
+            others += [path] * (is_image(path) or not hidden)
+            continue
+        name = str(path.relative_to(folder).with_suffix("")).removesuffix(ending)
+        if name in images:
+            raise UserError(path, f"has the name of {images[name].name}", "keep one of the two")
+        images[name] = path
+    return images, others
+
+
+def check_shape(path: str | os.PathLike, size: tuple[int, int]) -> None:
+    """Stops at an image so flat that nothing is left of it once its long side is that of a recipe.
+
+    Raises:
+        UserError: One side, in pixels, is more than 100 times the other.
+    """
+    if max(size) > FLATTEST * min(size):
+        fault = f"has {size[0]}x{size[1]} pixels, one side more than {FLATTEST} times the other"
+        raise UserError(f"image {path}", fault, "cut it into pieces, or leave it out")
+
+
+def check_size(image: str | os.PathLike, size: tuple[int, int], owner: str | os.PathLike) -> bool:
+    """Compares an image file, turned upright, with what was drawn or written for it.
+
+    Args:
+        image: Path; the head of the file alone is read.
+        size: Width and height of the mask or annotation, in pixels.
+        owner: Its file.
+
+    Returns:
+        Whether only a look can tell if the labels belong to the upright image: EXIF turns it, and the sizes agree both
+        ways.
+
+    Raises:
+        UserError: Another size, or the size of the pixels as they are stored.
+    """
+    with Image.open(image) as file:
+        orientation, stored = orientation_of(file), file.size
+        if file.format == "TIFF":
+            stored = file.tag_v2[256], file.tag_v2[257]  # Pillow gives the upright size before the pixels are turned
+    upright = stored[::-1] if orientation > 4 else stored
+    if size == upright:
+        return orientation != 1 and stored == upright
+    width, height = size
+    if size == stored:
+        raise UserError(
+            image,
+            f"is turned upright by its EXIF orientation {orientation}, but {owner} has the {width}x{height} pixels "
+            "(width x height) of the image as it is stored",
+            f"remove the orientation tag from the picture (exiftool -Orientation= {image}), whose pixels then match",
+        )
+    fault = f"has {upright[0]}x{upright[1]} pixels (width x height), but {owner} says {width}x{height}"
+    raise UserError(image, fault, "make them equal")
+
+
 def read_image(file: str | os.PathLike | IO[bytes], mode: str = "RGB") -> Image.Image:
     """Decodes an image file to its end and gives it as ``standard_image`` does.
 
@@ -45,7 +125,9 @@ def read_image(file: str | os.PathLike | IO[bytes], mode: str = "RGB") -> Image.
         OSError, SyntaxError, ValueError: The file is missing, damaged or no image; Pillow raises all three.
         ValueError: Its 32-bit pixels have no known range.
     """
-    with Image.open(file) as image:
+    # by its name, Pillow 13 maps an uncompressed TIFF into memory with its sides exchanged, if EXIF turns it
+    opened = open(file, "rb") if isinstance(file, str | os.PathLike) else nullcontext(file)
+    with opened as stream, Image.open(stream) as image:
         image.load()
         return standard_image(image, mode)
 

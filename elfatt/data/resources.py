@@ -6,25 +6,28 @@ import errno
 import os
 import shutil
 
-_SHARED_MEMORY = ("bus error", "shared memory", "unable to write to file </torch_", "unable to mmap")
+_SHARED_MEMORY = ("bus error", "shared memory", "</torch_")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def exhausted(error: BaseException, folder: str | os.PathLike | None = None) -> str | None:
+def exhausted(
+    error: BaseException, folder: str | os.PathLike | None = None, workers: str = "--workers 0"
+) -> str | None:
     """What is full and what to do about it, or None where the error is another one.
 
     Args:
         error: As the operating system, PyTorch or a data loader raised it; its causes are looked at as well.
         folder: Where a file was being written, if known.
+        workers: The option that does without workers.
     """
     cause: BaseException | None = error
     while cause is not None:
         if any(sign in str(cause).lower() for sign in _SHARED_MEMORY):
-            remedy = "lower --workers (num_workers in a dense config) or enlarge the mount"
+            remedy = f"enlarge the mount (docker run --shm-size), use fewer workers, or {workers}"
             return f"the data loader's workers ran out of shared memory{_free('/dev/shm')}: {remedy}"
         if isinstance(cause, OSError) and cause.errno in _FULL:
             folder = folder or os.path.dirname(os.path.abspath(cause.filename or "."))
-            return f"the disk is full{_free(folder)}: make room and resume"
+            return f"the disk is full{_free(folder)}: make room, then --resume auto goes on"
         cause = cause.__cause__ or cause.__context__
     return None
 

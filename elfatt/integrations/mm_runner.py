@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import cv2
-import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.hooks import Hook
-from mmengine.logging import print_log
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.registry import DATASETS
-from mmengine.runner import Runner, find_latest_checkpoint, load_checkpoint
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint, load_checkpoint
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 import elfatt.integrations.openmmlab  # noqa: F401  before mmdet
+from elfatt.data import UserError, read_image
+from elfatt.data.workers import start_worker
+from elfatt.integrations.mm_datasets import check_evaluator, check_training_masks, lazy, open_dataset, warn
+from elfatt.integrations.mm_errors import as_user_error, enough_space
+from elfatt.integrations.mm_hooks import DrawImages, NameUnseenClasses
 from elfatt.layers import align_gradients
 from elfatt.ops import BACKENDS, active_backend, set_default_backend
 
@@ -31,30 +35,97 @@ torch.serialization.add_safe_globals([np.dtypes.Float32DType])
 
 
 class CheckedRunner(Runner):
-    """mmengine's Runner, which stops at weights of another model, and at data without images or of other classes."""
+    """mmengine's Runner, which stops in one line, before the first step, at what cannot be right."""
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
         """See ``Runner``.
 
         Raises:
-            ValueError: The data set cannot be trained on or evaluated; its folder or annotation file is named.
+            UserError: The data set cannot be trained on or evaluated; its folder or annotation file is named.
         """
         if isinstance(dataloader, dict) and isinstance(dataloader["dataset"], dict):
-            dataset = DATASETS.build(_lazy(dataloader["dataset"]))
-            for part in _unwrap(dataset):
-                _load(part)
-            dataset.full_init()
-            dataloader = {**dataloader, "dataset": dataset}
-        return Runner.build_dataloader(dataloader, *args, **kwargs)
+            dataloader = {**dataloader, "dataset": open_dataset(dataloader["dataset"])}
+        loader = Runner.build_dataloader(dataloader, *args, **kwargs)
+        loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+        return loader
+
+    def build_model(self, model: nn.Module | dict) -> nn.Module:
+        """See ``Runner``.
+
+        Raises:
+            UserError: The configuration describes no model.
+        """
+        with as_user_error("model", ValueError, TypeError):
+            return super().build_model(model)
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """See ``Runner``.
+
+        Raises:
+            UserError: Masks that teach nothing, or a batch norm over single values.
+        """
+        loop = super().build_train_loop(loop)
+        check_training_masks(loop.dataloader.dataset)
+        _check_batch_norm(self.model, loop.dataloader.batch_size)
+        return loop
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """See ``Runner``.
+
+        Raises:
+            UserError: The annotation file that is evaluated has other classes.
+        """
+        return self._checked(super().build_val_loop(loop), "val_evaluator")
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """See ``build_val_loop``."""
+        return self._checked(super().build_test_loop(loop), "test_evaluator")
+
+    def _checked(self, loop: BaseLoop, name: str) -> BaseLoop:
+        settings = self.cfg.get(name)
+        source = settings.get("ann_file", name) if isinstance(settings, dict) else name
+        check_evaluator(loop.evaluator, source, loop.dataloader.dataset.metainfo["classes"])
+        return loop
+
+    def _init_model_weights(self) -> None:
+        with as_user_error("pretrained weights", ValueError, FileNotFoundError):
+            super()._init_model_weights()
 
     def load_checkpoint(self, filename: str, map_location="cpu", strict: bool = True, **kwargs) -> dict:
         """See ``Runner``; a tensor that is missing or left over is an error here.
 
         Raises:
-            RuntimeError: The checkpoint is of another model; the tensors are named.
+            UserError: No checkpoint, or one of another model; the tensors are named.
         """
-        return super().load_checkpoint(filename, map_location, strict, **kwargs)
+        with as_user_error(f"checkpoint {filename}", Exception):
+            return super().load_checkpoint(filename, map_location, strict, **kwargs)
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
+        """See ``Runner``; the file is there as a whole or not at all.
+
+        Raises:
+            UserError: The disk is full.
+        """
+        whole, writes = Path(out_dir, filename), is_main_process()
+        part = whole.with_name(f"{filename}.tmp")
+        with enough_space(out_dir):
+            try:
+                super().save_checkpoint(out_dir, part.name, *args, **kwargs)
+                if writes:
+                    part.replace(whole)
+            finally:
+                if writes:
+                    part.unlink(missing_ok=True)
+
+    def train(self) -> nn.Module:
+        """See ``Runner``.
+
+        Raises:
+            UserError: The disk of the work dir is full.
+        """
+        with enough_space(self.work_dir):
+            return super().train()
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """See ``Runner``."""
@@ -63,57 +134,61 @@ class CheckedRunner(Runner):
         return super().wrap_model(model_wrapper_cfg, model)
 
 
-class DrawImages(Hook):
-    """Draws every evaluated image, its truth on the left and its prediction on the right; mmengine lets rank 0 draw.
+def _check_batch_norm(model: nn.Module, batch_size: int | None) -> None:
+    """Stops where a batch norm behind a pooling to one pixel, as UperNet's, would see one value a channel.
 
-    Args:
-        folder: Where the pictures go, under the images' names.
+    Raises:
+        UserError: It would.
     """
-
-    def __init__(self, folder: str):
-        self.folder = Path(folder)
-
-    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: list) -> None:
-        """See ``Hook``."""
-        for sample in outputs:
-            image, name = mmcv.imread(sample.img_path, channel_order="rgb"), Path(sample.img_path).name
-            runner.visualizer.add_datasample(name, image, sample, out_file=str(self.folder / name))
-
-
-def _lazy(config: dict) -> dict:
-    """The configuration of a data set, and of those that it wraps, that reads nothing before it is told to."""
-    config = {**config, "lazy_init": True}
-    if "dataset" in config:
-        config["dataset"] = _lazy(config["dataset"])
-    if "datasets" in config:
-        config["datasets"] = [_lazy(dataset) for dataset in config["datasets"]]
-    return config
-
-
-def _unwrap(dataset) -> list:
-    """The data sets that a RepeatDataset, a ConcatDataset or another wrapper holds, or the one given."""
-    if hasattr(dataset, "dataset"):
-        return _unwrap(dataset.dataset)
-    return [part for inner in getattr(dataset, "datasets", ()) for part in _unwrap(inner)] or [dataset]
-
-
-def _load(dataset) -> None:
-    source = dataset.ann_file or dataset.data_prefix["img_path"]
-    try:
-        dataset.full_init()
-    except ValueError as error:
-        if dataset.data_list:
-            raise
-        # mmengine cannot pack an empty list
-        raise ValueError(f"{source} holds no image that can be used (filter_cfg={dataset.filter_cfg})") from error
-    except KeyError as error:
-        raise ValueError(f"{source} has no {error}: scripts/prepare_coco.sh checks the whole file") from error
-    classes, categories = dataset.metainfo["classes"], getattr(dataset, "cat_ids", None)
-    if categories is not None and len(categories) != len(classes):
-        raise ValueError(
-            f"{source} names {len(categories)} of the {len(classes)} classes of the configuration: "
-            "list all of them in its 'categories', or set metainfo and num_classes to what it holds"
+    pooled = [part for part in model.modules() if isinstance(part, nn.Sequential) and _pools_to_a_pixel(part)]
+    norms = [part for whole in pooled for part in whole.modules() if isinstance(part, _BatchNorm)]
+    apart = [norm for norm in norms if not (isinstance(norm, nn.SyncBatchNorm) and get_world_size() > 1)]
+    if batch_size == 1 and apart:
+        raise UserError(
+            "train_dataloader.batch_size=1",
+            "leaves one value a channel to the batch norm behind a pooling to 1x1",
+            "set train_dataloader.batch_size=2, or a norm_cfg without batch norm",
         )
+
+
+def _pools_to_a_pixel(part: nn.Sequential) -> bool:
+    first = next(iter(part), None)
+    return isinstance(first, nn.AdaptiveAvgPool2d) and first.output_size in (1, (1, 1))
+
+
+def _check_channels(config: Config) -> None:
+    """Stops where the backbone, the preprocessor and the pipelines do not agree on the channels of an image.
+
+    Raises:
+        UserError: They do not, or there is no such image.
+    """
+    channels, preprocessor = config.model.backbone.get("in_chans", 3), config.model.get("data_preprocessor") or {}
+    if channels not in (1, 3):
+        raise UserError(f"model.backbone.in_chans={channels}", "fits no image", "choose 3 (colour) or 1 (grey)")
+    mode = "L" if channels == 1 else "RGB"
+    loaders = [config.get(f"{name}_dataloader") for name in ("train", "val", "test")]
+    modes = {step.get("mode", "RGB") for loader in loaders for step in _steps(loader, "LoadImage")}
+    means = len(preprocessor.get("mean") or [0] * channels)
+    if modes - {mode} or means != channels or (channels == 1 and preprocessor.get("bgr_to_rgb")):
+        raise UserError(
+            f"model.backbone.in_chans={channels}",
+            f"does not fit LoadImage(mode={'/'.join(sorted(modes))!r}) and data_preprocessor with {means} means",
+            f"set mode='{mode}' in LoadImage of every pipeline, and in model.data_preprocessor mean and std of "
+            f"{channels} value(s) and bgr_to_rgb={channels == 3}",
+        )
+    if channels == 1 and any(list(_steps(loader, "PhotoMetricDistortion")) for loader in loaders):
+        raise UserError("PhotoMetricDistortion", "changes colours, and in_chans=1 is grey", "leave it out")
+
+
+def _steps(node, kind: str) -> Iterator[dict]:
+    """Every dict of one type in a configuration."""
+    if isinstance(node, dict):
+        if node.get("type") == kind:
+            yield node
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for value in node:
+            yield from _steps(value, kind)
 
 
 def parse_train(argv: list[str] | None, task: str) -> argparse.Namespace:
@@ -150,8 +225,12 @@ def parse_inference(argv: list[str] | None, task: str) -> argparse.Namespace:
     if task == "detection":
         add("--score", type=float, default=0.3, help="leave out instances below it (default: %(default)s)")
     args = _parse(parser, argv, "checkpoint", "image")
-    if not cv2.haveImageReader(args.image):
-        _stop(args, f"image {args.image} is no picture that OpenCV reads: give a JPEG or PNG file")
+    try:
+        read_image(args.image)
+    except (OSError, SyntaxError, ValueError) as error:
+        _stop(args, f"image {args.image} is no picture that can be read ({error})")
+    if not cv2.haveImageWriter(args.output):
+        _stop(args, f"output {args.output} has no extension of a picture: give one such as .png or .jpg")
     return args
 
 
@@ -167,7 +246,7 @@ def train(args: argparse.Namespace, task: str) -> Runner:
         _check_file(args, "pretrained", args.pretrained)
         config.model.backbone.pretrained = args.pretrained
     _choose_precision(config.optim_wrapper, args.amp)
-    runner = CheckedRunner.from_cfg(config)
+    runner = _build_runner(config)
     runner.train()
     return runner
 
@@ -181,10 +260,17 @@ def test(args: argparse.Namespace, task: str) -> dict[str, float]:
             _stop(args, f"--tta: {args.config} has no tta_pipeline; leave --tta out or add one")
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = ConfigDict(**config.tta_model, module=config.model)
-    runner = CheckedRunner.from_cfg(config)
+    runner = _build_runner(config)
     if args.show_dir:
         runner.register_hook(DrawImages(args.show_dir))
     return runner.test()
+
+
+def _build_runner(config: Config) -> CheckedRunner:
+    runner = CheckedRunner.from_cfg(config)
+    if config.default_scope == "mmseg":
+        runner.register_hook(NameUnseenClasses())
+    return runner
 
 
 def load_model(args: argparse.Namespace, init: Callable[..., nn.Module]) -> nn.Module:
@@ -195,13 +281,16 @@ def load_model(args: argparse.Namespace, init: Callable[..., nn.Module]) -> nn.M
         init: ``init_model`` of mmseg or ``init_detector`` of mmdet.
 
     Raises:
-        RuntimeError: The checkpoint is of another model; the tensors are named.
+        UserError: No model, or a checkpoint of another one; the tensors are named.
     """
     config = Config.fromfile(args.config)
     _choose_backend(args, config, args.device)
-    model = init(config, device=args.device)
-    load_checkpoint(model, args.checkpoint, map_location="cpu", strict=True)  # init passes over what does not fit
-    model.dataset_meta = DATASETS.build(_lazy(model.cfg.test_dataloader.dataset)).metainfo
+    _check_channels(config)
+    with as_user_error("model", ValueError, TypeError):
+        model = init(config, device=args.device)
+    with as_user_error(f"checkpoint {args.checkpoint}", Exception):
+        load_checkpoint(model, args.checkpoint, map_location="cpu", strict=True)  # init passes over what does not fit
+    model.dataset_meta = DATASETS.build(lazy(model.cfg.test_dataloader.dataset)).metainfo
     return model
 
 
@@ -274,6 +363,7 @@ def _config(args: argparse.Namespace, task: str) -> Config:
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(name) and config[name].get("num_workers") == 0:
             config[name].persistent_workers = False  # PyTorch refuses to keep what is not there
+    _check_channels(config)
     config.work_dir = args.work_dir or config.get("work_dir") or f"runs/{task}/{Path(args.config).stem}"
     config.launcher = args.launcher
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -298,13 +388,13 @@ def _choose_precision(wrapper: ConfigDict, amp: bool | None) -> None:
     """Mixed precision as asked, or as configured; without a GPU there is none.
 
     Raises:
-        ValueError: It was asked for and there is no GPU.
+        UserError: It was asked for and there is no GPU.
     """
     if not torch.cuda.is_available():
         if amp:
-            raise ValueError("--amp needs a GPU: leave it out")
+            raise UserError("--amp needs a GPU: leave it out")
         if amp is None and wrapper.type == "AmpOptimWrapper":
-            print_log("no GPU: training in float32, not in mixed precision", logger="current", level=logging.WARNING)
+            warn("no GPU: training in float32, not in mixed precision")
         amp = False
     if amp is None:
         return

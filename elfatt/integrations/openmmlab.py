@@ -13,13 +13,12 @@ import timm
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS, TRANSFORMS
-from PIL import Image
+from mmengine.registry import MODELS
 from torch import nn
 
 from elfatt.backbones import check_model
 from elfatt.checkpoints import load_checkpoint
-from elfatt.integrations import mmcv_ops
+from elfatt.integrations import mm_transforms, mmcv_ops  # noqa: F401  the first registers
 
 mmcv_ops.install()
 
@@ -135,77 +134,3 @@ class TimmBackbone(BaseModule):
         model = self.features.model
         for part in (model.stem, *model.stages[: self.frozen_stages]):
             part.eval().requires_grad_(False)
-
-
-@TRANSFORMS.register_module()
-class CheckMask:
-    """Stops at a segmentation mask that does not belong to its image or to the classes, and says which file it is.
-
-    Unchecked, a wrong size trains on shifted labels, and a wrong label is an assertion inside a CUDA kernel. Stands
-    right behind ``LoadAnnotations``, before anything is resized.
-
-    Args:
-        num_classes: Labels are 0 to ``num_classes - 1``, after ``reduce_zero_label``.
-        ignore_index: The one label beyond these that is allowed.
-    """
-
-    def __init__(self, num_classes: int, ignore_index: int = 255):
-        self.num_classes, self.ignore_index = num_classes, ignore_index
-
-    def __call__(self, results: dict) -> dict:
-        """Pass ``results`` on as they are; an image without a mask passes as well.
-
-        Raises:
-            ValueError: The mask has channels or 16 bits, another size than its image, or an unknown label.
-        """
-        if "gt_seg_map" not in results:
-            return results
-        mask, path = results["gt_seg_map"], results["seg_map_path"]
-        with Image.open(path) as file:  # the head alone; mmseg has cut the labels to 8 bits
-            if file.mode not in ("L", "P", "1"):
-                raise ValueError(f"mask {path} is a picture of mode {file.mode}: save class indices as 8-bit grey (L)")
-        if mask.shape != tuple(results["ori_shape"]):
-            raise ValueError(
-                f"mask {path} has {mask.shape[1]}x{mask.shape[0]} pixels (width x height), but its image "
-                f"{results['img_path']} has {results['ori_shape'][1]}x{results['ori_shape'][0]}: make them equal"
-            )
-        unknown = mask[(mask >= self.num_classes) & (mask != self.ignore_index)]
-        if unknown.size:
-            raise ValueError(
-                f"mask {path} holds label {unknown.max()} (as trained), but there are {self.num_classes} classes, "
-                f"0 to {self.num_classes - 1}, and {self.ignore_index} to ignore: check the mask or num_classes"
-            )
-        return results
-
-
-@TRANSFORMS.register_module()
-class CheckInstances:
-    """Stops at an image that is not of the size that its annotation file says, or at instances whose masks are not.
-
-    Unchecked, run lengths of another size are an error of numpy without a file name, and a wrong width and height
-    cut boxes off. Stands right before mmdet's ``LoadAnnotations``.
-    """
-
-    def __call__(self, results: dict) -> dict:
-        """Pass ``results`` on as they are; an image without annotations passes as well.
-
-        Raises:
-            ValueError: Another size, or an instance without a mask.
-        """
-        path, shape = results["img_path"], tuple(results["ori_shape"])
-        stated = results.get("height", shape[0]), results.get("width", shape[1])
-        if stated != shape:
-            raise ValueError(
-                f"{path} has {shape[1]}x{shape[0]} pixels (width x height), but its annotation file says "
-                f"{stated[1]}x{stated[0]}: correct width and height there, or restore the image"
-            )
-        for instance in results.get("instances", ()):
-            mask = instance.get("mask")
-            if mask is None:
-                raise ValueError(f"{path} has an instance without segmentation: add polygons or run lengths")
-            if isinstance(mask, dict) and tuple(mask.get("size", ())) != shape:
-                raise ValueError(
-                    f"{path} has run lengths of size {mask.get('size')}, but [height, width] is {list(shape)}: "
-                    "write them at the size of the image"
-                )
-        return results

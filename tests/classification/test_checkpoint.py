@@ -14,7 +14,7 @@ from torch import nn
 
 from classification import checkpoint
 from classification.checkpoint import AtomicSaver, find_newest, load, rng_state, set_rng_state
-from classification.config import UserError
+from elfatt.data import UserError
 
 CPU = torch.device("cpu")
 

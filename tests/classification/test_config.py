@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from classification.config import UserError, build_parser, load_yaml, parse_args, save_yaml
+from classification.config import build_parser, load_yaml, parse_args, save_yaml
 from classification.train import main as train
 from classification.validate import main as validate
+from elfatt.data import UserError
 
 
 def write(path, **values):

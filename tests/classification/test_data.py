@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.data.loader import PrefetchLoader
 
-from classification.config import UserError, parse_args
+from classification.config import parse_args
 from classification.data import (
     Broken,
     BrokenImages,
@@ -25,6 +25,7 @@ from classification.data import (
 from classification.runtime import World, build_model
 from classification.splits import open_split
 from classification.train import main as train
+from elfatt.data import UserError
 
 CPU = torch.device("cpu")
 

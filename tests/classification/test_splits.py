@@ -6,9 +6,10 @@ import tarfile
 import pytest
 from PIL import Image
 
-from classification.config import UserError, parse_args
+from classification.config import parse_args
 from classification.splits import class_names, open_split
 from classification.train import main as train
+from elfatt.data import UserError
 
 
 @pytest.fixture

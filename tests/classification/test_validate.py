@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.transforms.functional import center_crop, normalize, to_tensor
 
 from classification.checkpoint import load
-from classification.config import UserError, parse_args
+from classification.config import parse_args
 from classification.data import _transform
 from classification.evaluate import evaluate
 from classification.runtime import World
@@ -24,6 +24,7 @@ from classification.validate import evaluation_config, main, run
 from elfatt.checkpoints import LoadReport
 from elfatt.checkpoints.__main__ import main as convert
 from elfatt.checkpoints.names import NAMINGS
+from elfatt.data import UserError
 from tests.checkpoints.official import drawn, plan, swin_shapes
 
 CPU = torch.device("cpu")

@@ -109,7 +109,7 @@ def kind(type, **fields):
     return {"type": type, **fields}
 
 
-ADE20K_IMAGE = [kind("LoadImageFromFile")]
+ADE20K_IMAGE = [kind("LoadImage")]
 ADE20K_MASK = [kind("LoadAnnotations", reduce_zero_label=True), kind("CheckMask", num_classes=150)]
 ADE20K_TRAIN = [
     *ADE20K_IMAGE,
@@ -176,7 +176,7 @@ def test_ade20k_recipe(name):
     assert backbone.drop_path_rate == next((rate for part, rate in RATES.items() if part in name), 0.3)
 
 
-COCO_IMAGE = [kind("LoadImageFromFile")]
+COCO_IMAGE = [kind("LoadImage")]
 COCO_INSTANCES = [kind("CheckInstances"), kind("LoadAnnotations", with_bbox=True, with_mask=True)]
 COCO_RESIZE = [kind("Resize", scale=(1333, 800), keep_ratio=True)]
 COCO_FLIP = [kind("RandomFlip", prob=0.5)]

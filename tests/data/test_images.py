@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elfatt.data import is_image, orientation_of, read_image
+from elfatt.data import UserError, check_shape, check_size, is_image, list_images, orientation_of, read_image
 
 RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 0, 257 … 65535: exactly 0 … 255 in 8 bits
 
@@ -34,6 +34,18 @@ def test_16_bits_big_endian_and_turned():
     exif[0x0112] = 6  # stored with its top at the right: shown turned clockwise
     file = encode(Image.fromarray(rows.astype(">u2")), "TIFF", exif=exif)
     np.testing.assert_array_equal(np.asarray(read_image(file, "L")), np.rot90(rows // 257, -1))
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_an_uncompressed_tiff_with_exchanged_sides_opened_by_its_name(tmp_path, orientation):
+    stored = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / "a.tif", exif=exif)
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    tiff, png = (np.asarray(read_image(tmp_path / f"a.{kind}", "L")) for kind in ("tif", "png"))
+    assert tiff.shape == (6, 4)
+    np.testing.assert_array_equal(tiff, png)
 
 
 def test_a_portable_graymap_of_another_maximum_is_scaled():
@@ -108,3 +120,75 @@ def test_a_truncated_image_is_refused(tmp_path):
 )
 def test_which_files_are_images(name, expected):
     assert is_image(name) == expected
+
+
+def test_images_are_listed_by_name_whatever_their_extension(tmp_path):
+    for name in ("b.JPG", "deep/a.webp", "c.tiff", "notes.txt", ".hidden.png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    images, others = list_images(tmp_path)
+    assert list(images.items()) == [
+        ("b", tmp_path / "b.JPG"),
+        ("c", tmp_path / "c.tiff"),
+        ("deep/a", tmp_path / "deep" / "a.webp"),
+    ]
+    assert others == [tmp_path / "notes.txt"]
+    (tmp_path / "b.png").touch()
+    with pytest.raises(UserError, match=r"b\.png has the name of b\.JPG: keep one"):
+        list_images(tmp_path)
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        list_images(tmp_path / "nowhere")
+
+
+def test_an_ending_belongs_to_the_name_of_a_file(tmp_path):
+    for name in ("a_left.png", "a_right.png"):
+        (tmp_path / name).touch()
+    assert list_images(tmp_path, "_left") == ({"a": tmp_path / "a_left.png"}, [tmp_path / "a_right.png"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "orientation", "size", "open_question"),
+    [
+        ((6, 4), 1, (6, 4), False),
+        ((6, 4), 6, (4, 6), False),  # only the upright image fits
+        ((6, 4), 3, (6, 4), True),
+        ((6, 4), 2, (6, 4), True),
+        ((5, 5), 8, (5, 5), True),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sizes_of_labels_that_fit(tmp_path, stored, orientation, size, open_question, suffix):
+    path = tmp_path / f"a{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("L", stored).save(path, exif=exif)
+    assert check_size(path, size, "mask") is open_question
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "message"),
+    [
+        (
+            6,
+            (6, 4),
+            r"EXIF orientation 6, but mask has the 6x4 pixels .* as it is stored: remove .*-Orientation= ",
+        ),
+        (6, (6, 5), "a.... has 4x6 pixels .*, but mask says 6x5: make them equal"),
+        (1, (4, 6), "a.... has 6x4 pixels .*, but mask says 4x6"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sizes_of_labels_that_do_not_fit(tmp_path, orientation, size, message, suffix):
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("L", (6, 4)).save(path, exif=exif)
+    with pytest.raises(UserError, match=message):
+        check_size(path, size, "mask")
+
+
+def test_a_very_flat_image_is_refused():
+    check_shape("a.png", (1000, 10))
+    with pytest.raises(UserError, match=r"image a\.png has 10x1001 pixels, one side more than 100 times the other"):
+        check_shape("a.png", (10, 1001))

@@ -7,6 +7,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 
+from elfatt.data import UserError
 from elfatt.integrations import mm_models, mm_runner
 from elfatt.ops import active_backend, set_default_backend
 from segmentation import inference, test, train
@@ -46,7 +47,7 @@ def test_wrapped_instances_are_read_and_checked(tmp_path):
     for categories, message in (
         ([{"id": 1, "name": "person"}], "names 1 of the 80 classes"),
         ([{**c, "name": c["name"].upper()} for c in content["categories"]], "names 0 of the 80 classes"),
-        (None, "has no 'categories'"),
+        (None, "has no categories"),
     ):
         changed = {key: value for key, value in (content | {"categories": categories}).items() if value is not None}
         file.write_text(json.dumps(changed))
@@ -59,8 +60,12 @@ def test_wrapped_instances_are_read_and_checked(tmp_path):
     ("image", "annotation", "message"),
     [
         ({"width": 95}, {}, r"0\.jpg has 96x64 pixels .* says 95x64"),
-        ({}, {"segmentation": {"size": [96, 64], "counts": [0, 6144]}}, r"0\.jpg has run lengths of size \[96, 64\]"),
-        ({}, {"segmentation": []}, r"0\.jpg has an instance without segmentation"),
+        (
+            {},
+            {"segmentation": {"size": [96, 64], "counts": [0, 6144]}},
+            r"annotation 1, .* run lengths of size \[96, 64\]",
+        ),
+        ({}, {"segmentation": []}, "annotation 1, which has no valid segmentation, it is empty: write a list of"),
         ({}, {"segmentation": {"size": [64, 96], "counts": [0, 6144]}}, None),
     ],
     ids=["size", "run lengths", "none", "valid"],
@@ -74,11 +79,11 @@ def test_instances_belong_to_their_image(tmp_path, pipeline, image, annotation, 
     file.write_text(json.dumps(content))
     dataset = {"type": "CocoDataset", "ann_file": str(file), "data_prefix": {"img": str(root / "val2017")}}
     steps = Config.fromfile(CONFIGS / "detection" / "mask_rcnn_swin_tiny_elfatt_1x.py")[pipeline]
-    dataset = build_dataloader("mmdet", {**dataset, "pipeline": steps}).dataset
     if message:
-        with pytest.raises(ValueError, match=message):
-            dataset[0]
+        with pytest.raises(UserError, match=message):
+            build_dataloader("mmdet", {**dataset, "pipeline": steps})
     else:
+        dataset = build_dataloader("mmdet", {**dataset, "pipeline": steps}).dataset
         assert dataset[0]["data_samples"].gt_instances.masks.masks[0].all()
 
 

@@ -26,12 +26,13 @@ def folder(scenes_folder, tmp_path):
     return Path(shutil.copytree(scenes_folder, tmp_path / "data"))
 
 
-def check(capsys, folder, dataset, *options):
-    """The exit code and the printed lines, the last one apart."""
+def check(capsys, folder, dataset, *options, notes=False):
+    """The lines of problems, or of notes."""
     code = check_data.main([dataset, str(folder), *options])
     *lines, last = capsys.readouterr().out.splitlines()
-    assert last.startswith(f"{folder}: {len(lines)} problem(s) found") and code == bool(lines)
-    return lines
+    problems = [line for line in lines if not line.startswith("note: ")]
+    assert last.startswith(f"{folder}: {len(problems)} problem(s) found") and code == bool(problems)
+    return [line for line in lines if line not in problems] if notes else problems
 
 
 def edit(folder, change):
@@ -68,22 +69,83 @@ def write_mask(name, labels):
 @pytest.mark.parametrize(
     ("damage", "path", "words"),
     [
-        (remove("images/validation"), "images/validation", "no such folder"),
-        (remove("annotations/training"), "annotations/training", "no such folder"),
+        (remove("images/validation"), "images/validation", "is no folder"),
+        (remove("annotations/training"), "annotations/training", "is no folder"),
         (remove(MASK), IMAGE, "has no mask"),
         (remove(IMAGE), MASK, "has no image"),
         (truncate(IMAGE), IMAGE, "cannot be read"),
         (truncate(MASK), MASK, "cannot be read"),
         (lambda root: (root / IMAGE).write_bytes(b""), IMAGE, "cannot be read"),
-        (write_mask(MASK, np.full((128, 128), 11, np.uint8)), MASK, "has the labels 11"),
-        (write_mask(MASK, np.zeros((128, 127), np.uint8)), MASK, "is 127×128, its image 128×128"),
-        (write_mask(MASK, np.zeros((128, 128, 3), np.uint8)), MASK, "is a RGB picture"),
+        (write_mask(MASK, np.full((128, 128), 11, np.uint8)), MASK, "holds label 11"),
+        (write_mask(MASK, np.zeros((128, 127), np.uint8)), IMAGE, "has 128x128 pixels (width x height), but"),
+        (write_mask(MASK, np.zeros((128, 128, 3), np.uint8)), MASK, "is a picture of mode RGB"),
     ],
 )
 def test_ade20k_faults(capsys, folder, damage, path, words):
     damage(folder)
     (line,) = check(capsys, folder, *ADE20K)
-    assert line.startswith(f"{folder / path}: ") and words in line and "; " in line
+    assert str(folder / path) in line.split()[:2] and words in line and ": " in line
+
+
+def every_mask(change):
+    def damage(root):
+        for path in (root / "annotations" / "training").iterdir():
+            Image.fromarray(change(np.array(Image.open(path)))).save(path)
+
+    return damage
+
+
+def turn(name, orientation, size=(128, 128)):
+    def damage(root):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.open(root / name).resize(size).save(root / name, exif=exif)
+
+    return damage
+
+
+def copy(name, other):
+    return lambda root: Image.open(root / name).save(root / other)
+
+
+@pytest.mark.parametrize(
+    ("damage", "path", "words"),
+    [
+        (every_mask(lambda labels: 255 * (labels > 0).astype(np.uint8)), "annotations/training", "hold none"),
+        (every_mask(lambda labels: (labels > 0).astype(np.uint8)), "annotations/training", "hold '1' alone"),
+        (write_mask(MASK, np.zeros((128, 128), np.uint16)), MASK, "is a picture of mode I;16"),
+        (turn(MASK, 3), MASK, "EXIF orientation 3"),
+        (copy(IMAGE, "images/training/train_00002.png"), "images/training/train_00002.png", "has the name of"),
+    ],
+)
+def test_what_stops_training_on_masks(capsys, folder, damage, path, words):
+    damage(folder)
+    (line,) = check(capsys, folder, *ADE20K)
+    assert str(folder / path) in line.split()[:2] and words in line
+
+
+def test_images_that_exif_turns(capsys, folder):
+    turn(IMAGE, 6)(folder)
+    (note,) = check(capsys, folder, *ADE20K, notes=True)
+    assert note.startswith("note: 1 of the images opened are turned upright") and str(folder / IMAGE) in note
+    turn(IMAGE, 6, (128, 96))(folder)
+    write_mask(MASK, np.zeros((96, 128), np.uint8))(folder)
+    (line,) = check(capsys, folder, *ADE20K)
+    assert "orientation 6" in line and "exiftool -Orientation=" in line
+
+
+def test_every_extension_is_checked(capsys, folder):
+    (folder / IMAGE).rename((folder / IMAGE).with_suffix(".JPG"))
+    copy(MASK, MASK.replace(".png", ".tif"))(folder)
+    (folder / MASK).unlink()
+    (folder / "images" / "training" / "notes.txt").touch()
+    (note,) = check(capsys, folder, *ADE20K, notes=True)
+    assert "1 files are no images and passed over" in note and check(capsys, folder, *ADE20K) == []
+
+
+def test_ignored_pixels_are_no_label(capsys, folder):
+    write_mask(MASK, np.full((128, 128), 255, np.uint8))(folder)
+    assert check(capsys, folder, *ADE20K) == []
 
 
 def test_labels_up_to_150_by_default(capsys, folder):
@@ -100,21 +162,21 @@ def change(table, number, **values):
 @pytest.mark.parametrize(
     ("damage", "path", "words"),
     [
-        (remove("val2017"), "val2017", "no such folder"),
-        (remove(JSON), JSON, "no such file"),
+        (remove("val2017"), "val2017", "is no folder"),
+        (remove(JSON), JSON, "No such file"),
         (lambda root: (root / JSON).write_text(""), JSON, "is empty"),
         (lambda root: (root / JSON).write_text('{"images": ['), JSON, "is not JSON"),
         (lambda root: edit(root, lambda content: content["annotations"].clear()), JSON, "has no annotations"),
         (lambda root: edit(root, lambda content: content.pop("categories")), JSON, "has no categories"),
         (lambda root: edit(root, lambda content: content["annotations"][3].pop("bbox")), JSON, "annotations[3]"),
-        (change("images", 2, width="128"), JSON, "images[2] has no valid 'width'"),
-        (change("images", 2, id=1), JSON, "images has the id 1 2 times"),
+        (change("images", 2, width="128"), JSON, "has in images[2] no valid 'width'"),
+        (change("images", 2, id=1), JSON, "has in images the id 1 2 times"),
         (remove("train2017/train_00002.jpg"), "train2017/train_00002.jpg", "is named in instances_train2017.json"),
         (truncate("train2017/train_00002.jpg"), "train2017/train_00002.jpg", "cannot be read"),
-        (change("images", 1, width=200, height=200), "train2017/train_00002.jpg", "is 128×128 pixels"),
-        (change("annotations", 0, category_id=11), JSON, "annotation 1 has the unknown category 11"),
-        (change("annotations", 0, image_id=99), JSON, "annotation 1 is of the unknown image 99"),
-        (change("annotations", 0, id=0), JSON, "annotation 0 has the id 0"),
+        (change("images", 1, width=200, height=200), "train2017/train_00002.jpg", "has 128x128 pixels"),
+        (change("annotations", 0, category_id=11), JSON, "annotation 1, which has the unknown category 11"),
+        (change("annotations", 0, image_id=99), JSON, "annotation 1, which is of the unknown image 99"),
+        (change("annotations", 0, id=0), JSON, "annotation 0, which has the id 0"),
         (change("annotations", 0, bbox=[100, 0, 40, 20]), JSON, "outside train_00001.jpg of 128×128"),
         (change("annotations", 0, bbox=[-5, 0, 40, 20]), JSON, "outside train_00001.jpg"),
         (change("annotations", 0, bbox=[5, 5, -4, 20]), JSON, "outside train_00001.jpg"),
@@ -127,8 +189,51 @@ def change(table, number, **values):
 def test_coco_faults(capsys, folder, damage, path, words):
     damage(folder)
     lines = check(capsys, folder, *COCO)
-    assert any(line.startswith(f"{folder / path}: ") and words in line and "; " in line for line in lines)
+    assert any(line.startswith(f"{folder / path} ") and words in line and ": " in line for line in lines)
     assert all(str(folder / path) in line or "segmentation" in line for line in lines)
+
+
+def every_annotation(**values):
+    return lambda root: edit(root, lambda content: [entry.update(values) for entry in content["annotations"]])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (every_annotation(area=0), "each has an area of 0"),
+        (every_annotation(bbox=[0.1, 0.1, 0.4, 0.5]), "each has a box in 0…1"),
+        (every_annotation(segmentation=[[]]), "each has no polygon of three or more points"),
+        (every_annotation(segmentation=[[1, 1, 9, 9]]), "each has no polygon of three or more points"),
+        (every_annotation(iscrowd=1), "each is a crowd"),
+    ],
+)
+def test_annotations_that_mmdet_loses(capsys, folder, damage, words):
+    damage(folder)
+    (line,) = check(capsys, folder, *COCO)
+    assert line.startswith(f"{folder / JSON} has ") and "no object to learn" in line and words in line
+
+
+def test_some_lost_annotations_are_a_note(capsys, folder):
+    change("annotations", 2, area=0)(folder)
+    (note,) = check(capsys, folder, *COCO, notes=True)
+    assert "annotations are lost: 1 because each has an area of 0, the first with id 3" in note
+
+
+@pytest.mark.parametrize("shape", [[1, 1, 9, 1, 9, 9], [[[1, 1], [9, 1], [9, 9]]]])
+def test_polygons_of_another_nesting(capsys, folder, shape):
+    change("annotations", 0, segmentation=shape)(folder)
+    (line,) = check(capsys, folder, *COCO)
+    assert "has the annotation 1, which has no valid segmentation, polygons are lists of numbers in one list" in line
+
+
+def test_both_files_have_the_same_categories(capsys, folder):
+    edit(folder, lambda content: content["categories"].reverse())
+    (line,) = check(capsys, folder, *COCO)
+    assert "instances_val2017.json lists its categories in another order" in line
+    edit(folder, lambda content: content["categories"].pop(0))
+    assert any(
+        "has the category nine, instances_train2017.json has not" in line for line in check(capsys, folder, *COCO)
+    )
 
 
 def test_boxes_of_coco_itself(capsys, folder):

@@ -5,7 +5,7 @@ default_scope = "mmdet"
 data_root = "data/coco"  # --data-dir
 
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadImage"),
     dict(type="CheckInstances"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="Resize", scale=(1333, 800), keep_ratio=True),
@@ -13,7 +13,7 @@ train_pipeline = [
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadImage"),
     dict(type="Resize", scale=(1333, 800), keep_ratio=True),
     dict(type="CheckInstances"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),

@@ -6,7 +6,7 @@ data_root = "data/ADEChallengeData2016"  # --data-dir
 check_mask = dict(type="CheckMask", num_classes=150)
 
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadImage"),
     dict(type="LoadAnnotations", reduce_zero_label=True),
     check_mask,
     dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
@@ -16,7 +16,7 @@ train_pipeline = [
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadImage"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
     # behind the resize: predictions are compared at the size of the file
     dict(type="LoadAnnotations", reduce_zero_label=True),
@@ -24,7 +24,7 @@ test_pipeline = [
     dict(type="PackSegInputs"),
 ]
 tta_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadImage"),
     dict(
         type="TestTimeAug",
         transforms=[

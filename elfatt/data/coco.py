@@ -1,0 +1,223 @@
+"""Annotation files in COCO's format (https://cocodataset.org/#format-data): their form, and what of them is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from elfatt.data.errors import UserError
+
+FIELDS = {
+    "images": {"id": int, "file_name": str, "width": int, "height": int},
+    "categories": {"id": int, "name": str},
+    "annotations": {
+        "id": int,
+        "image_id": int,
+        "category_id": int,
+        "bbox": list,
+        "area": (int, float),
+        "iscrowd": int,
+        "segmentation": (list, dict),
+    },
+}
+TOLERANCE = 1.0  # pixels that a box may reach beyond its image: COCO rounds coordinates
+BOX = "a box is [left, top, width, height] in pixels"
+POLYGONS = "write a list of polygons [[x1, y1, x2, y2, x3, y3, …], …] in pixels, or run lengths"
+
+
+def load_coco(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of an annotation file.
+
+    Raises:
+        UserError: No such file, or not JSON.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        remedy = "unpack annotations_trainval2017.zip, or write your own"
+        raise UserError(path, f"cannot be read ({error.strerror})", remedy) from error
+    except ValueError as error:
+        fault = f"is not JSON ({error})" if path.stat().st_size else "is empty"
+        raise UserError(path, fault, "unpack or write the file again") from error
+    if not isinstance(content, dict):
+        raise UserError(path, "has no tables", f"it needs the lists {', '.join(FIELDS)}")
+    return content
+
+
+def form_faults(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (fault, remedy) of tables that are not there, of their fields and of ids given twice."""
+    for table, fields in FIELDS.items():
+        entries = content.get(table)
+        if not isinstance(entries, list):
+            yield f"has no {table}", f"it needs the lists {', '.join(FIELDS)}"
+            continue
+        for number, entry in enumerate(entries):
+            for field, kind in fields.items():
+                if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+                    remedy = f"each of {table} needs {', '.join(fields)} as COCO defines them"
+                    yield f"has in {table}[{number}] no valid '{field}'", remedy
+        counts = Counter(str(entry.get("id")) for entry in entries if isinstance(entry, dict))
+        for number, count in counts.items():
+            if count > 1:
+                yield f"has in {table} the id {number} {count} times", f"number the {table} anew"
+
+
+def check_categories(path: str | os.PathLike, content: dict[str, Any], classes: Sequence[str]) -> None:
+    """Stops at a file whose categories are not the classes in their order: mmdet numbers them in the file's.
+
+    Args:
+        path: The file.
+        content: Of the file.
+        classes: Names; categories beyond them are passed over.
+
+    Raises:
+        UserError: A class is missing, named twice, or at another place.
+    """
+    named = [category["name"] for category in content["categories"] if category["name"] in classes]
+    if named == list(classes):
+        return
+    missing = [name for name in classes if name not in named]
+    if missing:
+        raise UserError(
+            path,
+            f"names {len(set(named))} of the {len(classes)} classes of the configuration, not {_names(missing)}",
+            "list all of them in its 'categories', or set metainfo and num_classes to what it holds",
+        )
+    place = next((i for i, (a, b) in enumerate(zip(named, classes, strict=False)) if a != b), len(classes))
+    raise UserError(
+        path,
+        f"lists its categories in another order than the classes: {_names(named[place:])} in place of "
+        f"{_names(classes[place:])} from number {place} on",
+        "reorder the list 'categories', whose ids and annotations stay as they are, or metainfo['classes'] for every "
+        "file and a model that is yet to be trained",
+    )
+
+
+def check_ids(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Stops at a file that is evaluated with an annotation 0, which COCO's evaluation takes for no match.
+
+    Raises:
+        UserError: There is one.
+    """
+    if any(annotation["id"] == 0 for annotation in content["annotations"]):
+        raise UserError(path, "has an annotation of id 0, COCO's evaluation takes 0 for no match", "number from 1")
+
+
+def check_annotations(path: str | os.PathLike, content: dict[str, Any], classes: Collection[str]) -> str | None:
+    """Stops at annotations that cannot be read, or of which none is left.
+
+    Args:
+        path: The file.
+        content: Of the file, without faults of form.
+        classes: Names; annotations of other categories are passed over.
+
+    Returns:
+        A line on the annotations that are lost, if any.
+
+    Raises:
+        UserError: An annotation that cannot be read, or none that is an object to find.
+    """
+    images = {image["id"]: image for image in content["images"]}
+    listed = {category["id"] for category in content["categories"]}
+    other = {category["id"] for category in content["categories"] if category["name"] not in classes}
+    usable, crowds, lost, first = 0, 0, Counter(), {}
+    for annotation in content["annotations"]:
+        for fault, remedy, stops in annotation_faults(annotation, images, listed):
+            if stops:
+                raise UserError(path, f"has the annotation {annotation['id']}, which {fault}", remedy)
+        if annotation["category_id"] in other:
+            continue
+        reason = why_lost(annotation, images, listed)
+        if reason:
+            lost[reason] += 1
+            first.setdefault(reason, annotation["id"])
+        elif annotation["iscrowd"]:
+            crowds += 1
+        else:
+            usable += 1
+    if crowds and not usable:
+        lost["is a crowd (iscrowd 1)"] = crowds
+    if not lost:
+        return None
+    reasons = "; ".join(
+        f"{count:,} because each {reason}" + (f", the first with id {first[reason]}" if reason in first else "")
+        for reason, count in lost.most_common()
+    )
+    if usable:
+        return f"{path}: {lost.total():,} of {lost.total() + crowds + usable:,} annotations are lost: {reasons}"
+    fault = f"has {lost.total():,} annotations and no object to learn among them, {reasons}"
+    raise UserError(path, fault, "correct what is named; scripts/prepare_coco.sh checks the whole file")
+
+
+def annotation_faults(
+    annotation: dict[str, Any], images: dict[int, Any], categories: Collection[int]
+) -> Iterator[tuple[str, str, bool]]:
+    """Yields (fault, remedy, whether no program can read it) of one annotation whose fields are all there.
+
+    Args:
+        annotation: One entry.
+        images: All images by id.
+        categories: All ids.
+    """
+    if annotation["id"] == 0:
+        yield "has the id 0", "number from 1: COCO's evaluation takes 0 for no match", False
+    if annotation["category_id"] not in categories:
+        yield f"has the unknown category {annotation['category_id']}", "list the category, or correct the id", False
+    image = images.get(annotation["image_id"])
+    if image is None:
+        yield f"is of the unknown image {annotation['image_id']}", "list the image, or remove the annotation", False
+        return
+    box, width, height = annotation["bbox"], image["width"], image["height"]
+    try:
+        left, top, across, down = map(float, box)
+    except (TypeError, ValueError):
+        yield f"has the box {box}", BOX, True
+    else:
+        fits = left + across <= width + TOLERANCE and top + down <= height + TOLERANCE
+        if not (fits and left >= -TOLERANCE and top >= -TOLERANCE and across >= 0 and down >= 0):  # so NaN is found
+            fault = f"has the box {box}, outside {image['file_name']} of {width}×{height} pixels"
+            yield fault, f"{BOX}, inside its image", False
+    shape = annotation["segmentation"]
+    if not shape:
+        yield "has no valid segmentation, it is empty", POLYGONS, True
+    elif isinstance(shape, dict):
+        if "counts" not in shape or shape.get("size") != [height, width]:
+            fault = f"has no valid segmentation, run lengths of size {shape.get('size')} where [height, width] is "
+            yield f"{fault}{[height, width]}", "write counts and size of the image as it is", True
+    elif not all(isinstance(part, list) and not (part and isinstance(part[0], list)) for part in shape):
+        fault = "has no valid segmentation, polygons are lists of numbers in one list"
+        yield fault, POLYGONS, True
+
+
+def why_lost(annotation: dict[str, Any], images: dict[int, Any], categories: Collection[int]) -> str | None:
+    """Why mmdet passes over an annotation without a word, as its ``CocoDataset`` and ``LoadAnnotations`` do."""
+    image = images.get(annotation["image_id"])
+    if image is None:
+        return "is of an image that is not listed"
+    if annotation["category_id"] not in categories:
+        return "is of a category that is not listed"
+    if annotation.get("ignore"):
+        return "says 'ignore'"
+    left, top, across, down = annotation["bbox"]
+    if annotation["area"] <= 0:
+        return "has an area of 0"
+    if max(left, top, across, down) <= 1:
+        return "has a box in 0…1, not in pixels"
+    if across < 1 or down < 1:
+        return "has a box less than a pixel wide or high"
+    if min(left + across, image["width"]) <= max(left, 0) or min(top + down, image["height"]) <= max(top, 0):
+        return "has a box outside its image"
+    shape = annotation["segmentation"]
+    if isinstance(shape, list) and not any(len(part) >= 6 and len(part) % 2 == 0 for part in shape):
+        return "has no polygon of three or more points [x1, y1, x2, y2, x3, y3, …]"
+    return None
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"[{shown}{', …' if len(names) > 5 else ''}]"

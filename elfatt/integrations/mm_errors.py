@@ -1,0 +1,65 @@
+"""How the dense programs end: what their user has to put right takes one line, anything else keeps its traceback."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import elfatt
+from elfatt.data import UserError
+from elfatt.data.resources import exhausted
+
+NO_WORKERS = "--cfg-options " + " ".join(f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test"))
+
+
+def run(main: Callable[[], object]) -> None:
+    """Runs a program; what its user has to put right takes one line, anything else keeps its traceback."""
+    try:
+        main()
+    except (ValueError, TypeError, RuntimeError) as error:
+        ours = isinstance(error, UserError) or _is_ours(error)
+        message = _line(error) if ours else exhausted(error, workers=NO_WORKERS)
+        if message is None:
+            raise
+        path = Path(sys.argv[0])
+        raise SystemExit(f"{path.parent.name}/{path.name}: error: {message}") from None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the package raised it itself: its ValueErrors and TypeErrors are for the user."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(last.filename).is_relative_to(Path(elfatt.__file__).parent)
+    return not isinstance(error, RuntimeError) and ours and last.line.startswith("raise ")
+
+
+def _line(error: Exception) -> str:
+    """The message alone, of what mmengine's registry or a worker of the data loader has wrapped."""
+    text = str(error)
+    if "\nOriginal Traceback" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(re.sub(r"class `\w+` in \S+: ", "", text).split())
+
+
+@contextmanager
+def as_user_error(where: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Makes errors of these kinds, raised within, a ``UserError`` of one line that begins with ``where``."""
+    try:
+        yield
+    except kinds as error:
+        text = _line(error)
+        raise UserError(f"{where}: {text[:600]}{'…' if len(text) > 600 else ''}") from error
+
+
+@contextmanager
+def enough_space(folder: str) -> Iterator[None]:
+    """Makes the error of a full disk, raised within, a ``UserError`` that names the folder and what is free."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if full := exhausted(error, folder, NO_WORKERS):
+            raise UserError(full) from error
+        raise

@@ -1,0 +1,62 @@
+"""Hooks of the dense programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from mmengine.dist import all_reduce, is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from elfatt.data import read_image
+from elfatt.integrations.mm_datasets import warn
+
+
+class DrawImages(Hook):
+    """Draws every evaluated image, its truth on the left and its prediction on the right; mmengine lets rank 0 draw.
+
+    Args:
+        folder: Where the pictures go, under the images' names.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: list) -> None:
+        """See ``Hook``."""
+        for sample in outputs:
+            image, path = np.asarray(read_image(sample.img_path)), Path(sample.img_path)
+            name = path.name if cv2.haveImageWriter(path.name) else f"{path.name}.png"
+            runner.visualizer.add_datasample(name, image, sample, out_file=str(self.folder / name))
+
+
+class NameUnseenClasses(Hook):
+    """Says after each evaluation of a segmentor which classes have no pixel in the truth: they are left out of mIoU."""
+
+    def _before(self, runner: Runner) -> None:
+        self.pixels = torch.zeros(256, dtype=torch.long, device=next(runner.model.parameters()).device)
+
+    def _after_batch(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: list) -> None:
+        for sample in outputs:
+            labels = sample.gt_sem_seg.data.to(self.pixels)
+            self.pixels += torch.bincount(labels.flatten(), minlength=256)
+
+    def _after(self, runner: Runner, metrics: dict | None = None) -> None:
+        all_reduce(self.pixels)
+        if not is_main_process():
+            return
+        names = runner.visualizer.dataset_meta["classes"]
+        unseen = [name for name, count in zip(names, self.pixels.tolist(), strict=False) if not count]
+        if unseen:
+            listed = ", ".join(unseen[:20]) + (", …" if len(unseen) > 20 else "")
+            warn(
+                f"no pixel of the truth is of {len(unseen)} of the {len(names)} classes: {listed}; "
+                f"mIoU and mAcc are means over the other {len(names) - len(unseen)}"
+            )
+
+    before_val_epoch = before_test_epoch = _before
+    after_val_iter = after_test_iter = _after_batch
+    after_val_epoch = after_test_epoch = _after

@@ -1,0 +1,191 @@
+"""What mmseg and mmdet pass over in a user's folder stops a run or is counted in its log."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from mmengine.registry import DATASETS, DefaultScope
+from PIL import Image
+
+from elfatt.data import UserError
+from elfatt.integrations import mm_datasets, mm_models
+from tests.integrations.miniature import write_ade20k, write_coco
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    lines = []
+    monkeypatch.setattr(mm_datasets, "warn", lines.append)
+    return lines
+
+
+def open_masks(root, kind="BaseSegDataset", classes=("a", "b", "c", "d"), **options):
+    mm_models._register("mmseg")
+    prefix = {"img_path": "images/training", "seg_map_path": "annotations/training"}
+    pipeline = [{"type": "LoadImage"}, {"type": "LoadAnnotations"}, {"type": "CheckMask", "num_classes": len(classes)}]
+    settings = {"type": kind, "data_root": str(root), "data_prefix": prefix, "pipeline": pipeline}
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        return mm_datasets.open_dataset({**settings, "metainfo": {"classes": classes}, **options})
+
+
+def open_instances(root, split="train2017", **options):
+    mm_models._register("mmdet")
+    settings = {"ann_file": f"annotations/instances_{split}.json", "data_prefix": {"img": f"{split}/"}}
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        return mm_datasets.open_dataset({"type": "CocoDataset", "data_root": str(root), **settings, **options})
+
+
+@pytest.fixture
+def masks(tmp_path):
+    return write_ade20k(tmp_path / "data")
+
+
+def test_every_extension_trains(masks, warnings):
+    images, labels = masks / "images" / "training", masks / "annotations" / "training"
+    (images / "0.jpg").rename(images / "0.JPG")
+    Image.open(images / "1.jpg").save(images / "1.webp")
+    (images / "1.jpg").unlink()
+    Image.open(labels / "2.png").save(labels / "2.tif")
+    (labels / "2.png").unlink()
+    (images / "notes.txt").touch()
+    dataset = open_masks(masks)
+    items = [dataset.get_data_info(i) for i in range(len(dataset))]
+    pairs = [[item[key].rpartition("/")[2] for key in ("img_path", "seg_map_path")] for item in items]
+    assert pairs == [["0.JPG", "0.png"], ["1.webp", "1.png"], ["2.jpg", "2.tif"], ["3.jpg", "3.png"]]
+    assert (items[0]["reduce_zero_label"], items[0]["label_map"], items[0]["seg_fields"]) == (False, None, [])
+    assert dataset[1]["gt_seg_map"].max() == 3
+    (line,) = warnings
+    assert "images/training: 1 files are no images and passed over" in line and line.endswith("notes.txt")
+
+
+def test_masks_without_an_image_are_counted(masks, warnings):
+    (masks / "images" / "training" / "2.jpg").unlink()
+    assert len(open_masks(masks)) == 3
+    (line,) = warnings
+    assert "annotations/training: 1 of 4 masks have no image, first" in line and line.endswith("2.png")
+
+
+def test_images_without_a_mask_and_twins_stop(masks, warnings):
+    (masks / "annotations" / "training" / "2.png").unlink()
+    with pytest.raises(UserError, match=r"holds 1 of 4 images without a mask, first .*2\.jpg: add masks"):
+        open_masks(masks)
+    Image.new("RGB", (96, 64)).save(masks / "images" / "training" / "0.png")
+    with pytest.raises(UserError, match=r"0\.png has the name of 0\.jpg"):
+        open_masks(masks)
+
+
+def test_a_list_of_names_chooses(masks, warnings):
+    (masks / "train.txt").write_text("3\n1\n")
+    dataset = open_masks(masks, ann_file="train.txt")
+    assert [dataset.get_data_info(i)["img_path"].rpartition("/")[2] for i in range(2)] == ["3.jpg", "1.jpg"]
+    (masks / "train.txt").write_text("3\n9\n")
+    with pytest.raises(UserError, match=r"train\.txt names 1 images that are not in .*, first 9"):
+        open_masks(masks, ann_file="train.txt")
+
+
+def test_names_with_endings_and_masks_beside_their_images(masks, warnings):
+    images, labels = masks / "images" / "training", masks / "annotations" / "training"
+    for path in images.iterdir():
+        path.rename(images / f"{path.stem}_left.JPG")
+    for path in labels.iterdir():
+        shutil.copy(path, labels / f"{path.stem}_colour.png")
+        path.rename(labels / f"{path.stem}_train.png")
+    suffixes = {"img_suffix": "_left.png", "seg_map_suffix": "_train.png"}
+    dataset = open_masks(masks, **suffixes)
+    assert dataset.get_data_info(3)["seg_map_path"].endswith("3_train.png") and len(dataset) == 4 and not warnings
+    for path in labels.iterdir():
+        path.rename(images / path.name)
+    together = {"img_path": "images/training", "seg_map_path": "images/training"}
+    dataset = open_masks(masks, data_prefix=together, img_suffix="_left.JPG", seg_map_suffix="_train.png")
+    assert len(dataset) == 4  # as mmseg lists it
+    assert len(open_masks(masks, data_prefix={"img_path": "images/training"}, img_suffix="_left.JPG")) == 4
+
+
+def turn(path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(path).save(path, exif=exif)
+
+
+def test_turned_images(masks, tmp_path, warnings):
+    turn(masks / "images" / "training" / "2.jpg", 3)
+    open_masks(masks)
+    (line,) = warnings
+    assert line.startswith("1 of 4 images opened are turned upright") and "2.jpg" in line
+    turn(masks / "images" / "training" / "2.jpg", 6)
+    with pytest.raises(UserError, match=r"2\.jpg .*orientation 6, .*2\.png has the 96x64 pixels"):
+        open_masks(masks)
+    boxes = write_coco(tmp_path / "coco")
+    turn(boxes / "train2017" / "1.jpg", 8)
+    with pytest.raises(UserError, match=r"1\.jpg .*orientation 8, .*instances_train2017\.json has the 96x64 pixels"):
+        open_instances(boxes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "zero", "classes", "found"),
+    [
+        ((0, 255), False, "ab", "'a' alone"),
+        ((0, 1), True, "ab", "'a' alone"),
+        ((0, 0), True, "ab", "none"),
+        ((0, 1), False, "ab", None),
+        ((0, 1), True, "a", None),
+    ],
+)
+def test_masks_that_teach_nothing(masks, monkeypatch, warnings, labels, zero, classes, found):
+    for path in (masks / "annotations" / "training").iterdir():
+        Image.fromarray(np.array(labels, np.uint8).repeat(32)[:, None].repeat(96, 1)).save(path)
+    dataset = open_masks(masks, classes=tuple(classes), reduce_zero_label=zero)
+    if not found:
+        mm_datasets.check_training_masks(dataset)
+        return
+    with pytest.raises(UserError, match=f"annotations/training leaves nothing to learn: .* 4 masks read hold {found}"):
+        mm_datasets.check_training_masks(dataset)
+    monkeypatch.setattr(mm_datasets, "SAMPLE", 2)
+    mm_datasets.check_training_masks(dataset)
+    assert len(warnings) == 1 and "the 2 masks read" in warnings[0]
+
+
+def edit(root, change, split="train2017"):
+    file = root / "annotations" / f"instances_{split}.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_lost_annotations_are_counted_once(tmp_path, warnings):
+    root = write_coco(tmp_path / "data")
+    edit(root, lambda content: content["annotations"][2].update(area=0))
+    dataset = open_instances(root)
+    assert len(dataset) == 4 and [len(dataset.get_data_info(i)["instances"]) for i in range(4)] == [2, 1, 2, 0]
+    (line,) = warnings
+    assert "instances_train2017.json: 1 of 6 annotations are lost: 1 because each has an area of 0" in line
+
+
+def test_classes_in_another_order_stop(tmp_path):
+    root = write_coco(tmp_path / "data")
+    edit(root, lambda content: content["categories"].reverse())
+    with pytest.raises(UserError, match=r"in another order than the classes: \[toothbrush, .* \[person, bicycle"):
+        open_instances(root)
+
+
+def test_an_evaluated_file_has_the_classes_and_no_id_0(tmp_path):
+    root = write_coco(tmp_path / "data")
+    open_instances(root)
+    from mmdet.evaluation import CocoMetric
+
+    class Evaluator:
+        metrics = []
+
+    def check():
+        file = str(root / "annotations" / "instances_val2017.json")
+        Evaluator.metrics = [CocoMetric(ann_file=file)]
+        mm_datasets.check_evaluator(Evaluator, file, DATASETS.get("mmdet.CocoDataset").METAINFO["classes"])
+
+    check()
+    edit(root, lambda content: content["annotations"][1].update(id=0), "val2017")
+    with pytest.raises(UserError, match=r"val2017\.json has an annotation of id 0"):
+        check()
+    edit(root, lambda content: content["categories"].reverse(), "val2017")
+    with pytest.raises(UserError, match=r"val2017\.json lists its categories in another order"):
+        check()
