@@ -25,6 +25,7 @@ from elfatt.conversion import Attend, Calibration, Plan, hybrid_attention
 from elfatt.conversion.intercept import InterceptAttention
 
 MODELS = (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel, PixArtTransformer2DModel)
+EXPLICIT = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")  # processors with attention of their own
 _TIMESTEP = {PixArtTransformer2DModel: 2}  # its place among the arguments of the forward pass, else 1
 _applied: WeakKeyDictionary[nn.Module, Handle] = WeakKeyDictionary()
 
@@ -192,8 +193,13 @@ def denoiser(pipe_or_model: object) -> tuple[nn.Module, int]:
         reason = "it is no UNet or transformer with a self-attention of its own, as joint attention with text is not"
         names = ", ".join(kind.__name__ for kind in MODELS)
         raise TypeError(f"{type(model).__name__} is not supported: {reason}; supported are {names}")
-    if not self_attention_layers(model):
+    layers = self_attention_layers(model)
+    if not layers:
         raise TypeError(f"{type(model).__name__} has no self-attention to replace")
+    for name, layer in layers.items():
+        if type(layer.processor).__name__ in EXPLICIT:
+            kind = type(layer.processor).__name__
+            raise TypeError(f"{kind} of {name} does not call PyTorch's attention: set AttnProcessor2_0 in its place")
     scheduler = getattr(pipe_or_model, "scheduler", None)
     return model, getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
 
