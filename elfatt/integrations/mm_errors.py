@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from pathlib import Path
 
+import torch
 from torch._utils import ExceptionWrapper
 
 import elfatt
@@ -28,6 +29,8 @@ def run(main: Callable[[], object]) -> None:
             raise
         path = Path(sys.argv[0])
         raise SystemExit(f"{path.parent.name}/{path.name}: error: {message}") from None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads would outlive the interpreter, which then aborts
 
 
 def _is_ours(error: Exception) -> bool:
