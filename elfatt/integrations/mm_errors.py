@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 import elfatt
 from elfatt.data import UserError
 from elfatt.data.resources import exhausted
@@ -27,6 +29,8 @@ def run(main: Callable[[], object]) -> None:
             raise
         path = Path(sys.argv[0])
         raise SystemExit(f"{path.parent.name}/{path.name}: error: {message}") from None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads would outlive the interpreter, which then aborts
 
 
 def _is_ours(error: Exception) -> bool:
