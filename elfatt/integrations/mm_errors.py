@@ -22,7 +22,7 @@ def run(main: Callable[[], object]) -> None:
     """Runs a program; what its user has to put right takes one line, anything else keeps its traceback."""
     try:
         main()
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         ours = isinstance(error, UserError) or _is_ours(error)
         message = _line(error) if ours else exhausted(error, workers=NO_WORKERS)
         if message is None:

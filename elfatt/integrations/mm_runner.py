@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook
 from mmengine.registry import DATASETS
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint, load_checkpoint
 from torch import nn
@@ -25,7 +26,7 @@ from elfatt.data import UserError, read_image
 from elfatt.data.workers import start_worker
 from elfatt.integrations.mm_datasets import check_evaluator, check_training_masks, lazy, open_dataset, warn
 from elfatt.integrations.mm_errors import as_user_error, enough_space
-from elfatt.integrations.mm_hooks import DrawImages, NameUnseenClasses
+from elfatt.integrations.mm_hooks import DrawImages, NameUnseenClasses, SaveFirstCheckpointHook
 from elfatt.layers import align_gradients
 from elfatt.ops import BACKENDS, active_backend, set_default_backend
 
@@ -364,6 +365,9 @@ def _config(args: argparse.Namespace, task: str) -> Config:
         if config.get(name) and config[name].get("num_workers") == 0:
             config[name].persistent_workers = False  # PyTorch refuses to keep what is not there
     _check_channels(config)
+    saver = config.get("default_hooks", {}).get("checkpoint") or {}
+    if saver.get("type") == CheckpointHook.__name__:
+        saver.type = SaveFirstCheckpointHook.__name__
     config.work_dir = args.work_dir or config.get("work_dir") or f"runs/{task}/{Path(args.config).stem}"
     config.launcher = args.launcher
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
