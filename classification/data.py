@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 
 from classification.runtime import World
 from elfatt.data import UserError, read_image, standard_image
-from elfatt.data.workers import start_worker
+from elfatt.processes import start_worker
 
 LOGGER = logging.getLogger("classification")
 IMAGE_MODES = {3: "RGB", 1: "L"}  # by the model's input channels

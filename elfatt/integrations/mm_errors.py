@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 import elfatt
 from elfatt.data import UserError
 from elfatt.data.resources import exhausted
+from elfatt.processes import leave_process_group
 
 NO_WORKERS = "--cfg-options " + " ".join(f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test"))
 
@@ -29,8 +28,7 @@ def run(main: Callable[[], object]) -> None:
             raise
         path = Path(sys.argv[0])
         raise SystemExit(f"{path.parent.name}/{path.name}: error: {message}") from None
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # its threads would outlive the interpreter, which then aborts
+    leave_process_group()
 
 
 def _is_ours(error: Exception) -> bool:

@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader
 
 import elfatt.integrations.openmmlab  # noqa: F401  before mmdet
 from elfatt.data import UserError, read_image
-from elfatt.data.workers import start_worker
 from elfatt.integrations.mm_datasets import check_evaluator, check_training_masks, lazy, open_dataset, warn
 from elfatt.integrations.mm_errors import as_user_error, enough_space
 from elfatt.integrations.mm_hooks import DrawImages, NameUnseenClasses, SaveFirstCheckpointHook
 from elfatt.layers import align_gradients
 from elfatt.ops import BACKENDS, active_backend, set_default_backend
+from elfatt.processes import start_worker
 
 # mmengine's list of what a checkpoint may hold lacks the float32 arrays of its own history of losses; a file with
 # anything beyond the list is unpickled without restraint, after a warning

@@ -11,10 +11,10 @@ from mmengine.registry import TRANSFORMS
 from torch.utils.data import DataLoader
 
 from elfatt.data import UserError
-from elfatt.data.workers import start_worker
 from elfatt.integrations import mm_errors
 from elfatt.integrations.mm_runner import CheckedRunner, _check_batch_norm, _check_channels
 from elfatt.ops import get_backend
+from elfatt.processes import start_worker
 
 
 def end(monkeypatch, main):
