@@ -62,7 +62,7 @@ def list_images(folder: str | os.PathLike, ending: str = "") -> tuple[dict[str, 
         if hidden or not is_image(path) or not path.stem.endswith(ending):
             others += [path] * (is_image(path) or not hidden)
             continue
-        name = str(path.relative_to(folder).with_suffix("")).removesuffix(ending)
+        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
         if name in images:
             raise UserError(path, f"has the name of {images[name].name}", "keep one of the two")
         images[name] = path
