@@ -84,7 +84,7 @@ def check_size(image: str | os.PathLike, size: tuple[int, int], owner: str | os.
     """Compares an image file, turned upright, with what was drawn or written for it.
 
     Args:
-        image: Path; the head of the file alone is read.
+        image: Path.
         size: Width and height of the mask or annotation, in pixels.
         owner: Its file.
 
