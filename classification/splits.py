@@ -136,14 +136,15 @@ def _open_images(
     """The images of a folder or a tar file."""
     tar = None if root.is_dir() else _open_tar(root)
     paths, others = _list_folder(root) if tar is None else _list_tar(tar)
-    names = [path[0] if len(path) > 1 and not any(part.startswith(".") for part in path) else None for path in paths]
+    names = [path[0] if len(path) > 1 and not _is_hidden(path) else None for path in paths]
     others += [os.path.join(*path) for path, name in zip(paths, names, strict=True) if name is None]
     if others:
         kinds = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in others)
         kinds = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
         LOGGER.warning("split '%s': passed over %d file(s) (%s), e.g. %s", split, len(others), kinds, others[0])
 
-    found = sorted(set(names) - {None}, key=natural_key)
+    # natural_key alone leaves A and a, 1 and 01 in the random order of a set
+    found = dict.fromkeys(sorted(set(names) - {None}, key=lambda name: (natural_key(name), name)))
     labels = class_map or {name: label for label, name in enumerate(found)}
     if trained and not class_map and all(name in trained for name in found):
         labels = dict(trained)
@@ -156,7 +157,7 @@ def _open_images(
     if difference := differences(found, labels):
         if class_map and not labels.keys() >= set(found) and not labels.keys() <= set(found):
             raise UserError(f"split '{split}' has other classes than --class-map: {difference}")
-        LOGGER.warning("split '%s' has only some of the classes: %s", split, difference)
+        LOGGER.warning("split '%s': folders and classes differ: %s", split, difference)
 
     chosen = [index for index, name in enumerate(names) if name in labels]
     if tar is not None:
@@ -176,7 +177,7 @@ def _list_folder(root: Path) -> tuple[list[tuple[str, ...]], list[str]]:
         for file in files:
             if is_image(file):
                 images.append((*parts, file))
-            elif not file.startswith(".") and not any(part.startswith(".") for part in parts):
+            elif not _is_hidden((*parts, file)):
                 others.append(os.path.join(*parts, file))
     return images, others
 
@@ -194,10 +195,14 @@ def _list_tar(reader: ReaderImageInTar) -> tuple[list[tuple[str, ...]], list[str
     for sample, _, archive in reader.samples:  # the archive inside the archive, if any, counts as a folder
         parent = (os.path.splitext(archive.name)[0],) if archive else ()
         paths.append(tuple(part for name in (*parent, sample.path) for part in name.split("/") if part != "."))
-    folders = [path[:-1] for path in paths]
+    folders = [path[:-1] for path in paths if not _is_hidden(path)]
     shared = len(os.path.commonprefix(folders))
     shared -= all(len(folder) == shared for folder in folders)  # a single class
-    return [path[max(shared, 0) :] for path in paths], []
+    return [path if _is_hidden(path) else path[max(shared, 0) :] for path in paths], []
+
+
+def _is_hidden(path: tuple[str, ...]) -> bool:
+    return any(part.startswith(".") for part in path)
 
 
 def _open_reader(args: argparse.Namespace, train: bool, split: str, class_map: dict[str, int] | None) -> Dataset:

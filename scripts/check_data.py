@@ -69,7 +69,8 @@ def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[F
         yield UserError(masks[name], "has no image", f"add one of the same name to {folders[0]}, or remove the mask")
     remedy = f"labels are 0 (other) and 1 to {args.classes}; --classes says how many you have"
     turned, pixels, read = [], np.zeros(args.classes, int), 0
-    for name in _sample(sorted(images.keys() & masks.keys()), f"{split} images", args.full):
+    pairs = sorted(images.keys() & masks.keys())
+    for name in _sample(pairs, f"{split} images", args.full):
         opened = yield from _caught(_open, images[name])
         size = yield from _caught(check_mask, masks[name])
         if size is None:
@@ -84,7 +85,8 @@ def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[F
     yield from _turned(turned)
     if split == "training" and read:
         names = [str(label) for label in range(1, args.classes + 1)]
-        yield from _caught(check_classes, folders[1], pixels, names, read)
+        for problem in _caught(check_classes, folders[1], pixels, names, read):
+            yield problem if read == len(pairs) else str(problem)  # as in training: the others may differ
 
 
 def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Found]:

@@ -62,7 +62,7 @@ def list_images(folder: str | os.PathLike, ending: str = "") -> tuple[dict[str, 
         if hidden or not is_image(path) or not path.stem.endswith(ending):
             others += [path] * (is_image(path) or not hidden)
             continue
-        name = str(path.relative_to(folder).with_suffix("")).removesuffix(ending)
+        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
         if name in images:
             raise UserError(path, f"has the name of {images[name].name}", "keep one of the two")
         images[name] = path
@@ -84,7 +84,7 @@ def check_size(image: str | os.PathLike, size: tuple[int, int], owner: str | os.
     """Compares an image file, turned upright, with what was drawn or written for it.
 
     Args:
-        image: Path; the head of the file alone is read.
+        image: Path.
         size: Width and height of the mask or annotation, in pixels.
         owner: Its file.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
+from PIL import UnidentifiedImageError
 
 from elfatt.data import UserError, check_size, is_image, list_images
+from elfatt.data.classes import differences, renumbered
 from elfatt.data.coco import check_annotations, check_categories, check_ids, form_faults, load_coco
 from elfatt.data.masks import check_classes, check_mask
 from elfatt.integrations.mm_transforms import CheckMask
@@ -92,6 +95,23 @@ def check_evaluator(evaluator, source: str, classes: tuple[str, ...]) -> None:
             check_ids(source, metric._coco_api.dataset)
 
 
+def check_same_classes(where: str, classes: Sequence[str], trained: Sequence[str]) -> None:
+    """Stops where one index means two classes.
+
+    Args:
+        where: A checkpoint, or the data set that is evaluated.
+        classes: Of the data.
+        trained: Those that the model was trained on.
+
+    Raises:
+        UserError: They differ, in names or order.
+    """
+    here, there = ({name: index for index, name in enumerate(names)} for names in (classes, trained))
+    if difference := differences(here, there) or renumbered(here, there):
+        remedy = "take the configuration and the data that it was trained with, or train anew"
+        raise UserError(where, f"has other classes than the data: {difference}", remedy)
+
+
 def warn(message: str) -> None:
     """Logs a warning; of several processes the first one does."""
     print_log(message, logger="current", level=logging.WARNING)
@@ -145,14 +165,19 @@ def _warn_of_turned(dataset: BaseDataset) -> None:
         if not Path(item["img_path"]).is_file():
             continue  # whoever loads it says so
         if item.get("seg_map_path"):
+            if not _steps_to_masks(dataset):
+                return  # masks of another form, with a reader of their own
             size, owner = check_mask(item["seg_map_path"]), f"mask {item['seg_map_path']}"
         elif "width" in item:
             size, owner = (item["width"], item["height"]), dataset.ann_file
         else:
             return
+        try:
+            if check_size(item["img_path"], size, owner):
+                turned.append(item["img_path"])
+        except UnidentifiedImageError:
+            continue  # another reader's, or damaged: whoever loads it says so
         opened += 1
-        if check_size(item["img_path"], size, owner):
-            turned.append(item["img_path"])
     if turned:
         warn(
             f"{len(turned)} of {opened} images opened are turned upright by their EXIF orientation, first {turned[0]}: "
@@ -162,7 +187,9 @@ def _warn_of_turned(dataset: BaseDataset) -> None:
 
 def _is_listed_by_mmseg(dataset: BaseDataset) -> bool:
     """Whether the listing is mmseg's own, of local images and of masks in another folder."""
-    if type(dataset).load_data_list.__module__ != "mmseg.datasets.basesegdataset" or dataset.backend_args:
+    listing = type(dataset).load_data_list
+    theirs = (listing.__module__, listing.__qualname__)
+    if theirs != ("mmseg.datasets.basesegdataset", "BaseSegDataset.load_data_list") or dataset.backend_args:
         return False
     folders = [Path(dataset.data_prefix[key]) for key in ("img_path", "seg_map_path") if dataset.data_prefix.get(key)]
     if len(folders) < 2:

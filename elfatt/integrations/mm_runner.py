@@ -23,7 +23,14 @@ from torch.utils.data import DataLoader
 
 import elfatt.integrations.openmmlab  # noqa: F401  before mmdet
 from elfatt.data import UserError, read_image
-from elfatt.integrations.mm_datasets import check_evaluator, check_training_masks, lazy, open_dataset, warn
+from elfatt.integrations.mm_datasets import (
+    check_evaluator,
+    check_same_classes,
+    check_training_masks,
+    lazy,
+    open_dataset,
+    warn,
+)
 from elfatt.integrations.mm_errors import as_user_error, enough_space
 from elfatt.integrations.mm_hooks import DrawImages, NameUnseenClasses, SaveFirstCheckpointHook
 from elfatt.layers import align_gradients
@@ -75,7 +82,7 @@ class CheckedRunner(Runner):
         """See ``Runner``.
 
         Raises:
-            UserError: The annotation file that is evaluated has other classes.
+            UserError: The data set or annotation file that is evaluated has other classes.
         """
         return self._checked(super().build_val_loop(loop), "val_evaluator")
 
@@ -86,7 +93,10 @@ class CheckedRunner(Runner):
     def _checked(self, loop: BaseLoop, name: str) -> BaseLoop:
         settings = self.cfg.get(name)
         source = settings.get("ann_file", name) if isinstance(settings, dict) else name
-        check_evaluator(loop.evaluator, source, loop.dataloader.dataset.metainfo["classes"])
+        classes = loop.dataloader.dataset.metainfo["classes"]
+        check_evaluator(loop.evaluator, source, classes)
+        if isinstance(self._train_loop, BaseLoop):
+            check_same_classes("train_dataloader", classes, self._train_loop.dataloader.dataset.metainfo["classes"])
         return loop
 
     def _init_model_weights(self) -> None:
@@ -97,10 +107,14 @@ class CheckedRunner(Runner):
         """See ``Runner``; a tensor that is missing or left over is an error here.
 
         Raises:
-            UserError: No checkpoint, or one of another model; the tensors are named.
+            UserError: No checkpoint, or one of another model; the tensors are named. Resumed or evaluated, one of other
+                classes.
         """
         with as_user_error(f"checkpoint {filename}", Exception):
-            return super().load_checkpoint(filename, map_location, strict, **kwargs)
+            checkpoint = super().load_checkpoint(filename, map_location, strict, **kwargs)
+        if self._resume or not isinstance(self._train_loop, BaseLoop):
+            _check_trained_classes(filename, checkpoint, self.visualizer.dataset_meta)
+        return checkpoint
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
         """See ``Runner``; the file is there as a whole or not at all.
@@ -133,6 +147,12 @@ class CheckedRunner(Runner):
         if self.distributed:
             align_gradients(model)
         return super().wrap_model(model_wrapper_cfg, model)
+
+
+def _check_trained_classes(path: str, checkpoint: dict, meta: dict | None) -> None:
+    trained = (checkpoint.get("meta", {}).get("dataset_meta") or {}).get("classes")
+    if trained and meta and meta.get("classes"):
+        check_same_classes(f"checkpoint {path}", meta["classes"], trained)
 
 
 def _check_batch_norm(model: nn.Module, batch_size: int | None) -> None:
@@ -282,16 +302,17 @@ def load_model(args: argparse.Namespace, init: Callable[..., nn.Module]) -> nn.M
         init: ``init_model`` of mmseg or ``init_detector`` of mmdet.
 
     Raises:
-        UserError: No model, or a checkpoint of another one; the tensors are named.
+        UserError: No model, or a checkpoint of another one, whose tensors are named, or of other classes.
     """
     config = Config.fromfile(args.config)
     _choose_backend(args, config, args.device)
     _check_channels(config)
     with as_user_error("model", ValueError, TypeError):
         model = init(config, device=args.device)
-    with as_user_error(f"checkpoint {args.checkpoint}", Exception):
-        load_checkpoint(model, args.checkpoint, map_location="cpu", strict=True)  # init passes over what does not fit
+    with as_user_error(f"checkpoint {args.checkpoint}", Exception):  # init passes over what does not fit
+        checkpoint = load_checkpoint(model, args.checkpoint, map_location="cpu", strict=True)
     model.dataset_meta = DATASETS.build(lazy(model.cfg.test_dataloader.dataset)).metainfo
+    _check_trained_classes(args.checkpoint, checkpoint, model.dataset_meta)
     return model
 
 

@@ -102,6 +102,25 @@ def test_names_with_endings_and_masks_beside_their_images(masks, warnings):
     assert len(open_masks(masks, data_prefix={"img_path": "images/training"}, img_suffix="_left.JPG")) == 4
 
 
+def test_other_listings_and_readers_are_left_alone(masks, warnings):
+    shutil.copytree(masks / "images" / "training", masks / "later")
+    pairs = {"img_path": "images/training", "img_path2": "later", "seg_map_path": "annotations/training"}
+    dataset = open_masks(masks, "BaseCDDataset", data_prefix=pairs)
+    assert dataset.get_data_info(1)["img_path2"].endswith("later/1.jpg")
+    for path in (masks / "annotations" / "training").iterdir():
+        Image.open(path).convert("RGB").save(path)
+    assert len(open_masks(masks, pipeline=[])) == 4
+    with pytest.raises(UserError, match=r"0\.png is a picture of mode RGB"):
+        open_masks(masks)
+
+
+def test_a_damaged_image_is_named_where_it_is_read(masks, warnings):
+    (masks / "images" / "training" / "1.jpg").write_bytes(b"")
+    dataset = open_masks(masks)
+    with pytest.raises(UserError, match=r"1\.jpg cannot be read"):
+        dataset[1]
+
+
 def turn(path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation

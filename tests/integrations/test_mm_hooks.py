@@ -24,13 +24,19 @@ def test_classes_without_a_pixel_are_named(monkeypatch, stage):
     meta = {"classes": ("road", "car", "tree")}
     runner = SimpleNamespace(model=torch.nn.Linear(1, 1), visualizer=SimpleNamespace(dataset_meta=meta))
     hook = mm_hooks.NameUnseenClasses()
-    for batches in ([(0, 255)], [(255, 2), (0, 0), (1, 0)]):
+    no_mask = [SimpleNamespace()]
+    for batches in (
+        [samples(0, 255), no_mask],
+        [samples(255, 2), samples(0, 0), samples(1, 0)],
+        [no_mask],
+    ):
         getattr(hook, f"before_{stage}_epoch")(runner)
-        for i, labels in enumerate(batches):
-            getattr(hook, f"after_{stage}_iter")(runner, i, {}, samples(*labels))
+        for i, batch in enumerate(batches):
+            getattr(hook, f"after_{stage}_iter")(runner, i, {}, batch)
         getattr(hook, f"after_{stage}_epoch")(runner, {})
     assert lines == [
-        "no pixel of the truth is of 2 of the 3 classes: car, tree; mIoU and mAcc are means over the other 1"
+        "no pixel of the truth is of 2 of the 3 classes: car, tree; "
+        "mAcc leaves them out, mIoU too but for those predicted somewhere, which count 0"
     ]
 
 

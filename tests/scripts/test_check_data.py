@@ -124,6 +124,15 @@ def test_what_stops_training_on_masks(capsys, folder, damage, path, words):
     assert str(folder / path) in line.split()[:2] and words in line
 
 
+def test_masks_of_one_class_in_a_sample_are_a_note(capsys, folder, monkeypatch):
+    every_mask(lambda labels: (labels > 0).astype(np.uint8))(folder)
+    monkeypatch.setattr(check_data, "SAMPLE", 2)
+    assert check(capsys, folder, *ADE20K) == []
+    (line,) = check(capsys, folder, *ADE20K, notes=True)
+    assert "the 4 masks read hold '1' alone" in line
+    assert len(check(capsys, folder, *ADE20K, "--full")) == 1
+
+
 def test_images_that_exif_turns(capsys, folder):
     turn(IMAGE, 6)(folder)
     (note,) = check(capsys, folder, *ADE20K, notes=True)
