@@ -72,11 +72,22 @@ def open_split(args: argparse.Namespace, train: bool, trained: Mapping[str, int]
     classes = class_names(dataset) or {}
     if hidden := [name for name in classes if name.startswith(".")]:
         raise UserError(f"split '{split}' takes the hidden folder {shown(hidden)} for a class: remove it")
-    unknown = [name for name in classes if trained and name not in trained]
-    if unknown or (trained and renumbered(classes, trained)):
-        reason = differences(classes, trained) if unknown else renumbered(classes, trained)
-        raise UserError(f"split '{split}' has other classes than the checkpoint: {reason}")
+    if trained and classes:
+        _compare_with_checkpoint(split, classes, trained, mapped=class_map is not None)
     return dataset
+
+
+def _compare_with_checkpoint(split: str, classes: dict[str, int], trained: Mapping[str, int], mapped: bool) -> None:
+    shared = classes.keys() & trained.keys()
+    if mapped and not shared and len(classes) == len(trained):
+        LOGGER.warning("split '%s': --class-map gives other names to the checkpoint's classes: labels decide", split)
+    elif len(shared) < len(classes):
+        raise UserError(
+            f"split '{split}' has other classes than the checkpoint: {differences(classes, trained)}; where the same "
+            "classes have other names, list all of these in the checkpoint's order with --class-map"
+        )
+    elif reason := renumbered(classes, trained):
+        raise UserError(f"split '{split}' numbers its classes unlike the checkpoint: {reason}; correct --class-map")
 
 
 def class_names(dataset: Dataset) -> dict[str, int] | None:
@@ -96,7 +107,10 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
     first, second = class_names(train), class_names(val)
     if first and second and first != second:
         reason = differences(second, first) or renumbered(second, first)
-        raise UserError(f"the validation split has other classes than the training split: {reason}")
+        raise UserError(
+            f"the validation split has other classes than the training split: {reason}; give both the same class "
+            "folders, or name the classes with --class-map"
+        )
 
 
 def check_class_count(dataset: Dataset, num_classes: int) -> None:
@@ -112,7 +126,8 @@ def check_class_count(dataset: Dataset, num_classes: int) -> None:
     if count != num_classes:
         raise UserError(
             f"the data have {count} classes ({shown(classes)}), the model has {num_classes} outputs: "
-            f"remove the folders that are no classes, pass --num-classes {count}, or correct --data-dir"
+            f"remove the folders that are no classes, name the classes with --class-map, or build a model of {count} "
+            f"classes with --num-classes {count}"
         )
 
 
@@ -150,8 +165,10 @@ def _open_images(
         labels = dict(trained)
     if tar is None:
         for entry in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-            if entry.name not in found and (entry.name in labels or not class_map):
-                raise UserError(f"class folder {entry} holds no image: fill it or remove it")
+            if entry.name not in found and not class_map:
+                raise UserError(
+                    f"class folder {entry} holds no image: fill it, remove it, or name the classes with --class-map"
+                )
     if not found:
         raise UserError(f"split '{split}' has no image in a class folder of {root}: correct --data-dir")
     if difference := differences(found, labels):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -13,16 +13,16 @@ import cv2
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.dist import get_world_size, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import DATASETS
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint, load_checkpoint
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 import elfatt.integrations.openmmlab  # noqa: F401  before mmdet
 from elfatt.data import UserError, read_image
+from elfatt.integrations.mm_checks import check_batch_norm, check_channels
 from elfatt.integrations.mm_datasets import (
     check_evaluator,
     check_same_classes,
@@ -75,7 +75,7 @@ class CheckedRunner(Runner):
         """
         loop = super().build_train_loop(loop)
         check_training_masks(loop.dataloader.dataset)
-        _check_batch_norm(self.model, loop.dataloader.batch_size)
+        check_batch_norm(self.model, loop.dataloader.batch_size)
         return loop
 
     def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
@@ -153,63 +153,6 @@ def _check_trained_classes(path: str, checkpoint: dict, meta: dict | None) -> No
     trained = (checkpoint.get("meta", {}).get("dataset_meta") or {}).get("classes")
     if trained and meta and meta.get("classes"):
         check_same_classes(f"checkpoint {path}", meta["classes"], trained)
-
-
-def _check_batch_norm(model: nn.Module, batch_size: int | None) -> None:
-    """Stops where a batch norm behind a pooling to one pixel, as UperNet's, would see one value a channel.
-
-    Raises:
-        UserError: It would.
-    """
-    pooled = [part for part in model.modules() if isinstance(part, nn.Sequential) and _pools_to_a_pixel(part)]
-    norms = [part for whole in pooled for part in whole.modules() if isinstance(part, _BatchNorm)]
-    apart = [norm for norm in norms if not (isinstance(norm, nn.SyncBatchNorm) and get_world_size() > 1)]
-    if batch_size == 1 and apart:
-        raise UserError(
-            "train_dataloader.batch_size=1",
-            "leaves one value a channel to the batch norm behind a pooling to 1x1",
-            "set train_dataloader.batch_size=2, or a norm_cfg without batch norm",
-        )
-
-
-def _pools_to_a_pixel(part: nn.Sequential) -> bool:
-    first = next(iter(part), None)
-    return isinstance(first, nn.AdaptiveAvgPool2d) and first.output_size in (1, (1, 1))
-
-
-def _check_channels(config: Config) -> None:
-    """Stops where the backbone, the preprocessor and the pipelines do not agree on the channels of an image.
-
-    Raises:
-        UserError: They do not, or there is no such image.
-    """
-    channels, preprocessor = config.model.backbone.get("in_chans", 3), config.model.get("data_preprocessor") or {}
-    if channels not in (1, 3):
-        raise UserError(f"model.backbone.in_chans={channels}", "fits no image", "choose 3 (colour) or 1 (grey)")
-    mode = "L" if channels == 1 else "RGB"
-    loaders = [config.get(f"{name}_dataloader") for name in ("train", "val", "test")]
-    modes = {step.get("mode", "RGB") for loader in loaders for step in _steps(loader, "LoadImage")}
-    means = len(preprocessor.get("mean") or [0] * channels)
-    if modes - {mode} or means != channels or (channels == 1 and preprocessor.get("bgr_to_rgb")):
-        raise UserError(
-            f"model.backbone.in_chans={channels}",
-            f"does not fit LoadImage(mode={'/'.join(sorted(modes))!r}) and data_preprocessor with {means} means",
-            f"set mode='{mode}' in LoadImage of every pipeline, and in model.data_preprocessor mean and std of "
-            f"{channels} value(s) and bgr_to_rgb={channels == 3}",
-        )
-    if channels == 1 and any(list(_steps(loader, "PhotoMetricDistortion")) for loader in loaders):
-        raise UserError("PhotoMetricDistortion", "changes colours, and in_chans=1 is grey", "leave it out")
-
-
-def _steps(node, kind: str) -> Iterator[dict]:
-    """Every dict of one type in a configuration."""
-    if isinstance(node, dict):
-        if node.get("type") == kind:
-            yield node
-        node = list(node.values())
-    if isinstance(node, list | tuple):
-        for value in node:
-            yield from _steps(value, kind)
 
 
 def parse_train(argv: list[str] | None, task: str) -> argparse.Namespace:
@@ -306,7 +249,7 @@ def load_model(args: argparse.Namespace, init: Callable[..., nn.Module]) -> nn.M
     """
     config = Config.fromfile(args.config)
     _choose_backend(args, config, args.device)
-    _check_channels(config)
+    check_channels(config)
     with as_user_error("model", ValueError, TypeError):
         model = init(config, device=args.device)
     with as_user_error(f"checkpoint {args.checkpoint}", Exception):  # init passes over what does not fit
@@ -385,7 +328,7 @@ def _config(args: argparse.Namespace, task: str) -> Config:
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(name) and config[name].get("num_workers") == 0:
             config[name].persistent_workers = False  # PyTorch refuses to keep what is not there
-    _check_channels(config)
+    check_channels(config)
     saver = config.get("default_hooks", {}).get("checkpoint") or {}
     if saver.get("type") == CheckpointHook.__name__:
         saver.type = SaveFirstCheckpointHook.__name__

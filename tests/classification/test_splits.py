@@ -126,7 +126,7 @@ def test_an_empty_class_folder_is_named(options, copy, fails):
 def test_surplus_and_missing_classes_are_named_before_the_number(options, copy, fails):
     line = fails(train, options("--num-classes", 10))
     assert "the data have 3 classes ('cat', 'dog', 'fish'), the model has 10 outputs" in line
-    assert "pass --num-classes 3" in line
+    assert "build a model of 3 classes with --num-classes 3" in line
     draw(copy / "train/archive/0.png")
     line = fails(train, options(data=copy))
     assert "the validation split has other classes than the training split: 1 missing ('archive')" in line
@@ -181,6 +181,12 @@ def test_a_checkpoints_classes_number_the_folders(copy, opened, tmp_path, caplog
     (tmp_path / "map.txt").write_text("cat\ndog\nfish\n")
     with pytest.raises(UserError, match="'cat' is class 0 here and class 2 there"):
         opened(copy, "--class-map", tmp_path / "map.txt", trained=trained)
+    wordnet = {"n02121808": 0, "n02084071": 1, "n02512053": 2}  # the same classes by other names
+    with pytest.raises(UserError, match="where the same classes have other names, list all of these"):
+        opened(copy, trained=wordnet)
+    found = opened(copy, "--class-map", tmp_path / "map.txt", trained=wordnet)
+    assert [label for _, label in found] == [0] * 8 + [1] * 8 + [2] * 8
+    assert "--class-map gives other names to the checkpoint's classes" in caplog.text
 
 
 def test_class_names_are_those_of_the_reader(options, data_dir, copy):

@@ -66,6 +66,10 @@ def test_crowds_alone_teach_nothing():
 
 def test_no_annotation_and_other_categories_are_no_fault():
     assert check_annotations("f.json", content(), NAMES) is None
+    with pytest.raises(UserError, match="has no annotation of the classes"):
+        check_annotations("f.json", content(), NAMES, training=True)
+    with pytest.raises(UserError, match="has no annotation of the classes"):
+        check_annotations("f.json", content({"category_id": 2}), ["cat"], training=True)
     assert check_annotations("f.json", content({}, {"category_id": 2, "area": 0}), ["cat"]) is None
 
 
@@ -132,3 +136,21 @@ def test_fields_and_ids_are_there_once():
         "has no categories",
         "has in annotations the id 1 2 times",
     ]
+
+
+def test_files_without_masks_serve_detection_alone():
+    file = content({"iscrowd": 0}, {})
+    for annotation in file["annotations"]:
+        del annotation["segmentation"], annotation["iscrowd"]
+    assert not list(form_faults(file, masks=False))
+    assert check_annotations("f.json", file, NAMES, masks=False, training=True) is None
+    assert [fault for fault, _ in form_faults(file)] == [
+        f"has in annotations[{number}] no valid 'segmentation'" for number in range(2)
+    ]
+
+
+def test_run_lengths_fill_their_image():
+    lengths = {"size": [80, 100], "counts": [10, 7990]}
+    assert check_annotations("f.json", content({"segmentation": lengths}), NAMES) is None
+    with pytest.raises(UserError, match="has run lengths of 20 pixels, its image has 8000: write them anew"):
+        check_annotations("f.json", content({"segmentation": {**lengths, "counts": [10, 10]}}), NAMES)
