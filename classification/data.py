@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from classification.runtime import World
-from elfatt.data import UserError, read_image, standard_image
-from elfatt.data.workers import start_worker
+from elfatt.data import UserError, check_shape, read_image, standard_image
+from elfatt.processes import start_worker
 
 LOGGER = logging.getLogger("classification")
 IMAGE_MODES = {3: "RGB", 1: "L"}  # by the model's input channels
@@ -133,6 +133,7 @@ class Samples(Dataset):
         epoch, index = key
         try:
             image, label = self._read(index)
+            check_shape(self._name(index), image.size)
         except Exception as error:  # a broken file makes Pillow raise almost anything
             return Broken(self._name(index), f"{type(error).__name__}: {error}")
         with seeded(self.seed, epoch, index):

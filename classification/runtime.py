@@ -22,6 +22,7 @@ from elfatt.checkpoints import LoadReport, load_checkpoint
 from elfatt.data import UserError
 from elfatt.data.resources import exhausted
 from elfatt.ops import set_default_backend
+from elfatt.processes import leave_process_group
 
 LOGGER = logging.getLogger("classification")
 
@@ -143,6 +144,5 @@ def run_main(program: str, run: Callable[[], None]) -> int:
             raise
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         return 1
-    if torch.distributed.is_initialized():  # not after an error: the other processes may wait in a collective
-        torch.distributed.destroy_process_group()
+    leave_process_group()  # not after an error: the other processes may wait in a collective
     return 0

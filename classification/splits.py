@@ -72,11 +72,22 @@ def open_split(args: argparse.Namespace, train: bool, trained: Mapping[str, int]
     classes = class_names(dataset) or {}
     if hidden := [name for name in classes if name.startswith(".")]:
         raise UserError(f"split '{split}' takes the hidden folder {shown(hidden)} for a class: remove it")
-    unknown = [name for name in classes if trained and name not in trained]
-    if unknown or (trained and renumbered(classes, trained)):
-        reason = differences(classes, trained) if unknown else renumbered(classes, trained)
-        raise UserError(f"split '{split}' has other classes than the checkpoint: {reason}")
+    if trained and classes:
+        _compare_with_checkpoint(split, classes, trained, mapped=class_map is not None)
     return dataset
+
+
+def _compare_with_checkpoint(split: str, classes: dict[str, int], trained: Mapping[str, int], mapped: bool) -> None:
+    shared = classes.keys() & trained.keys()
+    if mapped and not shared and len(classes) == len(trained):
+        LOGGER.warning("split '%s': --class-map gives other names to the checkpoint's classes: labels decide", split)
+    elif len(shared) < len(classes):
+        raise UserError(
+            f"split '{split}' has other classes than the checkpoint: {differences(classes, trained)}; where the same "
+            "classes have other names, list all of these in the checkpoint's order with --class-map"
+        )
+    elif reason := renumbered(classes, trained):
+        raise UserError(f"split '{split}' numbers its classes unlike the checkpoint: {reason}; correct --class-map")
 
 
 def class_names(dataset: Dataset) -> dict[str, int] | None:
@@ -96,7 +107,10 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
     first, second = class_names(train), class_names(val)
     if first and second and first != second:
         reason = differences(second, first) or renumbered(second, first)
-        raise UserError(f"the validation split has other classes than the training split: {reason}")
+        raise UserError(
+            f"the validation split has other classes than the training split: {reason}; give both the same class "
+            "folders, or name the classes with --class-map"
+        )
 
 
 def check_class_count(dataset: Dataset, num_classes: int) -> None:
@@ -112,7 +126,8 @@ def check_class_count(dataset: Dataset, num_classes: int) -> None:
     if count != num_classes:
         raise UserError(
             f"the data have {count} classes ({shown(classes)}), the model has {num_classes} outputs: "
-            f"remove the folders that are no classes, pass --num-classes {count}, or correct --data-dir"
+            f"remove the folders that are no classes, name the classes with --class-map, or build a model of {count} "
+            f"classes with --num-classes {count}"
         )
 
 
@@ -136,27 +151,30 @@ def _open_images(
     """The images of a folder or a tar file."""
     tar = None if root.is_dir() else _open_tar(root)
     paths, others = _list_folder(root) if tar is None else _list_tar(tar)
-    names = [path[0] if len(path) > 1 and not any(part.startswith(".") for part in path) else None for path in paths]
+    names = [path[0] if len(path) > 1 and not _is_hidden(path) else None for path in paths]
     others += [os.path.join(*path) for path, name in zip(paths, names, strict=True) if name is None]
     if others:
         kinds = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in others)
         kinds = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
         LOGGER.warning("split '%s': passed over %d file(s) (%s), e.g. %s", split, len(others), kinds, others[0])
 
-    found = sorted(set(names) - {None}, key=natural_key)
+    # natural_key alone leaves A and a, 1 and 01 in the random order of a set
+    found = dict.fromkeys(sorted(set(names) - {None}, key=lambda name: (natural_key(name), name)))
     labels = class_map or {name: label for label, name in enumerate(found)}
     if trained and not class_map and all(name in trained for name in found):
         labels = dict(trained)
     if tar is None:
         for entry in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-            if entry.name not in found and (entry.name in labels or not class_map):
-                raise UserError(f"class folder {entry} holds no image: fill it or remove it")
+            if entry.name not in found and not class_map:
+                raise UserError(
+                    f"class folder {entry} holds no image: fill it, remove it, or name the classes with --class-map"
+                )
     if not found:
         raise UserError(f"split '{split}' has no image in a class folder of {root}: correct --data-dir")
     if difference := differences(found, labels):
         if class_map and not labels.keys() >= set(found) and not labels.keys() <= set(found):
             raise UserError(f"split '{split}' has other classes than --class-map: {difference}")
-        LOGGER.warning("split '%s' has only some of the classes: %s", split, difference)
+        LOGGER.warning("split '%s': folders and classes differ: %s", split, difference)
 
     chosen = [index for index, name in enumerate(names) if name in labels]
     if tar is not None:
@@ -176,7 +194,7 @@ def _list_folder(root: Path) -> tuple[list[tuple[str, ...]], list[str]]:
         for file in files:
             if is_image(file):
                 images.append((*parts, file))
-            elif not file.startswith(".") and not any(part.startswith(".") for part in parts):
+            elif not _is_hidden((*parts, file)):
                 others.append(os.path.join(*parts, file))
     return images, others
 
@@ -194,10 +212,14 @@ def _list_tar(reader: ReaderImageInTar) -> tuple[list[tuple[str, ...]], list[str
     for sample, _, archive in reader.samples:  # the archive inside the archive, if any, counts as a folder
         parent = (os.path.splitext(archive.name)[0],) if archive else ()
         paths.append(tuple(part for name in (*parent, sample.path) for part in name.split("/") if part != "."))
-    folders = [path[:-1] for path in paths]
+    folders = [path[:-1] for path in paths if not _is_hidden(path)]
     shared = len(os.path.commonprefix(folders))
     shared -= all(len(folder) == shared for folder in folders)  # a single class
-    return [path[max(shared, 0) :] for path in paths], []
+    return [path if _is_hidden(path) else path[max(shared, 0) :] for path in paths], []
+
+
+def _is_hidden(path: tuple[str, ...]) -> bool:
+    return any(part.startswith(".") for part in path)
 
 
 def _open_reader(args: argparse.Namespace, train: bool, split: str, class_map: dict[str, int] | None) -> Dataset:

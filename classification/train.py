@@ -336,9 +336,7 @@ def _warn_of_other_classes(report: LoadReport, classes: dict[str, int] | None) -
     if any(name.startswith("head.") for name in report.skipped) or not (classes and report.class_to_idx):
         return
     if difference := differences(classes, report.class_to_idx) or renumbered(classes, report.class_to_idx):
-        LOGGER.warning(
-            "the classifier starts from other classes: %s; --allow-mismatch head. starts it anew", difference
-        )
+        LOGGER.warning("the classifier starts from other classes: %s", difference)
 
 
 def main(argv: list[str] | None = None) -> int:

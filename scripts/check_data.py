@@ -30,6 +30,7 @@ from elfatt.data.coco import (  # noqa: E402
     annotation_faults,
     check_annotations,
     check_categories,
+    check_ids,
     form_faults,
     load_coco,
 )
@@ -55,13 +56,13 @@ def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[F
         args: The command line.
     """
     folders = root / "images" / split, root / "annotations" / split
-    listed = yield from _caught(list_images, folders[0])
-    labelled = yield from _caught(list_images, folders[1])
+    listed = yield from _caught(list_images, folders[0], ".jpg")
+    labelled = yield from _caught(list_images, folders[1], ".png")
     if listed is None or labelled is None:
         return
     (images, others), (masks, _) = listed, labelled
     if others:
-        yield f"{folders[0]}: {len(others):,} files are no images and passed over, first {others[0]}"
+        yield f"{folders[0]}: {len(others):,} files are passed over, first {others[0]}"
     yield from _check_count(folders[0], len(images), ADE20K_IMAGES[split], args)
     for name in sorted(images.keys() - masks.keys()):
         yield UserError(images[name], "has no mask", f"add one of the same name to {folders[1]}, or remove the image")
@@ -69,7 +70,8 @@ def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[F
         yield UserError(masks[name], "has no image", f"add one of the same name to {folders[0]}, or remove the mask")
     remedy = f"labels are 0 (other) and 1 to {args.classes}; --classes says how many you have"
     turned, pixels, read = [], np.zeros(args.classes, int), 0
-    for name in _sample(sorted(images.keys() & masks.keys()), f"{split} images", args.full):
+    pairs = sorted(images.keys() & masks.keys())
+    for name in _sample(pairs, f"{split} images", args.full):
         opened = yield from _caught(_open, images[name])
         size = yield from _caught(check_mask, masks[name])
         if size is None:
@@ -84,7 +86,8 @@ def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[F
     yield from _turned(turned)
     if split == "training" and read:
         names = [str(label) for label in range(1, args.classes + 1)]
-        yield from _caught(check_classes, folders[1], pixels, names, read)
+        for problem in _caught(check_classes, folders[1], pixels, names, read):
+            yield problem if read == len(pairs) else str(problem)  # as in training: the others may differ
 
 
 def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Found]:
@@ -144,6 +147,8 @@ def _check_instances(path: Path, content: dict[str, Any], split: str, args: argp
     categories = {category["id"] for category in content["categories"]}
     if len(categories) != COCO_CATEGORIES and not args.any_size:
         yield UserError(path, f"has {len(categories)} categories, expected {COCO_CATEGORIES}", DOWNLOAD)
+    if split.startswith("val"):
+        yield from _caught(check_ids, path, content)
     readable = True
     for annotation in tqdm(content["annotations"], f"{split} annotations", disable=None, leave=False):
         for fault, remedy, stops in annotation_faults(annotation, images, categories):

@@ -11,7 +11,7 @@ import pytest
 import elfatt
 
 PACKAGE = Path(elfatt.__file__).parent
-ORDER = ["data", "ops", "layers", "attention", "backbones", "checkpoints", "integrations", "analysis"]
+ORDER = ["data", "processes", "ops", "layers", "attention", "backbones", "checkpoints", "integrations", "analysis"]
 OPTIONAL = {"mmengine", "mmcv", "mmseg", "mmdet", "diffusers", "flash_attn", "triton", "matplotlib", "sklearn"}
 
 

@@ -219,8 +219,14 @@ def read_checkpoint(
         names=converted.source,
         source=noted if noted in CROPS else converted.source,
         weights="ema" if converted.averaged else weights,
-        class_to_idx=content.get("class_to_idx"),
+        class_to_idx=_labels(content.get("class_to_idx")),
     )
+
+
+def _labels(classes: object) -> dict[str, int] | None:
+    """Names and labels, as torchvision's and timm's data sets have them; other trainers may mean something else."""
+    known = isinstance(classes, dict) and all(isinstance(k, str) and isinstance(v, int) for k, v in classes.items())
+    return classes if known else None
 
 
 class _Ignored:

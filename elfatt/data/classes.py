@@ -13,7 +13,7 @@ def read_class_map(path: str | Path) -> dict[str, int]:
     """The classes of a text file, one name a line, numbered from 0.
 
     Raises:
-        ValueError: The file is missing or no UTF-8 text, or a name is empty or there twice.
+        ValueError: The file is missing, empty or no UTF-8 text, or a name is empty or there twice.
     """
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
@@ -21,19 +21,23 @@ def read_class_map(path: str | Path) -> dict[str, int]:
         raise ValueError(f"class map {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"class map {path} must be a text file of one class per line ({error})") from error
+    if not names:
+        raise ValueError(f"class map {path} is empty: write one class per line")
+    labels: dict[str, int] = {}
     for number, name in enumerate(names):
         if not name:
             raise ValueError(f"class map {path}: line {number + 1} is empty, write one class per line")
-        if name in names[:number]:
-            raise ValueError(f"class map {path}: '{name}' is on lines {names.index(name) + 1} and {number + 1}")
-    return {name: number for number, name in enumerate(names)}
+        if name in labels:
+            raise ValueError(f"class map {path}: '{name}' is on lines {labels[name] + 1} and {number + 1}")
+        labels[name] = number
+    return labels
 
 
 def differences(found: Iterable[str], expected: Iterable[str]) -> str:
     """Says in words which names are too many and which are missing; empty where they are the same set."""
-    found, expected = list(found), list(expected)
-    surplus = [name for name in found if name not in set(expected)]
-    missing = [name for name in expected if name not in set(found)]
+    found, expected = dict.fromkeys(found), dict.fromkeys(expected)  # sets in order
+    surplus = [name for name in found if name not in expected]
+    missing = [name for name in expected if name not in found]
     parts = [f"{len(surplus)} surplus ({shown(surplus)})"] * bool(surplus)
     parts += [f"{len(missing)} missing ({shown(missing)})"] * bool(missing)
     close = difflib.get_close_matches(surplus[0], missing, n=1) if surplus else []

@@ -12,7 +12,7 @@ from typing import Any
 from elfatt.data.errors import UserError
 
 FIELDS = {
-    "images": {"id": int, "file_name": str, "width": int, "height": int},
+    "images": {"id": int, "file_name": str, "width": (int, float), "height": (int, float)},
     "categories": {"id": int, "name": str},
     "annotations": {
         "id": int,
@@ -20,7 +20,6 @@ FIELDS = {
         "category_id": int,
         "bbox": list,
         "area": (int, float),
-        "iscrowd": int,
         "segmentation": (list, dict),
     },
 }
@@ -49,9 +48,15 @@ def load_coco(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def form_faults(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (fault, remedy) of tables that are not there, of their fields and of ids given twice."""
+def form_faults(content: dict[str, Any], masks: bool = True) -> Iterator[tuple[str, str]]:
+    """Yields (fault, remedy) of tables that are not there, of their fields and of ids given twice.
+
+    Args:
+        content: Of a file.
+        masks: Whether annotations need a segmentation.
+    """
     for table, fields in FIELDS.items():
+        fields = {field: kind for field, kind in fields.items() if masks or field != "segmentation"}
         entries = content.get(table)
         if not isinstance(entries, list):
             yield f"has no {table}", f"it needs the lists {', '.join(FIELDS)}"
@@ -104,20 +109,28 @@ def check_ids(path: str | os.PathLike, content: dict[str, Any]) -> None:
     Raises:
         UserError: There is one.
     """
-    if any(annotation["id"] == 0 for annotation in content["annotations"]):
+    if any(annotation.get("id") == 0 for annotation in content["annotations"]):  # panoptic ones have none
         raise UserError(path, "has an annotation of id 0, COCO's evaluation takes 0 for no match", "number from 1")
 
 
-def check_annotations(path: str | os.PathLike, content: dict[str, Any], classes: Collection[str]) -> str | None:
+def check_annotations(
+    path: str | os.PathLike,
+    content: dict[str, Any],
+    classes: Collection[str],
+    masks: bool = True,
+    training: bool = False,
+) -> str | None:
     """Stops at annotations that cannot be read, or of which none is left.
 
     Args:
         path: The file.
         content: Of the file, without faults of form.
         classes: Names; annotations of other categories are passed over.
+        masks: Whether objects need a segmentation.
+        training: Whether there must be an object at all.
 
     Returns:
-        A line on the annotations that are lost, if any.
+        A line on the annotations that are lost and on boxes that reach outside their image, if any.
 
     Raises:
         UserError: An annotation that cannot be read, or none that is an object to find.
@@ -125,37 +138,43 @@ def check_annotations(path: str | os.PathLike, content: dict[str, Any], classes:
     images = {image["id"]: image for image in content["images"]}
     listed = {category["id"] for category in content["categories"]}
     other = {category["id"] for category in content["categories"] if category["name"] not in classes}
-    usable, crowds, lost, first = 0, 0, Counter(), {}
+    usable, crowds, lost, first, outside = 0, 0, Counter(), {}, []
     for annotation in content["annotations"]:
-        for fault, remedy, stops in annotation_faults(annotation, images, listed):
+        for fault, remedy, stops in annotation_faults(annotation, images, listed, masks):
             if stops:
                 raise UserError(path, f"has the annotation {annotation['id']}, which {fault}", remedy)
         if annotation["category_id"] in other:
             continue
-        reason = why_lost(annotation, images, listed)
+        reason = why_lost(annotation, images, listed, masks)
         if reason:
             lost[reason] += 1
             first.setdefault(reason, annotation["id"])
-        elif annotation["iscrowd"]:
+        elif annotation.get("iscrowd"):
             crowds += 1
         else:
             usable += 1
+            outside += [annotation["id"]] * _reaches_outside(annotation["bbox"], images[annotation["image_id"]])
     if crowds and not usable:
         lost["is a crowd (iscrowd 1)"] = crowds
-    if not lost:
-        return None
+    notes = []
+    if outside:
+        notes.append(f"{len(outside):,} boxes reach outside their image, the first with id {outside[0]}: {BOX}")
     reasons = "; ".join(
         f"{count:,} because each {reason}" + (f", the first with id {first[reason]}" if reason in first else "")
         for reason, count in lost.most_common()
     )
-    if usable:
-        return f"{path}: {lost.total():,} of {lost.total() + crowds + usable:,} annotations are lost: {reasons}"
+    if lost:
+        notes.append(f"{lost.total():,} of {lost.total() + crowds + usable:,} annotations are lost: {reasons}")
+    if training and not (usable or lost):
+        raise UserError(path, "has no annotation of the classes", "correct the file, or metainfo['classes']")
+    if usable or not lost:
+        return f"{path}: {'; '.join(notes)}" if notes else None
     fault = f"has {lost.total():,} annotations and no object to learn among them, {reasons}"
     raise UserError(path, fault, "correct what is named; scripts/prepare_coco.sh checks the whole file")
 
 
 def annotation_faults(
-    annotation: dict[str, Any], images: dict[int, Any], categories: Collection[int]
+    annotation: dict[str, Any], images: dict[int, Any], categories: Collection[int], masks: bool = True
 ) -> Iterator[tuple[str, str, bool]]:
     """Yields (fault, remedy, whether no program can read it) of one annotation whose fields are all there.
 
@@ -163,9 +182,8 @@ def annotation_faults(
         annotation: One entry.
         images: All images by id.
         categories: All ids.
+        masks: Whether it needs a segmentation.
     """
-    if annotation["id"] == 0:
-        yield "has the id 0", "number from 1: COCO's evaluation takes 0 for no match", False
     if annotation["category_id"] not in categories:
         yield f"has the unknown category {annotation['category_id']}", "list the category, or correct the id", False
     image = images.get(annotation["image_id"])
@@ -174,14 +192,15 @@ def annotation_faults(
         return
     box, width, height = annotation["bbox"], image["width"], image["height"]
     try:
-        left, top, across, down = map(float, box)
+        outside = _reaches_outside(box, image)
     except (TypeError, ValueError):
         yield f"has the box {box}", BOX, True
     else:
-        fits = left + across <= width + TOLERANCE and top + down <= height + TOLERANCE
-        if not (fits and left >= -TOLERANCE and top >= -TOLERANCE and across >= 0 and down >= 0):  # so NaN is found
+        if outside:
             fault = f"has the box {box}, outside {image['file_name']} of {width}×{height} pixels"
             yield fault, f"{BOX}, inside its image", False
+    if not masks:
+        return
     shape = annotation["segmentation"]
     if not shape:
         yield "has no valid segmentation, it is empty", POLYGONS, True
@@ -189,12 +208,17 @@ def annotation_faults(
         if "counts" not in shape or shape.get("size") != [height, width]:
             fault = f"has no valid segmentation, run lengths of size {shape.get('size')} where [height, width] is "
             yield f"{fault}{[height, width]}", "write counts and size of the image as it is", True
-    elif not all(isinstance(part, list) and not (part and isinstance(part[0], list)) for part in shape):
+        elif isinstance(shape["counts"], list) and sum(shape["counts"]) != height * width:
+            fault = f"has run lengths of {sum(shape['counts'])} pixels, its image has {height * width}"
+            yield fault, "write them anew from the mask", True
+    elif not all(isinstance(part, list) and all(isinstance(x, int | float) for x in part[:1]) for part in shape):
         fault = "has no valid segmentation, polygons are lists of numbers in one list"
         yield fault, POLYGONS, True
 
 
-def why_lost(annotation: dict[str, Any], images: dict[int, Any], categories: Collection[int]) -> str | None:
+def why_lost(
+    annotation: dict[str, Any], images: dict[int, Any], categories: Collection[int], masks: bool = True
+) -> str | None:
     """Why mmdet passes over an annotation without a word, as its ``CocoDataset`` and ``LoadAnnotations`` do."""
     image = images.get(annotation["image_id"])
     if image is None:
@@ -212,10 +236,20 @@ def why_lost(annotation: dict[str, Any], images: dict[int, Any], categories: Col
         return "has a box less than a pixel wide or high"
     if min(left + across, image["width"]) <= max(left, 0) or min(top + down, image["height"]) <= max(top, 0):
         return "has a box outside its image"
-    shape = annotation["segmentation"]
-    if isinstance(shape, list) and not any(len(part) >= 6 and len(part) % 2 == 0 for part in shape):
+    if not masks or isinstance(annotation["segmentation"], dict):
+        return None
+    polygons = [part for part in annotation["segmentation"] if len(part) >= 6 and len(part) % 2 == 0]
+    if not polygons:
         return "has no polygon of three or more points [x1, y1, x2, y2, x3, y3, …]"
+    if all(max(polygon) <= 1 for polygon in polygons):
+        return "has polygons in 0…1, not in pixels"
     return None
+
+
+def _reaches_outside(box: Sequence[float], image: dict[str, Any]) -> bool:
+    left, top, across, down = map(float, box)
+    fits = left + across <= image["width"] + TOLERANCE and top + down <= image["height"] + TOLERANCE
+    return not (fits and left >= -TOLERANCE and top >= -TOLERANCE and across >= 0 and down >= 0)  # so NaN is found
 
 
 def _names(names: Sequence[str]) -> str:

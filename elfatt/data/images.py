@@ -39,15 +39,16 @@ def orientation_of(image: Image.Image) -> int:
     return found if found in range(1, 9) else 1
 
 
-def list_images(folder: str | os.PathLike, ending: str = "") -> tuple[dict[str, Path], list[Path]]:
+def list_images(folder: str | os.PathLike, suffix: str = "") -> tuple[dict[str, Path], list[Path]]:
     """The images below a folder, and the files that no program reads: others, and images in hidden folders.
 
     Args:
         folder: Looked through to its last subfolder.
-        ending: What a name has before its extension, in layouts such as ``a_leftImg8bit.png``; it is cut off.
+        suffix: What names usually end in, such as ``_leftImg8bit.png``. What it has before the extension is cut off;
+            its extension decides between two images of one name.
 
     Returns:
-        Images by their path in the folder without ending and extension, in order, and the other files.
+        Images by their path in the folder without suffix, in order, and the other files.
 
     Raises:
         UserError: No such folder, or two images of one name.
@@ -55,16 +56,24 @@ def list_images(folder: str | os.PathLike, ending: str = "") -> tuple[dict[str, 
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(folder, "is no folder", "give the one that holds the images or masks")
+    ending, extension = os.path.splitext(suffix)
+    if not extension and ending.startswith("."):
+        ending, extension = "", ending
     paths = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
-    images, others = {}, []
+    images: dict[str, Path] = {}
+    others = []
     for path in sorted(path for path in paths if not path.name.startswith(".")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if hidden or not is_image(path) or not path.stem.endswith(ending):
             others += [path] * (is_image(path) or not hidden)
             continue
-        name = str(path.relative_to(folder).with_suffix("")).removesuffix(ending)
-        if name in images:
-            raise UserError(path, f"has the name of {images[name].name}", "keep one of the two")
+        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
+        if twin := images.get(name):
+            usual = [image for image in (twin, path) if image.suffix.lower() == extension.lower()]
+            if len(usual) != 1:
+                raise UserError(path, f"has the name of {twin.name}", "keep one of the two")
+            others.append(path if usual[0] is twin else twin)
+            path = usual[0]
         images[name] = path
     return images, others
 
@@ -84,7 +93,7 @@ def check_size(image: str | os.PathLike, size: tuple[int, int], owner: str | os.
     """Compares an image file, turned upright, with what was drawn or written for it.
 
     Args:
-        image: Path; the head of the file alone is read.
+        image: Path.
         size: Width and height of the mask or annotation, in pixels.
         owner: Its file.
 

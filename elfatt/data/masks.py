@@ -15,7 +15,7 @@ IGNORED = 255  # the label of pixels that neither train nor count
 
 
 def check_mask(path: str | os.PathLike) -> tuple[int, int]:
-    """Width and height of a mask, in pixels; the head of the file alone is read.
+    """Width and height of a mask, in pixels.
 
     Raises:
         UserError: No image, channels, more than 8 bits, a lossy format, or an EXIF orientation.

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from mmengine.dataset import BaseDataset
+from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
+from PIL import UnidentifiedImageError
 
 from elfatt.data import UserError, check_size, is_image, list_images
+from elfatt.data.classes import differences, renumbered
 from elfatt.data.coco import check_annotations, check_categories, check_ids, form_faults, load_coco
 from elfatt.data.masks import check_classes, check_mask
 from elfatt.integrations.mm_transforms import CheckMask
 
 SAMPLE = 100  # images or masks of a data set that are opened before the first step
 LOADS_MASKS = "LoadAnnotations"
+MMENGINE_DATASETS = BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 
 
 def open_dataset(config: dict) -> BaseDataset:
@@ -30,6 +35,8 @@ def open_dataset(config: dict) -> BaseDataset:
         UserError: It cannot be trained on or evaluated; its folder or annotation file is named.
     """
     dataset = DATASETS.build(lazy(config))
+    if not isinstance(dataset, MMENGINE_DATASETS):
+        return dataset
     for part in _unwrap(dataset):
         _open(part)
     dataset.full_init()
@@ -38,6 +45,10 @@ def open_dataset(config: dict) -> BaseDataset:
 
 def lazy(config: dict) -> dict:
     """The configuration of a data set, and of those that it wraps, that reads nothing before it is told to."""
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        kind = registry.get(config["type"]) if isinstance(config["type"], str) else config["type"]
+    if isinstance(kind, type) and not issubclass(kind, MMENGINE_DATASETS):
+        return config
     config = {**config, "lazy_init": True}
     if "dataset" in config:
         config["dataset"] = lazy(config["dataset"])
@@ -47,13 +58,13 @@ def lazy(config: dict) -> dict:
 
 
 def check_training_masks(dataset: BaseDataset) -> None:
-    """Reads up to 100 masks as training does; a warning, or an error where they are all, if they teach nothing.
+    """Reads up to 100 masks as training does, and the others too where those teach nothing.
 
     Args:
         dataset: Open; passed over where its pipeline reads no mask.
 
     Raises:
-        UserError: See ``CheckMask`` and ``check_classes``.
+        UserError: No two classes in all of them; see ``check_classes``, and ``CheckMask`` for a single one.
     """
     parts = [(part, _steps_to_masks(part)) for part in _unwrap(dataset)]
     parts = [(part, steps) for part, steps in parts if steps]
@@ -61,18 +72,17 @@ def check_training_masks(dataset: BaseDataset) -> None:
         return
     names = parts[0][0].metainfo["classes"]
     pixels, masks = np.zeros(len(names), int), 0
-    for part, steps in parts:
-        for results in _spread(part):
-            for step in steps:
-                results = step(results)
-            pixels += np.bincount(results["gt_seg_map"].ravel(), minlength=256)[: len(names)]
-            masks += 1
-    try:
-        check_classes(parts[0][0].data_prefix["seg_map_path"], pixels, names, masks)
-    except UserError as error:
-        if masks == sum(len(part) for part, _ in parts):
-            raise
-        warn(str(error))
+    sample = [(steps, part, index) for part, steps in parts for index in _spread(part)]
+    every = ((steps, part, index) for part, steps in parts for index in range(len(part)))
+    for steps, part, index in itertools.chain(sample, every):
+        if masks >= len(sample) and np.count_nonzero(pixels) >= min(2, len(names)):
+            return
+        results = part.get_data_info(index)
+        for step in steps:
+            results = step(results)
+        pixels += np.bincount(results["gt_seg_map"].ravel(), minlength=256)[: len(names)]
+        masks += 1
+    check_classes(parts[0][0].data_prefix["seg_map_path"], pixels, names, masks - len(sample))
 
 
 def check_evaluator(evaluator, source: str, classes: tuple[str, ...]) -> None:
@@ -90,6 +100,23 @@ def check_evaluator(evaluator, source: str, classes: tuple[str, ...]) -> None:
         if getattr(metric, "_coco_api", None):
             check_categories(source, metric._coco_api.dataset, classes)
             check_ids(source, metric._coco_api.dataset)
+
+
+def check_same_classes(where: str, classes: Sequence[str], trained: Sequence[str]) -> None:
+    """Stops where one index means two classes.
+
+    Args:
+        where: A checkpoint, or the data set that is evaluated.
+        classes: Of the data.
+        trained: Those that the model was trained on.
+
+    Raises:
+        UserError: They differ, in names or order.
+    """
+    here, there = ({name: index for index, name in enumerate(names)} for names in (classes, trained))
+    if difference := differences(here, there) or renumbered(here, there):
+        remedy = "take the configuration and the data that it was trained with, or train anew"
+        raise UserError(where, f"has other classes than the data: {difference}", remedy)
 
 
 def warn(message: str) -> None:
@@ -125,10 +152,10 @@ def _open(dataset: BaseDataset) -> None:
     _warn_of_turned(dataset)
 
 
-def _spread(dataset: BaseDataset) -> list[dict]:
-    """Up to 100 items, evenly over the data set."""
+def _spread(dataset: BaseDataset) -> list[int]:
+    """Numbers of up to 100 items, evenly over the data set."""
     count = min(SAMPLE, len(dataset))
-    return [dataset.get_data_info(i * len(dataset) // count) for i in range(count)]
+    return [i * len(dataset) // count for i in range(count)]
 
 
 def _steps_to_masks(dataset: BaseDataset) -> list:
@@ -141,18 +168,23 @@ def _steps_to_masks(dataset: BaseDataset) -> list:
 def _warn_of_turned(dataset: BaseDataset) -> None:
     """Warns of images that EXIF turns where the sizes do not tell how the labels were drawn; up to 100 are opened."""
     opened, turned = 0, []
-    for item in _spread(dataset):
+    for item in map(dataset.get_data_info, _spread(dataset)):
         if not Path(item["img_path"]).is_file():
             continue  # whoever loads it says so
         if item.get("seg_map_path"):
+            if not _steps_to_masks(dataset):
+                return  # masks of another form, with a reader of their own
             size, owner = check_mask(item["seg_map_path"]), f"mask {item['seg_map_path']}"
         elif "width" in item:
             size, owner = (item["width"], item["height"]), dataset.ann_file
         else:
             return
+        try:
+            if check_size(item["img_path"], size, owner):
+                turned.append(item["img_path"])
+        except UnidentifiedImageError:
+            continue  # another reader's, or damaged: whoever loads it says so
         opened += 1
-        if check_size(item["img_path"], size, owner):
-            turned.append(item["img_path"])
     if turned:
         warn(
             f"{len(turned)} of {opened} images opened are turned upright by their EXIF orientation, first {turned[0]}: "
@@ -162,7 +194,9 @@ def _warn_of_turned(dataset: BaseDataset) -> None:
 
 def _is_listed_by_mmseg(dataset: BaseDataset) -> bool:
     """Whether the listing is mmseg's own, of local images and of masks in another folder."""
-    if type(dataset).load_data_list.__module__ != "mmseg.datasets.basesegdataset" or dataset.backend_args:
+    listing = type(dataset).load_data_list
+    theirs = (listing.__module__, listing.__qualname__)
+    if theirs != ("mmseg.datasets.basesegdataset", "BaseSegDataset.load_data_list") or dataset.backend_args:
         return False
     folders = [Path(dataset.data_prefix[key]) for key in ("img_path", "seg_map_path") if dataset.data_prefix.get(key)]
     if len(folders) < 2:
@@ -174,16 +208,15 @@ def _is_listed_by_mmseg(dataset: BaseDataset) -> bool:
 def _list_pairs(dataset) -> list[dict]:
     """What mmseg's ``BaseSegDataset.load_data_list`` gives, for images and masks with any extension.
 
-    Of ``img_suffix`` and ``seg_map_suffix`` the part before the extension counts.
+    ``img_suffix`` and ``seg_map_suffix`` count as in ``list_images``.
 
     Raises:
         UserError: Images without a mask, two files of one name, or names in ``ann_file`` without an image.
     """
     folders = [dataset.data_prefix[key] for key in ("img_path", "seg_map_path")]
-    endings = [suffix.rpartition(".")[0] for suffix in (dataset.img_suffix, dataset.seg_map_suffix)]
-    (images, others), (masks, _) = map(list_images, folders, endings)
+    (images, others), (masks, _) = map(list_images, folders, (dataset.img_suffix, dataset.seg_map_suffix))
     if others:
-        warn(f"{folders[0]}: {len(others):,} files are no images and passed over, first {others[0]}")
+        warn(f"{folders[0]}: {len(others):,} files are passed over, first {others[0]}")
     names = list(images)
     if dataset.ann_file:
         names = [line.strip() for line in Path(dataset.ann_file).read_text().splitlines() if line.strip()]
@@ -216,10 +249,13 @@ def _read_coco(dataset, path: str):
         UserError: See ``elfatt.data.coco``.
     """
     content = load_coco(path)
-    for fault, remedy in form_faults(content):
+    if dataset.test_mode:
+        content.setdefault("annotations", [])  # COCO's test sets have none
+    masks = any(getattr(step, "with_mask", False) for step in dataset.pipeline.transforms)
+    for fault, remedy in form_faults(content, masks):
         raise UserError(path, fault, f"{remedy}; scripts/prepare_coco.sh checks the whole file")
     check_categories(path, content, dataset.metainfo["classes"])
-    loss = check_annotations(path, content, dataset.metainfo["classes"])
+    loss = check_annotations(path, content, dataset.metainfo["classes"], masks, training=not dataset.test_mode)
     if loss:
         warn(loss)
     coco = type(dataset).COCOAPI()

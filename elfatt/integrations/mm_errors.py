@@ -12,6 +12,7 @@ from pathlib import Path
 import elfatt
 from elfatt.data import UserError
 from elfatt.data.resources import exhausted
+from elfatt.processes import leave_process_group
 
 NO_WORKERS = "--cfg-options " + " ".join(f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test"))
 
@@ -20,13 +21,14 @@ def run(main: Callable[[], object]) -> None:
     """Runs a program; what its user has to put right takes one line, anything else keeps its traceback."""
     try:
         main()
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         ours = isinstance(error, UserError) or _is_ours(error)
         message = _line(error) if ours else exhausted(error, workers=NO_WORKERS)
         if message is None:
             raise
         path = Path(sys.argv[0])
         raise SystemExit(f"{path.parent.name}/{path.name}: error: {message}") from None
+    leave_process_group()
 
 
 def _is_ours(error: Exception) -> bool:

@@ -8,11 +8,34 @@ import cv2
 import numpy as np
 import torch
 from mmengine.dist import all_reduce, is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from elfatt.data import read_image
 from elfatt.integrations.mm_datasets import warn
+
+
+@HOOKS.register_module()
+class SaveFirstCheckpointHook(CheckpointHook):
+    """mmengine's hook, which removes the oldest checkpoint before it saves; here, once the newest is complete."""
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        kept = self.max_keep_ckpts
+        if kept <= 0 or step in self.keep_ckpt_ids:
+            return super()._save_checkpoint_with_step(runner, step, meta)
+        oldest = self.keep_ckpt_ids[0] if len(self.keep_ckpt_ids) == kept else None
+        self.keep_ckpt_ids.append(step)  # no longer than `kept`: the first one drops out
+        runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        self.max_keep_ckpts = 0
+        try:
+            super()._save_checkpoint_with_step(runner, step, meta)
+        finally:
+            self.max_keep_ckpts = kept
+        if oldest is not None and is_main_process():
+            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(oldest))
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
 
 
 class DrawImages(Hook):
@@ -34,19 +57,22 @@ class DrawImages(Hook):
 
 
 class NameUnseenClasses(Hook):
-    """Says after each evaluation of a segmentor which classes have no pixel in the truth: they are left out of mIoU."""
+    """Says after each evaluation of a segmentor which classes have no pixel in the truth."""
 
     def _before(self, runner: Runner) -> None:
-        self.pixels = torch.zeros(256, dtype=torch.long, device=next(runner.model.parameters()).device)
+        device = next(runner.model.parameters()).device
+        self.masks, self.pixels = torch.zeros(1, device=device), torch.zeros(256, dtype=torch.long, device=device)
 
     def _after_batch(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: list) -> None:
-        for sample in outputs:
+        for sample in (sample for sample in outputs if hasattr(sample, "gt_sem_seg")):
+            self.masks += 1
             labels = sample.gt_sem_seg.data.to(self.pixels)
             self.pixels += torch.bincount(labels.flatten(), minlength=256)
 
     def _after(self, runner: Runner, metrics: dict | None = None) -> None:
+        all_reduce(self.masks)
         all_reduce(self.pixels)
-        if not is_main_process():
+        if not (is_main_process() and self.masks):  # a test set may have no masks
             return
         names = runner.visualizer.dataset_meta["classes"]
         unseen = [name for name, count in zip(names, self.pixels.tolist(), strict=False) if not count]
@@ -54,7 +80,7 @@ class NameUnseenClasses(Hook):
             listed = ", ".join(unseen[:20]) + (", …" if len(unseen) > 20 else "")
             warn(
                 f"no pixel of the truth is of {len(unseen)} of the {len(names)} classes: {listed}; "
-                f"mIoU and mAcc are means over the other {len(names) - len(unseen)}"
+                "mAcc leaves them out, mIoU too but for those predicted somewhere, which count 0"
             )
 
     before_val_epoch = before_test_epoch = _before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -13,21 +13,29 @@ import cv2
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.dist import get_world_size, is_main_process
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
 from mmengine.registry import DATASETS
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint, load_checkpoint
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 import elfatt.integrations.openmmlab  # noqa: F401  before mmdet
 from elfatt.data import UserError, read_image
-from elfatt.data.workers import start_worker
-from elfatt.integrations.mm_datasets import check_evaluator, check_training_masks, lazy, open_dataset, warn
+from elfatt.integrations.mm_checks import check_batch_norm, check_channels
+from elfatt.integrations.mm_datasets import (
+    check_evaluator,
+    check_same_classes,
+    check_training_masks,
+    lazy,
+    open_dataset,
+    warn,
+)
 from elfatt.integrations.mm_errors import as_user_error, enough_space
-from elfatt.integrations.mm_hooks import DrawImages, NameUnseenClasses
+from elfatt.integrations.mm_hooks import DrawImages, NameUnseenClasses, SaveFirstCheckpointHook
 from elfatt.layers import align_gradients
 from elfatt.ops import BACKENDS, active_backend, set_default_backend
+from elfatt.processes import start_worker
 
 # mmengine's list of what a checkpoint may hold lacks the float32 arrays of its own history of losses; a file with
 # anything beyond the list is unpickled without restraint, after a warning
@@ -67,14 +75,14 @@ class CheckedRunner(Runner):
         """
         loop = super().build_train_loop(loop)
         check_training_masks(loop.dataloader.dataset)
-        _check_batch_norm(self.model, loop.dataloader.batch_size)
+        check_batch_norm(self.model, loop.dataloader.batch_size)
         return loop
 
     def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """See ``Runner``.
 
         Raises:
-            UserError: The annotation file that is evaluated has other classes.
+            UserError: The data set or annotation file that is evaluated has other classes.
         """
         return self._checked(super().build_val_loop(loop), "val_evaluator")
 
@@ -85,7 +93,10 @@ class CheckedRunner(Runner):
     def _checked(self, loop: BaseLoop, name: str) -> BaseLoop:
         settings = self.cfg.get(name)
         source = settings.get("ann_file", name) if isinstance(settings, dict) else name
-        check_evaluator(loop.evaluator, source, loop.dataloader.dataset.metainfo["classes"])
+        classes = loop.dataloader.dataset.metainfo["classes"]
+        check_evaluator(loop.evaluator, source, classes)
+        if isinstance(self._train_loop, BaseLoop):
+            check_same_classes("train_dataloader", classes, self._train_loop.dataloader.dataset.metainfo["classes"])
         return loop
 
     def _init_model_weights(self) -> None:
@@ -96,10 +107,14 @@ class CheckedRunner(Runner):
         """See ``Runner``; a tensor that is missing or left over is an error here.
 
         Raises:
-            UserError: No checkpoint, or one of another model; the tensors are named.
+            UserError: No checkpoint, or one of another model; the tensors are named. Resumed or evaluated, one of other
+                classes.
         """
         with as_user_error(f"checkpoint {filename}", Exception):
-            return super().load_checkpoint(filename, map_location, strict, **kwargs)
+            checkpoint = super().load_checkpoint(filename, map_location, strict, **kwargs)
+        if self._resume or not isinstance(self._train_loop, BaseLoop):
+            _check_trained_classes(filename, checkpoint, self.visualizer.dataset_meta)
+        return checkpoint
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
         """See ``Runner``; the file is there as a whole or not at all.
@@ -134,61 +149,10 @@ class CheckedRunner(Runner):
         return super().wrap_model(model_wrapper_cfg, model)
 
 
-def _check_batch_norm(model: nn.Module, batch_size: int | None) -> None:
-    """Stops where a batch norm behind a pooling to one pixel, as UperNet's, would see one value a channel.
-
-    Raises:
-        UserError: It would.
-    """
-    pooled = [part for part in model.modules() if isinstance(part, nn.Sequential) and _pools_to_a_pixel(part)]
-    norms = [part for whole in pooled for part in whole.modules() if isinstance(part, _BatchNorm)]
-    apart = [norm for norm in norms if not (isinstance(norm, nn.SyncBatchNorm) and get_world_size() > 1)]
-    if batch_size == 1 and apart:
-        raise UserError(
-            "train_dataloader.batch_size=1",
-            "leaves one value a channel to the batch norm behind a pooling to 1x1",
-            "set train_dataloader.batch_size=2, or a norm_cfg without batch norm",
-        )
-
-
-def _pools_to_a_pixel(part: nn.Sequential) -> bool:
-    first = next(iter(part), None)
-    return isinstance(first, nn.AdaptiveAvgPool2d) and first.output_size in (1, (1, 1))
-
-
-def _check_channels(config: Config) -> None:
-    """Stops where the backbone, the preprocessor and the pipelines do not agree on the channels of an image.
-
-    Raises:
-        UserError: They do not, or there is no such image.
-    """
-    channels, preprocessor = config.model.backbone.get("in_chans", 3), config.model.get("data_preprocessor") or {}
-    if channels not in (1, 3):
-        raise UserError(f"model.backbone.in_chans={channels}", "fits no image", "choose 3 (colour) or 1 (grey)")
-    mode = "L" if channels == 1 else "RGB"
-    loaders = [config.get(f"{name}_dataloader") for name in ("train", "val", "test")]
-    modes = {step.get("mode", "RGB") for loader in loaders for step in _steps(loader, "LoadImage")}
-    means = len(preprocessor.get("mean") or [0] * channels)
-    if modes - {mode} or means != channels or (channels == 1 and preprocessor.get("bgr_to_rgb")):
-        raise UserError(
-            f"model.backbone.in_chans={channels}",
-            f"does not fit LoadImage(mode={'/'.join(sorted(modes))!r}) and data_preprocessor with {means} means",
-            f"set mode='{mode}' in LoadImage of every pipeline, and in model.data_preprocessor mean and std of "
-            f"{channels} value(s) and bgr_to_rgb={channels == 3}",
-        )
-    if channels == 1 and any(list(_steps(loader, "PhotoMetricDistortion")) for loader in loaders):
-        raise UserError("PhotoMetricDistortion", "changes colours, and in_chans=1 is grey", "leave it out")
-
-
-def _steps(node, kind: str) -> Iterator[dict]:
-    """Every dict of one type in a configuration."""
-    if isinstance(node, dict):
-        if node.get("type") == kind:
-            yield node
-        node = list(node.values())
-    if isinstance(node, list | tuple):
-        for value in node:
-            yield from _steps(value, kind)
+def _check_trained_classes(path: str, checkpoint: dict, meta: dict | None) -> None:
+    trained = (checkpoint.get("meta", {}).get("dataset_meta") or {}).get("classes")
+    if trained and meta and meta.get("classes"):
+        check_same_classes(f"checkpoint {path}", meta["classes"], trained)
 
 
 def parse_train(argv: list[str] | None, task: str) -> argparse.Namespace:
@@ -281,16 +245,17 @@ def load_model(args: argparse.Namespace, init: Callable[..., nn.Module]) -> nn.M
         init: ``init_model`` of mmseg or ``init_detector`` of mmdet.
 
     Raises:
-        UserError: No model, or a checkpoint of another one; the tensors are named.
+        UserError: No model, or a checkpoint of another one, whose tensors are named, or of other classes.
     """
     config = Config.fromfile(args.config)
     _choose_backend(args, config, args.device)
-    _check_channels(config)
+    check_channels(config)
     with as_user_error("model", ValueError, TypeError):
         model = init(config, device=args.device)
-    with as_user_error(f"checkpoint {args.checkpoint}", Exception):
-        load_checkpoint(model, args.checkpoint, map_location="cpu", strict=True)  # init passes over what does not fit
+    with as_user_error(f"checkpoint {args.checkpoint}", Exception):  # init passes over what does not fit
+        checkpoint = load_checkpoint(model, args.checkpoint, map_location="cpu", strict=True)
     model.dataset_meta = DATASETS.build(lazy(model.cfg.test_dataloader.dataset)).metainfo
+    _check_trained_classes(args.checkpoint, checkpoint, model.dataset_meta)
     return model
 
 
@@ -363,7 +328,10 @@ def _config(args: argparse.Namespace, task: str) -> Config:
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(name) and config[name].get("num_workers") == 0:
             config[name].persistent_workers = False  # PyTorch refuses to keep what is not there
-    _check_channels(config)
+    check_channels(config)
+    saver = config.get("default_hooks", {}).get("checkpoint") or {}
+    if saver.get("type") == CheckpointHook.__name__:
+        saver.type = SaveFirstCheckpointHook.__name__
     config.work_dir = args.work_dir or config.get("work_dir") or f"runs/{task}/{Path(args.config).stem}"
     config.launcher = args.launcher
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 from mmengine.registry import TRANSFORMS
 
@@ -34,7 +35,8 @@ class LoadImage:
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         check_shape(path, pixels.shape[1::-1])
-        results["img"] = np.ascontiguousarray(pixels[..., ::-1] if self.mode == "RGB" else pixels)
+        # many times faster than a copy of pixels[..., ::-1]
+        results["img"] = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if self.mode == "RGB" else pixels.copy()
         results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
         return results
 
@@ -52,6 +54,7 @@ class CheckMask:
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
+        self.opened: set[str] = set()
 
     def __call__(self, results: dict) -> dict:
         """Pass ``results`` on as they are; an image without a mask passes as well.
@@ -65,7 +68,9 @@ class CheckMask:
                 raise UserError("CheckMask", "stands before LoadAnnotations in the pipeline", "put it right behind")
             return results
         mask, path = results["gt_seg_map"], results["seg_map_path"]
-        check_mask(path)  # mmseg has cut the labels to 8 bits
+        if path not in self.opened:  # once: Pillow decodes a PNG to look for EXIF data
+            check_mask(path)  # mmseg has cut the labels to 8 bits
+            self.opened.add(path)
         if mask.ndim != 2:  # mmseg squeezes
             raise UserError(f"mask {path}", "is one pixel wide or high", "remove it and its image")
         if mask.shape != tuple(results["ori_shape"]):

@@ -75,6 +75,13 @@ def test_half_precision_fills_a_float32_model(nano, tmp_path):
     assert {parameter.dtype for parameter in nano.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("labels", [{"cat": 0, "dog": 1}, ["cat", "dog"], {0: "cat", 1: "dog"}])
+def test_labels_are_names_with_numbers(nano, tmp_path, labels):
+    torch.save({"state_dict": nano.state_dict(), "class_to_idx": labels}, tmp_path / "file.pth")
+    found = load_checkpoint(nano, tmp_path / "file.pth").class_to_idx
+    assert found == ({"cat": 0, "dog": 1} if isinstance(labels, dict) and "cat" in labels else None)
+
+
 def test_missing_file(nano, tmp_path):
     for path in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(FileNotFoundError, match="does not exist"):

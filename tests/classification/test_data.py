@@ -213,6 +213,14 @@ def test_16_bits_are_scaled_and_turned_images_upright_from_every_source(tmp_path
         np.testing.assert_array_equal(samples[0, index][0], expected)
 
 
+def test_a_very_flat_image_counts_as_broken(write_images, options, tmp_path):
+    root = write_images(tmp_path / "flat", train=1, val=1)
+    Image.new("RGB", (3000, 1)).save(root / "val" / "cat" / "0.png")  # resized, it would take half a gigabyte
+    samples = Samples(open_split(parse_args(options(data=root), True), False), np.asarray, seed=0)
+    assert "has 3000x1 pixels, one side more than 100 times the other" in samples[0, 0].reason
+    assert samples[0, 1][0].shape == (20, 20, 3)
+
+
 def test_images_of_a_stream_are_read_alike():
     image = Image.fromarray(RAMP)
     np.testing.assert_array_equal(StreamTransform(np.asarray, "L")(image), RAMP // 257)

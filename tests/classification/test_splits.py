@@ -56,6 +56,23 @@ def test_classes_are_the_visible_folders_of_the_first_level(copy, opened, caplog
     assert passed in warning
 
 
+def test_hidden_files_beside_the_split_of_a_tar_file_change_no_class(copy, opened):
+    draw(copy / "x.png")
+    extra = pack(copy)
+    before = opened(copy, *extra)
+    with tarfile.open(copy / "train.tar", "a") as file:
+        for name in ("._train/0.png", ".cache/a/b/0.png", "__MACOSX/train/cat/._0.png"):
+            file.add(copy / "x.png", arcname=name)
+    assert opened(copy, *extra) == before
+
+
+def test_names_that_differ_in_case_or_zeros_have_one_order(opened, write_images, tmp_path):
+    names = ("b", "a", "B", "A", "1", "01", "001")
+    root = write_images(tmp_path / "letters", train=1, val=1, classes=names)
+    order = {name.split("/")[0]: label for name, label in opened(root)}
+    assert sorted(order, key=order.get) == ["001", "01", "1", "A", "a", "B", "b"]
+
+
 def test_a_tar_file_of_tar_files_has_a_class_each(copy, options):
     for name in ("cat", "dog", "fish"):
         with tarfile.open(copy / f"{name}.tar", "w") as file:
@@ -109,7 +126,7 @@ def test_an_empty_class_folder_is_named(options, copy, fails):
 def test_surplus_and_missing_classes_are_named_before_the_number(options, copy, fails):
     line = fails(train, options("--num-classes", 10))
     assert "the data have 3 classes ('cat', 'dog', 'fish'), the model has 10 outputs" in line
-    assert "pass --num-classes 3" in line
+    assert "build a model of 3 classes with --num-classes 3" in line
     draw(copy / "train/archive/0.png")
     line = fails(train, options(data=copy))
     assert "the validation split has other classes than the training split: 1 missing ('archive')" in line
@@ -131,7 +148,7 @@ def test_a_class_map_chooses_and_orders_classes(copy, opened, tmp_path, encoding
     (tmp_path / "map.txt").write_bytes("fish\r\ncat\r\n".encode(encoding))
     found = opened(copy, "--class-map", tmp_path / "map.txt", train=False)
     assert [label for _, label in found] == [1] * 5 + [0] * 5  # in the order of the files
-    assert "has only some of the classes: 1 surplus ('dog')" in caplog.text
+    assert "folders and classes differ: 1 surplus ('dog')" in caplog.text
     assert opened(copy, "--class-map", tmp_path / "map.txt", *pack(copy)) and "surplus ('dog')" in caplog.text
 
 
@@ -141,6 +158,7 @@ def test_a_class_map_chooses_and_orders_classes(copy, opened, tmp_path, encoding
         ("fish\ncta\ndog\n", "1 surplus ('cat'), 1 missing ('cta'); is 'cat' the same as 'cta'?"),
         ("fish\n\ncat\ndog\n", "line 2 is empty"),
         ("fish\ncat\ndog\ncat\n", "'cat' is on lines 2 and 4"),
+        ("\n", "is empty"),
         (None, "does not exist"),
     ],
 )
@@ -156,13 +174,19 @@ def test_a_checkpoints_classes_number_the_folders(copy, opened, tmp_path, caplog
     shutil.rmtree(copy / "val" / "dog")
     found = opened(copy, train=False, trained=trained)
     assert [label for _, label in found] == [2] * 5 + [0] * 5
-    assert "has only some of the classes: 2 missing ('dog', 'cow')" in caplog.text
+    assert "folders and classes differ: 2 missing ('dog', 'cow')" in caplog.text
     (copy / "val" / "cat").rename(copy / "val" / "Cat")
     with pytest.raises(UserError, match=r"other classes than the checkpoint: 1 surplus \('Cat'\), 3 missing"):
         opened(copy, train=False, trained=trained)
     (tmp_path / "map.txt").write_text("cat\ndog\nfish\n")
     with pytest.raises(UserError, match="'cat' is class 0 here and class 2 there"):
         opened(copy, "--class-map", tmp_path / "map.txt", trained=trained)
+    wordnet = {"n02121808": 0, "n02084071": 1, "n02512053": 2}  # the same classes by other names
+    with pytest.raises(UserError, match="where the same classes have other names, list all of these"):
+        opened(copy, trained=wordnet)
+    found = opened(copy, "--class-map", tmp_path / "map.txt", trained=wordnet)
+    assert [label for _, label in found] == [0] * 8 + [1] * 8 + [2] * 8
+    assert "--class-map gives other names to the checkpoint's classes" in caplog.text
 
 
 def test_class_names_are_those_of_the_reader(options, data_dir, copy):

@@ -131,7 +131,7 @@ def test_labels_are_compared_by_name(arguments, data_dir, tmp_path, fails, capsy
     shutil.rmtree(copy / "val" / "cat")
     arguments = [*arguments, "--data-dir", str(copy)]
     part = run(arguments)  # the folders that are left keep the labels of training: nothing is shifted
-    assert "has only some of the classes: 1 missing ('cat')" in capsys.readouterr().out
+    assert "folders and classes differ: 1 missing ('cat')" in capsys.readouterr().out
     whole = run([*arguments, "--data-dir", str(data_dir)])
     for split in ("dog", "fish"):
         shutil.rmtree(copy / "val" / split)

@@ -28,6 +28,7 @@ LOST = {
     "a box less than a pixel wide or high": {"bbox": [10, 10, 40, 0.5]},
     "a box outside its image": {"bbox": [120, 10, 40, 30]},
     "no polygon of three or more points": {"segmentation": [[10, 10, 50, 40]]},
+    "polygons in 0…1, not in pixels": {"segmentation": [[0.1, 0.1, 0.5, 0.1, 0.5, 0.4]]},
     "a category that is not listed": {"category_id": 9},
     "an image that is not listed": {"image_id": 9},
 }
@@ -50,6 +51,14 @@ def test_polygons_without_three_points_are_lost(segmentation):
         check_annotations("f.json", content({"segmentation": segmentation}), NAMES)
 
 
+def test_boxes_that_reach_outside_their_image_are_counted():
+    corners = {"bbox": [60, 40, 90, 70]}  # right and bottom in place of width and height
+    line = check_annotations("f.json", content({}, corners, corners, {"area": 0}), NAMES)
+    assert line.startswith("f.json: 2 boxes reach outside their image, the first with id 2: a box is [left, top, width")
+    assert "; 1 of 4 annotations are lost" in line
+    assert check_annotations("f.json", content({}, {"bbox": [60, 40, 40.5, 40.5]}), NAMES) is None
+
+
 def test_crowds_alone_teach_nothing():
     with pytest.raises(UserError, match="2 because each is a crowd"):
         check_annotations("f.json", content({"iscrowd": 1}, {"iscrowd": 1}), NAMES)
@@ -57,6 +66,10 @@ def test_crowds_alone_teach_nothing():
 
 def test_no_annotation_and_other_categories_are_no_fault():
     assert check_annotations("f.json", content(), NAMES) is None
+    with pytest.raises(UserError, match="has no annotation of the classes"):
+        check_annotations("f.json", content(), NAMES, training=True)
+    with pytest.raises(UserError, match="has no annotation of the classes"):
+        check_annotations("f.json", content({"category_id": 2}), ["cat"], training=True)
     assert check_annotations("f.json", content({}, {"category_id": 2, "area": 0}), ["cat"]) is None
 
 
@@ -66,10 +79,11 @@ def test_no_annotation_and_other_categories_are_no_fault():
         {"segmentation": [10, 10, 50, 10, 50, 40]},
         {"segmentation": [[[10, 10], [50, 10], [50, 40]]]},
         {"segmentation": []},
+        {"segmentation": [["10", "10", "50", "10", "50", "40"]]},
         {"segmentation": {"counts": [9], "size": [100, 80]}},
         {"bbox": [1, 2, 3]},
     ],
-    ids=["flat", "nested", "empty", "run lengths", "box"],
+    ids=["flat", "nested", "empty", "text", "run lengths", "box"],
 )
 def test_annotations_that_cannot_be_read(changes):
     with pytest.raises(UserError, match="f.json has the annotation 2, which has "):
@@ -95,6 +109,7 @@ def test_categories_keep_their_order():
 def test_an_evaluated_annotation_has_no_id_0():
     file = content({}, {})
     check_ids("f.json", file)
+    check_ids("f.json", {"annotations": [{"image_id": 7, "segments_info": []}]})
     file["annotations"][1]["id"] = 0
     with pytest.raises(UserError, match="id 0, COCO's evaluation takes 0 for no match: number from 1"):
         check_ids("f.json", file)
@@ -121,3 +136,21 @@ def test_fields_and_ids_are_there_once():
         "has no categories",
         "has in annotations the id 1 2 times",
     ]
+
+
+def test_files_without_masks_serve_detection_alone():
+    file = content({"iscrowd": 0}, {})
+    for annotation in file["annotations"]:
+        del annotation["segmentation"], annotation["iscrowd"]
+    assert not list(form_faults(file, masks=False))
+    assert check_annotations("f.json", file, NAMES, masks=False, training=True) is None
+    assert [fault for fault, _ in form_faults(file)] == [
+        f"has in annotations[{number}] no valid 'segmentation'" for number in range(2)
+    ]
+
+
+def test_run_lengths_fill_their_image():
+    lengths = {"size": [80, 100], "counts": [10, 7990]}
+    assert check_annotations("f.json", content({"segmentation": lengths}), NAMES) is None
+    with pytest.raises(UserError, match="has run lengths of 20 pixels, its image has 8000: write them anew"):
+        check_annotations("f.json", content({"segmentation": {**lengths, "counts": [10, 10]}}), NAMES)

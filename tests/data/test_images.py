@@ -144,7 +144,7 @@ def test_images_are_listed_by_name_whatever_their_extension(tmp_path):
 def test_an_ending_belongs_to_the_name_of_a_file(tmp_path):
     for name in ("a_left.png", "a_right.png"):
         (tmp_path / name).touch()
-    assert list_images(tmp_path, "_left") == ({"a": tmp_path / "a_left.png"}, [tmp_path / "a_right.png"])
+    assert list_images(tmp_path, "_left.png") == ({"a": tmp_path / "a_left.png"}, [tmp_path / "a_right.png"])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
@@ -56,7 +57,7 @@ def test_every_extension_trains(masks, warnings):
     assert (items[0]["reduce_zero_label"], items[0]["label_map"], items[0]["seg_fields"]) == (False, None, [])
     assert dataset[1]["gt_seg_map"].max() == 3
     (line,) = warnings
-    assert "images/training: 1 files are no images and passed over" in line and line.endswith("notes.txt")
+    assert "images/training: 1 files are passed over" in line and line.endswith("notes.txt")
 
 
 def test_masks_without_an_image_are_counted(masks, warnings):
@@ -70,8 +71,14 @@ def test_images_without_a_mask_and_twins_stop(masks, warnings):
     (masks / "annotations" / "training" / "2.png").unlink()
     with pytest.raises(UserError, match=r"holds 1 of 4 images without a mask, first .*2\.jpg: add masks"):
         open_masks(masks)
-    Image.new("RGB", (96, 64)).save(masks / "images" / "training" / "0.png")
-    with pytest.raises(UserError, match=r"0\.png has the name of 0\.jpg"):
+    images = masks / "images" / "training"
+    for name in ("0.png", "0.webp"):
+        Image.new("RGB", (96, 64)).save(images / name)
+    (images / "2.jpg").unlink()
+    assert len(open_masks(masks)) == 3  # img_suffix decides between twins
+    assert "2 files are passed over, first" in warnings[0]
+    (images / "0.jpg").unlink()
+    with pytest.raises(UserError, match=r"0\.webp has the name of 0\.png"):
         open_masks(masks)
 
 
@@ -100,6 +107,25 @@ def test_names_with_endings_and_masks_beside_their_images(masks, warnings):
     dataset = open_masks(masks, data_prefix=together, img_suffix="_left.JPG", seg_map_suffix="_train.png")
     assert len(dataset) == 4  # as mmseg lists it
     assert len(open_masks(masks, data_prefix={"img_path": "images/training"}, img_suffix="_left.JPG")) == 4
+
+
+def test_other_listings_and_readers_are_left_alone(masks, warnings):
+    shutil.copytree(masks / "images" / "training", masks / "later")
+    pairs = {"img_path": "images/training", "img_path2": "later", "seg_map_path": "annotations/training"}
+    dataset = open_masks(masks, "BaseCDDataset", data_prefix=pairs)
+    assert dataset.get_data_info(1)["img_path2"].endswith("later/1.jpg")
+    for path in (masks / "annotations" / "training").iterdir():
+        Image.open(path).convert("RGB").save(path)
+    assert len(open_masks(masks, pipeline=[])) == 4
+    with pytest.raises(UserError, match=r"0\.png is a picture of mode RGB"):
+        open_masks(masks)
+
+
+def test_a_damaged_image_is_named_where_it_is_read(masks, warnings):
+    (masks / "images" / "training" / "1.jpg").write_bytes(b"")
+    dataset = open_masks(masks)
+    with pytest.raises(UserError, match=r"1\.jpg cannot be read"):
+        dataset[1]
 
 
 def turn(path, orientation):
@@ -142,8 +168,10 @@ def test_masks_that_teach_nothing(masks, monkeypatch, warnings, labels, zero, cl
     with pytest.raises(UserError, match=f"annotations/training leaves nothing to learn: .* 4 masks read hold {found}"):
         mm_datasets.check_training_masks(dataset)
     monkeypatch.setattr(mm_datasets, "SAMPLE", 2)
-    mm_datasets.check_training_masks(dataset)
-    assert len(warnings) == 1 and "the 2 masks read" in warnings[0]
+    with pytest.raises(UserError, match="4 masks read"):  # beyond the sample where that tells no two apart
+        mm_datasets.check_training_masks(dataset)
+    Image.fromarray((np.indices((64, 96))[0] % 3).astype(np.uint8)).save(masks / "annotations" / "training" / "1.png")
+    mm_datasets.check_training_masks(open_masks(masks, classes=("a", "b", "c"), reduce_zero_label=zero))
 
 
 def edit(root, change, split="train2017"):
@@ -151,6 +179,18 @@ def edit(root, change, split="train2017"):
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
+
+
+def test_a_plain_data_set_is_left_alone():
+    @DATASETS.register_module(force=True)
+    class Plain(torch.utils.data.Dataset):
+        def __init__(self, length):
+            self.length = length
+
+        def __len__(self):
+            return self.length
+
+    assert len(mm_datasets.open_dataset({"type": "Plain", "length": 3})) == 3
 
 
 def test_lost_annotations_are_counted_once(tmp_path, warnings):

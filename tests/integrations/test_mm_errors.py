@@ -11,10 +11,11 @@ from mmengine.registry import TRANSFORMS
 from torch.utils.data import DataLoader
 
 from elfatt.data import UserError
-from elfatt.data.workers import start_worker
 from elfatt.integrations import mm_errors
-from elfatt.integrations.mm_runner import CheckedRunner, _check_batch_norm, _check_channels
+from elfatt.integrations.mm_checks import check_batch_norm, check_channels
+from elfatt.integrations.mm_runner import CheckedRunner
 from elfatt.ops import get_backend
+from elfatt.processes import start_worker
 
 
 def end(monkeypatch, main):
@@ -158,11 +159,11 @@ def pooled(norm, size=1):
 )
 def test_a_batch_norm_needs_two_values(model, batch, stops):
     if not stops:
-        _check_batch_norm(model, batch)
+        check_batch_norm(model, batch)
         model.train()(torch.zeros(batch, 1, 3, 3))
         return
     with pytest.raises(UserError, match="batch_size=1 leaves one value .* train_dataloader.batch_size=2"):
-        _check_batch_norm(model, batch)
+        check_batch_norm(model, batch)
 
 
 @pytest.mark.parametrize(
@@ -191,11 +192,11 @@ def test_channels_agree(channels, mode, means, swap, message):
     model = {"backbone": {"in_chans": channels}, "data_preprocessor": preprocessor}
     config = Config({"model": model, "train_dataloader": loader})
     if message is None:
-        _check_channels(config)
+        check_channels(config)
         config.train_dataloader.dataset.dataset.pipeline.append({"type": "PhotoMetricDistortion"})
         if channels == 1:
             with pytest.raises(UserError, match="PhotoMetricDistortion changes colours"):
-                _check_channels(config)
+                check_channels(config)
     else:
         with pytest.raises(UserError, match=message):
-            _check_channels(config)
+            check_channels(config)

@@ -35,10 +35,10 @@ def check(capsys, folder, dataset, *options, notes=False):
     return [line for line in lines if line not in problems] if notes else problems
 
 
-def edit(folder, change):
-    content = json.loads((folder / JSON).read_text())
+def edit(folder, change, name=JSON):
+    content = json.loads((folder / name).read_text())
     change(content)
-    (folder / JSON).write_text(json.dumps(content))
+    (folder / name).write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("dataset", [ADE20K, COCO])
@@ -115,13 +115,22 @@ def copy(name, other):
         (every_mask(lambda labels: (labels > 0).astype(np.uint8)), "annotations/training", "hold '1' alone"),
         (write_mask(MASK, np.zeros((128, 128), np.uint16)), MASK, "is a picture of mode I;16"),
         (turn(MASK, 3), MASK, "EXIF orientation 3"),
-        (copy(IMAGE, "images/training/train_00002.png"), "images/training/train_00002.png", "has the name of"),
+        (copy(IMAGE, "images/training/train_00002.JPG"), "images/training/train_00002.jpg", "has the name of"),
     ],
 )
 def test_what_stops_training_on_masks(capsys, folder, damage, path, words):
     damage(folder)
     (line,) = check(capsys, folder, *ADE20K)
     assert str(folder / path) in line.split()[:2] and words in line
+
+
+def test_masks_of_one_class_in_a_sample_are_a_note(capsys, folder, monkeypatch):
+    every_mask(lambda labels: (labels > 0).astype(np.uint8))(folder)
+    monkeypatch.setattr(check_data, "SAMPLE", 2)
+    assert check(capsys, folder, *ADE20K) == []
+    (line,) = check(capsys, folder, *ADE20K, notes=True)
+    assert "the 4 masks read hold '1' alone" in line
+    assert len(check(capsys, folder, *ADE20K, "--full")) == 1
 
 
 def test_images_that_exif_turns(capsys, folder):
@@ -140,7 +149,7 @@ def test_every_extension_is_checked(capsys, folder):
     (folder / MASK).unlink()
     (folder / "images" / "training" / "notes.txt").touch()
     (note,) = check(capsys, folder, *ADE20K, notes=True)
-    assert "1 files are no images and passed over" in note and check(capsys, folder, *ADE20K) == []
+    assert "1 files are passed over" in note and check(capsys, folder, *ADE20K) == []
 
 
 def test_ignored_pixels_are_no_label(capsys, folder):
@@ -176,7 +185,13 @@ def change(table, number, **values):
         (change("images", 1, width=200, height=200), "train2017/train_00002.jpg", "has 128x128 pixels"),
         (change("annotations", 0, category_id=11), JSON, "annotation 1, which has the unknown category 11"),
         (change("annotations", 0, image_id=99), JSON, "annotation 1, which is of the unknown image 99"),
-        (change("annotations", 0, id=0), JSON, "annotation 0, which has the id 0"),
+        (
+            lambda root: edit(
+                root, lambda content: content["annotations"][0].update(id=0), JSON.replace("train", "val")
+            ),
+            JSON.replace("train", "val"),
+            "has an annotation of id 0",
+        ),
         (change("annotations", 0, bbox=[100, 0, 40, 20]), JSON, "outside train_00001.jpg of 128×128"),
         (change("annotations", 0, bbox=[-5, 0, 40, 20]), JSON, "outside train_00001.jpg"),
         (change("annotations", 0, bbox=[5, 5, -4, 20]), JSON, "outside train_00001.jpg"),

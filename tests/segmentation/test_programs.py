@@ -161,6 +161,31 @@ def test_the_backend_of_an_evaluation_and_of_an_image(data, tmp_path, weights, b
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("program", ["test", "inference", "resume", "validation"])
+def test_classes_that_are_not_those_of_the_training_stop(data, tmp_path, weights, program):
+    from mmseg.datasets import ADE20KDataset
+
+    classes = list(ADE20KDataset.METAINFO["classes"])
+    turned = f"metainfo=dict(classes={classes[::-1]})"
+    run, image = tmp_path / "run", data / "images" / "validation" / "0.jpg"
+    if program == "validation":
+        config = segmentation_config(tmp_path, more=f"val_dataloader['dataset'].update({turned})")
+        with pytest.raises(UserError, match=r"train_dataloader has other classes than the data: 'flag' is class"):
+            train.main(options(config, data, run))
+        return
+    state = torch.load(weights)
+    torch.save({**state, "meta": {"dataset_meta": {"classes": classes[::-1]}}}, weights)
+    with pytest.raises(UserError, match=r"random\.pth has other classes than the data: 'wall' is class 0"):
+        if program == "test":
+            evaluate(weights, data, run)
+        elif program == "resume":
+            train.main(options(segmentation_config(tmp_path), data, run, "--resume", weights))
+        else:
+            config = segmentation_config(tmp_path)
+            inference.main([str(config), str(weights), str(image), str(tmp_path / "out.png"), "--device", "cpu"])
+
+
+@pytest.mark.slow
 def test_two_processes_have_the_scores_of_one(tmp_path, weights, by_brightness):
     data = write_ade20k(tmp_path / "data", val=3)  # one process has two images, the other one
     one = evaluate(weights, data, tmp_path / "one")

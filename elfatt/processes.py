@@ -1,10 +1,12 @@
-"""Workers of a data loader that report what they cannot hand over; needs PyTorch."""
+"""Processes of a program: a data loader's workers, and those that train together."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from multiprocessing.queues import Queue
 
+import torch.distributed as dist
 from torch._utils import ExceptionWrapper
 
 
@@ -24,3 +26,14 @@ def start_worker(prepare: Callable[[int], None] | None, worker: int) -> None:
 
 def _hand_over(queue: Queue, error: Exception, batch: tuple) -> None:
     queue.put((batch[0], ExceptionWrapper((type(error), error, error.__traceback__), "in a worker")))
+
+
+def leave_process_group() -> None:
+    """Last call of a program that trained or evaluated with others; does nothing where it was alone.
+
+    A thread of gloo that still holds a tensor when the interpreter goes aborts the process. The group joins its threads
+    when it is freed, and models wrapped in DDP, which hold it, are in reference cycles.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()
