@@ -122,10 +122,18 @@ def run(args: argparse.Namespace) -> None:
     """Measure every model at every size.
 
     Raises:
-        ValueError: Prompts without a model, a file that is missing or empty, or a number out of range.
+        ImportError: diffusers is not installed.
+        OSError: A file that cannot be read.
+        ValueError: Prompts without a model, a file without a prompt, plan or pipeline, or a number out of range.
     """
+    import elfatt.integrations.diffusers  # noqa: F401  says what to install where diffusers is missing
+
     if args.prompts and not args.model:
         raise ValueError(f"--prompts {args.prompts} needs the weights of --model PATH: random ones draw noise")
+    if not 0 < args.cost <= 1:
+        raise ValueError(f"--cost {args.cost} must be a share above 0 and at most 1")
+    if args.grid.suffix != ".png":
+        raise ValueError(f"--grid {args.grid} must end in .png")
     if args.model:
         denoiser_folder(args.model)
     prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()] if args.prompts else []
@@ -226,10 +234,11 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
         if "refused" not in row:
             timed = {"attention": attention} if source.layer else {"step": steps, "attention": attention}
             for what, timings in timed.items():
-                timing, base = (_mean(timings, each) for each in (name, UNPATCHED))
+                timing = _mean(timings, name)
                 row[f"{what}_ms"] = 1e3 * timing.median
                 row[f"{what}_ms_quartiles"] = [1e3 * timing.low, 1e3 * timing.high]
-                row[f"{what}_speedup"] = base.median / timing.median
+                if "refused" not in rows[UNPATCHED]:
+                    row[f"{what}_speedup"] = _mean(timings, UNPATCHED).median / timing.median
     return rows
 
 

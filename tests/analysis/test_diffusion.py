@@ -23,6 +23,15 @@ FAST = ["diffusion", "--device", "cpu", "--config", "tiny", "--repeats", "2", "-
 FAST += ["--sizes", "64", "--min-tokens", "16", "--block", "2"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """In models as small as these threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def rows_of(path):
     (run,) = load_runs(path)
     return run["rows"]
@@ -273,6 +282,10 @@ def test_missing_packages_are_named(pipeline, tmp_path, capsys, monkeypatch):
         (["--model", "{folder}/own", "--prompts", "{folder}/none.txt"], "No such file or directory"),
         (["--model", "{folder}/joint"], "holds a SD3Transformer2DModel, which is not measured: UNet2DConditionModel"),
         (["--plan", "{folder}/empty.txt"], "empty.txt holds no plan"),
+        (["--cost", "0"], "--cost 0.0 must be a share above 0 and at most 1"),
+        (["--block", "0"], "--block must be at least 1, got 0"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--grid", "g.jpg"], "--grid g.jpg must end in .png"),
         (["--sizes", "big"], "size 'big' must be a side or HEIGHTxWIDTH"),
     ],
 )
