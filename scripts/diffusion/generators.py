@@ -1,0 +1,144 @@
+"""Two small class-conditional diffusion models of diffusers, trained from random on 32×32 digits, and their samples.
+
+Most steps see the digits at half the side, where softmax attention over all pixels costs a sixteenth: a UNet has no
+fixed size, and the coordinates of a DiT's tokens are interpolated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from torch import nn
+from tqdm import tqdm
+
+SIDE, CLASSES = 32, 10
+PHASES = ((16, 500), (32, 60))  # side of the pictures in pixels, steps
+BATCH, RATE = 32, 2e-3
+SAVE_EVERY = 25  # steps
+SCHEDULE = {
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+}
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Attention over all 32×32 pixels thrice, over 16×16 once; the class is the one token of the "text"."""
+    return UNet2DConditionModel(
+        sample_size=SIDE,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=CLASSES,
+        attention_head_dim=4,  # diffusers takes it for the number of heads
+        norm_num_groups=8,
+    )
+
+
+def build_dit() -> DiTTransformer2DModel:
+    """Four blocks, each pixel a token."""
+    return DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=1,
+        out_channels=1,
+        num_layers=4,
+        sample_size=SIDE,
+        patch_size=1,
+        num_embeds_ada_norm=CLASSES,
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"UNet": build_unet, "DiT": build_dit}
+
+
+def denoise(model: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What the model predicts for noisy pictures ``[B, 1, H, W]`` at steps ``[B]``, of classes ``[B]``."""
+    if isinstance(model, DiTTransformer2DModel):
+        return model(x, timestep=t, class_labels=labels).sample
+    return model(x, t, F.one_hot(labels, CLASSES)[:, None].to(x)).sample
+
+
+def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, path: Path, phases=PHASES) -> nn.Module:
+    """Train a model, or go on where its file ends.
+
+    Args:
+        model: One of ``MODELS``, at random weights.
+        images: ``[N, 1, SIDE, SIDE]`` in -1…1.
+        labels: ``[N]``.
+        path: Where it is kept, with the state of its training.
+        phases: Side of the pictures and number of steps, one after another.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+    scheduler = DDIMScheduler(**SCHEDULE)
+    total, done = sum(steps for _, steps in phases), 0
+    if path.exists():
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done = saved["steps"]
+    progress = tqdm(total=total, initial=done, desc=f"training {path.stem}", unit="step", disable=done == total)
+    first = 0
+    for side, steps in phases:
+        small = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        for step in range(max(done, first), first + steps):
+            chance = torch.Generator().manual_seed(step)  # so a run that goes on sees what it would have seen
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * min(1, (step - first + 1) / 20, (first + steps - step) / (0.5 * steps))
+            chosen = torch.randint(len(images), (BATCH,), generator=chance)
+            noise = torch.randn(BATCH, 1, side, side, generator=chance)
+            t = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=chance)
+            x = small[chosen]
+            found = denoise(model, scheduler.add_noise(x, noise, t), t, labels[chosen])
+            loss = F.mse_loss(found, scheduler.get_velocity(x, noise, t))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            progress.update()
+            progress.set_postfix(side=side, loss=f"{loss.item():.3f}", refresh=False)
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
+                save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "steps": step + 1}, path)
+        first += steps
+    progress.close()
+    return model.eval()
+
+
+@torch.no_grad()
+def sample(model: nn.Module, labels: torch.Tensor, steps: int, seed: int, before_step=None) -> torch.Tensor:
+    """Pictures ``[B, 1, SIDE, SIDE]`` in 0…1 of classes ``[B]``, by DDIM without noise of its own.
+
+    Args:
+        model: A trained model.
+        labels: The classes.
+        steps: Steps of the sampler.
+        seed: Of the noise at the start; the same seed and classes start the same.
+        before_step: Called before each step.
+    """
+    scheduler = DDIMScheduler(**SCHEDULE)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(len(labels), 1, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    for t in scheduler.timesteps:
+        if before_step is not None:
+            before_step()
+        x = scheduler.step(denoise(model, x, t.expand(len(x)), labels), t, x).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def save(content: object, path: Path) -> None:
+    """``torch.save`` that leaves no half-written file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    torch.save(content, unfinished)
+    os.replace(unfinished, path)
