@@ -3,11 +3,13 @@
 The core needs torch only; ``elfatt.integrations`` finds the layers of a model and puts everything back.
 """
 
+from elfatt.conversion.agent import Agent
 from elfatt.conversion.attention import hybrid_attention
 from elfatt.conversion.calibrate import Attend, Calibration, calibrate, multiply_adds
 from elfatt.conversion.plan import Head, LayerPlan, Plan
 
 __all__ = [
+    "Agent",
     "Attend",
     "Calibration",
     "Head",

@@ -20,7 +20,7 @@ def hybrid_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     plan: LayerPlan,
     *,
     prefix: int = 0,
@@ -36,7 +36,8 @@ def hybrid_attention(
         q: Queries ``[B, N, heads, d]``, N = prefix + H · W, the map in row-major order.
         k: Keys, alike.
         v: Values, alike.
-        size: Height and width H, W of the map in tokens.
+        size: Height and width H, W of the map in tokens. None for tokens that are no map, such as merged ones: among
+            them ``block`` heads attend exactly.
         plan: What each head runs.
         prefix: Tokens before the map.
         scale: Factor of the scores in the softmax branches, by default ``1 / √d``.
@@ -48,6 +49,8 @@ def hybrid_attention(
     Raises:
         ValueError: A shape does not fit the map or the plan.
     """
+    if size is None:
+        size, plan = (1, q.shape[1] - prefix), plan.without_map()
     _check(q, k, v, size, plan, prefix)
     scaled = q if scale is None else q * (scale * q.shape[-1] ** 0.5)  # the operations divide by √d
     if plan.is_exact or q.shape[1] < plan.min_tokens:

@@ -34,7 +34,7 @@ class Attend(Protocol):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        size: tuple[int, int],
+        size: tuple[int, int] | None,
         *,
         prefix: int = 0,
         scale: float | None = None,

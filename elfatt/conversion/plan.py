@@ -67,6 +67,11 @@ class LayerPlan:
         """Whether no head is replaced."""
         return all(head.branch == "exact" for head in self.heads)
 
+    def without_map(self) -> LayerPlan:
+        """The plan for tokens that are no map: ``block`` heads run exactly."""
+        heads = tuple(Head() if head.branch == "block" else head for head in self.heads)
+        return dataclasses.replace(self, heads=heads)
+
 
 @dataclass(frozen=True)
 class Plan:

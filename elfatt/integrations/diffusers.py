@@ -2,6 +2,7 @@
 
 A processor wraps each self-attention layer's own one. The original runs as it is, with its projections, norms and
 adapters; only its softmax attention is computed by the plan. Cross-attention and masked attention are not touched.
+Token merging wraps the same processors: a layer gets fewer tokens, and its output is copied back to all of them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterable
+from contextlib import nullcontext
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -23,6 +25,7 @@ except ImportError as error:
 
 from elfatt.conversion import Attend, Calibration, Plan, hybrid_attention
 from elfatt.conversion.intercept import InterceptAttention
+from elfatt.conversion.merging import Merge, TokenMerging
 
 MODELS = (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel, PixArtTransformer2DModel)
 EXPLICIT = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")  # processors with attention of their own
@@ -39,6 +42,10 @@ class Handle:
         layers: Names of the layers that call it.
         steps: First and last step in which they do, as shares.
         train_steps: Steps that the model was trained with.
+        merge: Merges the tokens of the layers at the model's largest map.
+
+    Raises:
+        TypeError: A model whose tokens cannot be merged.
     """
 
     def __init__(
@@ -48,25 +55,33 @@ class Handle:
         layers: Collection[str],
         steps: tuple[float, float] = (0.0, 1.0),
         train_steps: int = 1000,
+        merge: Merge | None = None,
     ):
+        merged = _largest_layers(model) if merge else []
         if model in _applied:
             _applied[model].remove()
         _applied[model] = self
-        self.model, self.attend = model, attend
+        self.model, self.attend, self.merge = model, attend, merge
         self._steps, self._train_steps = steps, train_steps
-        self._latent, self._runs = (0, 0), False
-        self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
+        self._latent, self._runs, self._done = (0, 0), False, 0.0
+        self._inputs: dict[str, torch.Tensor] = {}  # of the blocks whose layer's tokens are merged
+        self._hooks = [model.register_forward_pre_hook(self._look, with_kwargs=True)]
+        for name in merged:
+            block = model.get_submodule(name.rpartition(".")[0])
+            self._hooks.append(block.register_forward_pre_hook(partial(self._keep, name), with_kwargs=True))
         self._processors = []
         for name, layer in self_attention_layers(model).items():
-            if name in layers:
-                own = _wrap(layer.processor)(layer.processor, name, self)
+            if name in layers or name in merged:
+                own = _wrap(layer.processor)(layer.processor, name, self, name in layers, name in merged)
                 self._processors.append((layer, own))
                 layer.set_processor(own)
 
     def remove(self) -> None:
         """Puts every processor back; a second call does nothing."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._runs = False
+        self._inputs.clear()
         for layer, own in self._processors:
             if layer.processor is own:  # else another one was set in the meantime, such as a fused one
                 layer.set_processor(own.original)
@@ -86,28 +101,45 @@ class Handle:
         patch = getattr(model.config, "patch_size", None) or 1
         self._latent = latent.shape[-2] // patch, latent.shape[-1] // patch
         self._runs = True
-        if self._steps != (0.0, 1.0):
+        if self._steps != (0.0, 1.0) or self.merge:
             position = _TIMESTEP.get(type(model), 1)
             timestep = kwargs.get("timestep", args[position] if len(args) > position else None)
-            done = 1 - float(torch.as_tensor(timestep).flatten()[0]) / self._train_steps
-            self._runs = self._steps[0] <= done < self._steps[1]
+            self._done = 1 - float(torch.as_tensor(timestep).flatten()[0]) / self._train_steps
+            self._runs = self._steps[0] <= self._done < self._steps[1]
+
+    def _keep(self, name, block, args, kwargs):
+        if self._runs:
+            self._inputs[name] = args[0] if args else kwargs["hidden_states"]
 
 
 class _Processor:
-    """A processor whose softmax attention a handle computes."""
+    """A processor whose softmax attention a handle computes, and whose tokens it may merge."""
 
-    def __init__(self, original: Callable, name: str, handle: Handle):
+    def __init__(self, original: Callable, name: str, handle: Handle, replaced: bool, merged: bool):
         self.original, self.name, self.handle = original, name, handle
+        self.replaced, self.merged = replaced, merged
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, attention, x, *args, **kwargs):
         if not self.handle._runs:
-            return self.original(*args, **kwargs)
-        with InterceptAttention(self._attend):
-            return self.original(*args, **kwargs)
+            return self.original(attention, x, *args, **kwargs)
+        undo = _same
+        if self.merged:
+            merge, undo = self._match()
+            x = merge(x)
+        with InterceptAttention(self._attend) if self.replaced else nullcontext():
+            return undo(self.original(attention, x, *args, **kwargs))
+
+    def _match(self):
+        x = self.handle._inputs.pop(self.name)
+        return self.handle.merge(x, map_size(self.handle._latent, x.shape[1]), self.handle._done)
 
     def _attend(self, q, k, v, scale):
-        size = map_size(self.handle._latent, q.shape[1])
+        size = None if self.merged else map_size(self.handle._latent, q.shape[1])
         return self.handle.attend(self.name, q, k, v, size, scale=scale)
+
+
+def _same(x):
+    return x
 
 
 def _wrap(original: Callable) -> type[_Processor]:
@@ -122,26 +154,31 @@ def _wrap(original: Callable) -> type[_Processor]:
 
 def apply(
     pipe_or_model: object,
-    plan: Plan | None = None,
+    plan: Plan | Attend | None = None,
     *,
     block: int = 8,
     min_tokens: int = 1024,
     steps: tuple[float, float] = (0.0, 1.0),
+    merge_ratio: float = 0.0,
 ) -> Handle:
     """Replace the self-attention of a diffusion model by a plan; a second call replaces the first one's plan.
 
     Args:
         pipe_or_model: A pipeline, or its UNet or transformer.
-        plan: What each layer runs; by default the paper's ELFATT, ``Plan.uniform``.
+        plan: What each layer runs; by default the paper's ELFATT, ``Plan.uniform``. Or a function that computes the
+            attention of every layer, such as ``elfatt.conversion.Agent()``; its ``merge``, if any, merges tokens.
         block: Side of its blocks, in tokens.
-        min_tokens: Layers of fewer tokens stay exact in it.
+        min_tokens: Layers of fewer tokens stay exact in it; merged tokens count once.
         steps: First and last step that are replaced, as shares of all from 0 (noise) to 1.
+        merge_ratio: Share of the tokens that tomesd merges before the layers at the largest map, at most 0.75. Merged
+            tokens are no map: there block heads run exactly, linear ones linearly.
 
     Returns:
         A handle to remove it.
 
     Raises:
-        TypeError: A model that is not supported.
+        ImportError: Merging without tomesd.
+        TypeError: A model that is not supported, or whose tokens cannot be merged.
         ValueError: A plan of another model, or a share out of range.
     """
     model, train_steps = denoiser(pipe_or_model)
@@ -150,9 +187,16 @@ def apply(
     heads = {name: layer.heads for name, layer in self_attention_layers(model).items()}
     if plan is None:
         plan = Plan.uniform(name_of(model), heads, block=block, min_tokens=min_tokens)
-    plan.check(name_of(model), heads)
-    layers = {name for name, layer in plan.layers.items() if not layer.is_exact}
-    return Handle(model, partial(_attend, plan), layers, (float(steps[0]), float(steps[1])), train_steps)
+    attend, layers, merge = plan, heads, getattr(plan, "merge", None)
+    if isinstance(plan, Plan):
+        plan.check(name_of(model), heads)
+        attend = partial(_attend, plan)
+        layers = {name for name, layer in plan.layers.items() if not layer.is_exact}
+    if merge_ratio:
+        if merge:
+            raise ValueError(f"merge_ratio={merge_ratio} must be 0: {type(plan).__name__} merges tokens by itself")
+        merge = TokenMerging(merge_ratio)
+    return Handle(model, attend, layers, (float(steps[0]), float(steps[1])), train_steps, merge)
 
 
 def _attend(plan, layer, q, k, v, size, *, scale=None):
@@ -211,6 +255,22 @@ def self_attention_layers(model: nn.Module) -> dict[str, Attention]:
         for name, module in model.named_modules()
         if isinstance(module, Attention) and not module.is_cross_attention and module.added_kv_proj_dim is None
     }
+
+
+def _largest_layers(model: nn.Module) -> list[str]:
+    """The layers whose tokens are merged: those in blocks at the largest map, so in a UNet's first and last stage."""
+    layers = [name for name in self_attention_layers(model) if name.endswith(".attn1")]
+    stages = [name.split(".")[:2] for name in layers]
+    ends = [
+        *[stage for stage in stages if stage[0] == "down_blocks"][:1],
+        *[stage for stage in stages if stage[0] == "up_blocks"][-1:],
+    ]
+    if not isinstance(model, UNet2DConditionModel) or not ends:
+        raise TypeError(
+            f"tokens of {type(model).__name__} cannot be merged: tomesd knows the transformer blocks of "
+            "UNet2DConditionModel only; leave merging out"
+        )
+    return [name for name, stage in zip(layers, stages, strict=True) if stage in ends]
 
 
 def name_of(model: nn.Module) -> str:
