@@ -24,16 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "quickstart")]
 
 import quality  # noqa: E402
-from generators import CLASSES, MODELS, SIDE, denoise, sample, save, train  # noqa: E402
+from generators import CLASSES, MODELS, SIDE, sample, save, train  # noqa: E402
 from material import load_material  # noqa: E402
 from outcome import Result, write_report  # noqa: E402
 
-from elfatt.conversion import Calibration, Head, LayerPlan, Plan  # noqa: E402
+from elfatt.conversion import Agent, Calibration, Head, LayerPlan, Plan  # noqa: E402
 from elfatt.integrations import diffusers as adapter  # noqa: E402
 
-PICTURES, BATCH, STEPS = 200, 50, 10
+PICTURES, BATCH, STEPS = 120, 40, 8
 CALIBRATION_PICTURES = 20
-BUDGETS = (0.75, 0.5, 0.35, 0.25, 0.1)
+BUDGETS = (0.75, 0.5, 0.3, 0.1)
 
 
 class Subject:
@@ -101,7 +101,7 @@ VARIANTS: dict[str, Variant] = {
         f"ToMe {ratio}": Variant("ToMe", lambda subject, ratio=ratio: {"plan": subject.exact(), "merge_ratio": ratio})
         for ratio in (0.25, 0.5, 0.75)
     },
-    #"Agent": Variant("Agent", lambda subject: {"plan": Agent()}),
+    "Agent": Variant("Agent", lambda subject: {"plan": Agent()}),
 }
 
 
@@ -120,26 +120,37 @@ def patched(subject: Subject, variant: Variant):
     return nullcontext() if variant.options is None else adapter.apply(subject.model, **variant.options(subject))
 
 
+def supported(subject: Subject, variants: dict[str, Variant]) -> tuple[dict[str, Variant], dict[str, str]]:
+    """The variants that a model can run, and why it cannot run the others."""
+    refused = {}
+    for name, variant in variants.items():
+        try:
+            with patched(subject, variant):
+                pass
+        except TypeError as error:
+            refused[name] = str(error)
+    return {name: variant for name, variant in variants.items() if name not in refused}, refused
+
+
 def attention_share(subject: Subject, variants: dict[str, Variant]) -> dict[str, float]:
-    """The multiply-adds of each variant's attention in one step, as a share of the unpatched model's.
+    """The multiply-adds of each variant's attention, as a share of the unpatched model's.
 
-    A step of the whole model is counted, so what a variant adds (matching tokens) or saves (projections of merged ones)
-    belongs to its attention.
+    The whole sampling of a picture is counted, so what a variant adds (matching of tokens) or saves (projections of
+    merged ones) belongs to its attention.
     """
-    model, attention = subject.model, 0.0
-    x, t, labels = torch.zeros(2, 1, SIDE, SIDE), torch.full((2,), 500), torch.zeros(2, dtype=torch.long)
+    attention, labels = 0.0, torch.zeros(2, dtype=torch.long)  # two, as ToMe leaves out chance where the batch is odd
 
-    def look(layer, q, k, v, size, *, prefix=0, scale=None):
+    def count(layer, q, k, v, size, *, prefix=0, scale=None):
         nonlocal attention
         attention += 2 * q.numel() * k.shape[1]
         return v
 
-    with torch.no_grad(), adapter.Handle(model, look, adapter.self_attention_layers(model)):
-        denoise(model, x, t, labels)
+    with adapter.Handle(subject.model, count, adapter.self_attention_layers(subject.model)):
+        sample(subject.model, labels, subject.steps, seed=0)
     totals = {}
     for name, variant in variants.items():
         with patched(subject, variant):
-            totals[name] = quality.count_multiply_adds(lambda: denoise(model, x, t, labels))
+            totals[name] = quality.count_multiply_adds(lambda: sample(subject.model, labels, subject.steps, seed=0))
     return {name: 1 - (totals["unpatched"] - total) / attention for name, total in totals.items()}
 
 
@@ -220,17 +231,21 @@ def main(argv: list[str] | None = None) -> None:
     images, labels = load_digits()
     torch.manual_seed(0)
     classifier = quality.train_classifier(images["train"], labels["train"], root / "classifier.pt")
-    _, classes = quality.judge(classifier, images["val"] / 2 + 0.5)
-    held_out = 100 * (classes == labels["val"]).double().mean().item()
     real = torch.cat([*images.values()]) / 2 + 0.5
-    results, grids = {}, {}
+    features, classes = quality.judge(classifier, images["val"] / 2 + 0.5)
+    judged = {
+        "classifier_accuracy": 100 * (classes == labels["val"]).double().mean().item(),
+        "frechet_floor": quality.frechet_distance(features[:PICTURES], quality.judge(classifier, real)[0]),
+    }
+    results, grids, refused = {}, {}, {}
     for name, build in MODELS.items():
         torch.manual_seed(0)
         subject = Subject(name, train(build(), images["train"], labels["train"], root / f"{name}.pt"))
-        samples = draw_samples(subject, VARIANTS, root / f"{name}-samples.pt")
-        results[name] = compare(subject, VARIANTS, classifier, real, samples)
+        variants, refused[name] = supported(subject, VARIANTS)
+        samples = draw_samples(subject, variants, root / f"{name}-samples.pt")
+        results[name] = compare(subject, variants, classifier, real, samples)
         grids[name] = {variant: pictures[:CLASSES] for variant, (pictures, _) in samples.items()}
-    write_report(root, results, grids, classifier_accuracy=held_out, pictures=PICTURES, steps=STEPS)
+    write_report(root, results, grids, refused, **judged, pictures=PICTURES, steps=STEPS)
     for name in MODELS:
         (root / f"{name}-samples.pt").unlink()  # started again, it measures again
 

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 SIDE, CLASSES = 32, 10
-PHASES = ((16, 500), (32, 60))  # side of the pictures in pixels, steps
+PHASES = ((16, 400), (32, 40))  # side of the pictures in pixels, steps
 BATCH, RATE = 32, 2e-3
 SAVE_EVERY = 25  # steps
 SCHEDULE = {

@@ -1,4 +1,4 @@
-"""The report of the comparison: a table, a grid of pictures, curves of quality over cost, and what follows from them."""
+"""The report of the comparison: a table, pictures, curves of quality over cost, and what follows from them."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ def write_report(
     root: Path,
     results: dict[str, list[Result]],
     grids: dict[str, dict[str, torch.Tensor]],
+    refused: dict[str, dict[str, str]],
     *,
     classifier_accuracy: float,
+    frechet_floor: float,
     pictures: int,
     steps: int,
 ) -> None:
@@ -60,23 +62,26 @@ def write_report(
         root: Folder.
         results: Of every variant of each model, the unpatched one first.
         grids: Pictures ``[digits, 1, H, W]`` in 0…1 of each variant of each model.
+        refused: Variants that a model cannot run, and why.
         classifier_accuracy: On real held-out digits, in %.
+        frechet_floor: Fréchet distance of as many held-out digits as there are samples.
         pictures: Samples of each variant.
         steps: Steps of the sampler.
     """
     draw_grid(results, grids, root / "grid.png")
     draw_curves(results, root / "curves.png")
-    parts = [f"## {name}\n\n{table(rows)}\n\n{conclusions(rows)}" for name, rows in results.items()]
+    parts = [f"## {name}\n\n{table(rows)}\n\n{conclusions(rows, refused[name])}" for name, rows in results.items()]
     text = (
         "# Attention replaced in trained diffusion models, without training\n\n"
         f"{pictures} pictures of each variant, from the same noise, in {steps} steps of DDIM; one of them is "
         f"{100 / pictures:g} points of accuracy. The classifier, which never saw a sample, is right on "
         f"{classifier_accuracy:.1f} % of the held-out real digits.\n\n"
-        "- *attention*: multiply-adds of attention, with all that a variant adds to a step or saves in it, over those of "
-        "the unpatched model\n"
-        "- *PSNR*, *features*: distance to the unpatched pictures, in pixels and in the classifier's features (relative)\n"
+        "- *attention*: its multiply-adds, with all that a variant adds to a step or saves in it, over those of the "
+        "unpatched model's\n"
+        "- *PSNR*, *features*: distance to the unpatched pictures, in pixels and (relative) in features\n"
         "- *accuracy*: pictures that the classifier takes for the class asked for\n"
-        "- *Fréchet*: distance of the classifier's features to those of all real digits\n"
+        "- *Fréchet*: distance of the classifier's features to those of all real digits; "
+        f"as many real held-out digits have {frechet_floor:.2f}\n"
         "- *speed*: over the unpatched model, in turns\n\n" + "\n\n".join(parts)
     )
     (root / "report.md").write_text(
@@ -101,14 +106,16 @@ def table(rows: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def conclusions(rows: Sequence[Result]) -> str:
+def conclusions(rows: Sequence[Result], refused: dict[str, str]) -> str:
     """What the figures of one model say of the uniform split, of calibration and of the rivals, as a list."""
+    reasons = dict.fromkeys(refused.values())
+    left_out = [f"Left out, {', '.join(n for n in refused if refused[n] == reason)}: {reason}." for reason in reasons]
     by_name = {row.name: row for row in rows}
     unpatched, uniform = by_name[UNPATCHED], by_name[UNIFORM]
     lines = [f"ELFATT's uniform split, at {uniform.share:.1%} of the multiply-adds: {_losses(uniform, unpatched)}."]
     half = _closest(rows, HALF)
     if half is None:
-        return _bullets([*lines, f"No calibrated plan is below {HALF:.0%}."])
+        return _bullets([*lines, f"No calibrated plan is below {HALF:.0%}.", *left_out])
     gained = half.accuracy - uniform.accuracy, half.psnr - uniform.psnr
     lines.append(
         f"Calibration at up to {HALF:.0%} ({half.name}): {_losses(half, unpatched)}; over the uniform split "
@@ -127,7 +134,7 @@ def conclusions(rows: Sequence[Result]) -> str:
             f"{ours.accuracy:.1f} %."
         )
     goal = f"at most {POINT:g} point of accuracy lost at {HALF:.0%}, and closer than each rival at no more cost"
-    return _bullets([*lines, f"Goal ({goal}): {'reached' if all(met) else 'missed'}."])
+    return _bullets([*lines, *left_out, f"Goal ({goal}): {'reached' if all(met) else 'missed'}."])
 
 
 def _losses(row: Result, unpatched: Result) -> str:
@@ -161,7 +168,7 @@ def draw_grid(results: dict[str, list[Result]], grids: dict[str, dict[str, torch
                 side.set_visible(False)
             if name not in grid:
                 continue
-            strip = torch.cat([_pad(picture[0]) for picture in grid[name]], dim=1)
+            strip = torch.cat([_pad(picture[0]) for picture in grid[name]], dim=1).numpy()
             axis.imshow(strip, cmap="gray_r", vmin=0, vmax=1, interpolation="bilinear")
             row = found[model][name]
             label = name if axis is line[0] else ""

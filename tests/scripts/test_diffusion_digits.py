@@ -154,21 +154,31 @@ ROWS = [
 
 
 def test_conclusions_compare_at_no_more_cost():
-    text = outcome.conclusions(ROWS)
+    text = outcome.conclusions(ROWS, {})
     assert "uniform split, at 5.0% of the multiply-adds: accuracy 60.0 % after 90.0 % (-30.0 points)" in text
     assert "over the uniform split +29.5 points and +13.0 dB" in text
     assert "at no more cost b (25.0%) is closer: 20.0 dB and 88.0 %" in text
     assert text.endswith("reached.")
-    assert outcome.conclusions([*ROWS, row("Agent", "Agent", 0.3, 21.0, 90.0)]).endswith("missed.")
-    assert outcome.conclusions([r if r.name != "a" else row("a", r.family, 0.45, 25.0, 88.9) for r in ROWS]).endswith(
-        "missed."
-    )
+    assert outcome.conclusions([*ROWS, row("Agent", "Agent", 0.3, 21.0, 90.0)], {}).endswith("missed.")
+    assert outcome.conclusions(
+        [r if r.name != "a" else row("a", r.family, 0.45, 25.0, 88.9) for r in ROWS], {}
+    ).endswith("missed.")
 
 
 def test_report_has_every_row_and_its_pictures(tmp_path):
     grids = {"UNet": {r.name: torch.rand(10, 1, 32, 32) for r in ROWS}}
-    outcome.write_report(tmp_path, {"UNet": ROWS}, grids, classifier_accuracy=98.0, pictures=20, steps=4)
+    outcome.write_report(
+        tmp_path,
+        {"UNet": ROWS},
+        grids,
+        {"UNet": {"Agent": "no"}},
+        classifier_accuracy=98.0,
+        frechet_floor=5.0,
+        pictures=20,
+        steps=4,
+    )
     text = (tmp_path / "report.md").read_text()
     assert "| ToMe 0.5 | 30.0% | 18.0 dB | 0.100 | 80.0 % | 1.00 | 0.100 | 2.00× |" in text
+    assert "- Left out, Agent: no." in text
     for name in ("grid.png", "curves.png"):
         assert name in text and Image.open(tmp_path / name).size[0] > 500
