@@ -8,6 +8,7 @@ Token merging wraps the same processors: a layer gets fewer tokens, and its outp
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ from elfatt.conversion.merging import Merge, TokenMerging
 
 MODELS = (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel, PixArtTransformer2DModel)
 EXPLICIT = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")  # processors with attention of their own
+WEIGH_EVERY = 7  # calls of the model; no divisor of the usual numbers of steps, so that all of them have their turn
 _TIMESTEP = {PixArtTransformer2DModel: 2}  # its place among the arguments of the forward pass, else 1
 _applied: WeakKeyDictionary[nn.Module, Handle] = WeakKeyDictionary()
 
@@ -208,6 +210,8 @@ def calibrate(
 ) -> Calibration:
     """Measure what each branch would do in each head of a model; ``.plan(error=…)`` of the result chooses.
 
+    Every seventh call of the model, its layers are weighed: for each of them the model is called once more.
+
     Args:
         pipe_or_model: A pipeline, or its UNet or transformer.
         run: Runs it on a batch, such as ``lambda prompt: pipe(prompt, num_inference_steps=10)``.
@@ -218,10 +222,19 @@ def calibrate(
         TypeError: A model that is not supported.
     """
     model, train_steps = denoiser(pipe_or_model)
-    calibration = Calibration(name_of(model), **options)
+    calibration, calls = Calibration(name_of(model), **options), itertools.count()
+
+    def weigh(model, args, kwargs, out):
+        if next(calls) % WEIGH_EVERY == 0:
+            calibration.weigh(lambda: model.forward(*args, **kwargs)[0], out[0])
+
     with Handle(model, calibration.attend, self_attention_layers(model), train_steps=train_steps):
-        for batch in batches:
-            run(batch)
+        hook = model.register_forward_hook(weigh, with_kwargs=True)
+        try:
+            for batch in batches:
+                run(batch)
+        finally:
+            hook.remove()
     return calibration
 
 
