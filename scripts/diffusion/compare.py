@@ -50,11 +50,13 @@ class Subject:
         self.calibrate = cache(self._calibrate)
 
     def _calibrate(self, shortcut: bool) -> Calibration:
-        labels = torch.arange(CALIBRATION_PICTURES) % CLASSES
-        seed = -1  # of no sample
-        return adapter.calibrate(
-            self.model, lambda part: sample(self.model, part, self.steps, seed), [labels], shortcut=shortcut
-        )
+        batches = enumerate((torch.arange(CALIBRATION_PICTURES) % CLASSES).split(CLASSES // 2))
+
+        def run(batch):
+            number, labels = batch
+            sample(self.model, labels, self.steps, seed=-1 - number)  # the seeds of no sample
+
+        return adapter.calibrate(self.model, run, batches, shortcut=shortcut)
 
     def exact(self) -> Plan:
         """Nothing replaced."""

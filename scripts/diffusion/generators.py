@@ -1,7 +1,7 @@
 """Two small class-conditional diffusion models of diffusers, trained from random on 32×32 digits, and their samples.
 
-Most steps see the digits at half the side, where softmax attention over all pixels costs a sixteenth: a UNet has no
-fixed size, and the coordinates of a DiT's tokens are interpolated.
+Most steps see the digits at half the side, where softmax attention over all pixels costs a sixteenth. A UNet has no
+fixed size; it gets each pixel's place as two more channels. The coordinates of a DiT's tokens are interpolated.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ SCHEDULE = {
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Attention over all 32×32 pixels thrice, over 16×16 once; the class is the one token of the "text"."""
+    """Attention over all 32×32 pixels thrice, over 8×8 once; the class is the one token of the "text"."""
     return UNet2DConditionModel(
         sample_size=SIDE,
-        in_channels=1,
+        in_channels=3,
         out_channels=1,
-        block_out_channels=(32, 64),
+        block_out_channels=(32, 64, 96),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=CLASSES,
         attention_head_dim=4,  # diffusers takes it for the number of heads
         norm_num_groups=8,
@@ -64,6 +64,8 @@ def denoise(model: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Te
     """What the model predicts for noisy pictures ``[B, 1, H, W]`` at steps ``[B]``, of classes ``[B]``."""
     if isinstance(model, DiTTransformer2DModel):
         return model(x, timestep=t, class_labels=labels).sample
+    place = torch.meshgrid(*(torch.linspace(-1, 1, length).to(x) for length in x.shape[2:]), indexing="ij")
+    x = torch.cat([x, torch.stack(place).expand(len(x), -1, -1, -1)], dim=1)
     return model(x, t, F.one_hot(labels, CLASSES)[:, None].to(x)).sample
 
 

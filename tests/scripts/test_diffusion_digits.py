@@ -69,7 +69,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
         torch.manual_seed(0)
         model = generators.UNet2DConditionModel(
             sample_size=8,
-            in_channels=1,
+            in_channels=3,
             out_channels=1,
             block_out_channels=(8,),
             layers_per_block=1,
