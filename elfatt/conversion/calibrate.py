@@ -2,7 +2,7 @@
 
 The error of a layer is ``‖A − S‖ / ‖S‖``: S the output of softmax attention at the tokens of the map, all heads side by
 side and before the projection, A what a plan gives for the same queries, keys and values; norms run over all batches.
-The error of a plan is the root of the mean of the squared errors of its layers. Where the layers were weighed, it is the
+The error of a plan is the root of the mean of the squared errors of its layers. Where layers were weighed, it is the
 root of their weighted sum: the weight of a layer is what its squared error makes of the model's output, measured by
 disturbing that layer alone. So the plan's error is that of the output, as far as errors are small and independent.
 
