@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from elfatt.analysis.complexity import count_parameters, count_true
 from elfatt.analysis.diffusion_models import CONFIGS, Meter, Source, Step, denoiser_folder, share_weights, total
@@ -35,10 +34,17 @@ UNPATCHED = "unpatched"
 
 
 class Plans:
-    """What the variants need of a model; calibrated once, when first asked for."""
+    """What the variants need of a model.
 
-    def __init__(self, model: nn.Module, run: Callable[[], object], args: argparse.Namespace):
-        self.model, self.run, self.args = model, run, args
+    Args:
+        model: It, or its pipeline.
+        run: Runs it, for calibration.
+        given: A plan in place of calibration.
+        args: Options of the command.
+    """
+
+    def __init__(self, model: object, run: Callable[[], object], given: Plan | None, args: argparse.Namespace):
+        self.model, self.run, self.given, self.args = model, run, given, args
 
     def options(self, variant: Variant) -> dict[str, Any]:
         """Arguments of ``apply``."""
@@ -48,17 +54,17 @@ class Plans:
     @property
     def exact(self) -> Plan:
         """Nothing is replaced."""
-        from elfatt.integrations.diffusers import name_of
+        from elfatt.integrations.diffusers import denoiser, name_of
 
-        return Plan(name_of(self.model))
+        return Plan(name_of(denoiser(self.model)[0]))
 
     @cached_property
     def calibrated(self) -> Plan:
-        """The plan of the file that was given, or one under the budget of cost, from one call of the model."""
+        """The plan that was given, or one under the budget of cost, calibrated when first asked for."""
         from elfatt.integrations import diffusers as adapter
 
-        if self.args.plan:
-            return Plan.from_json(self.args.plan)
+        if self.given:
+            return self.given
         measured = adapter.calibrate(self.model, lambda _: self.run(), [None], min_tokens=self.args.min_tokens)
         return measured.plan(cost=self.args.cost)
 
@@ -116,10 +122,18 @@ def run(args: argparse.Namespace) -> None:
     """Measure every model at every size.
 
     Raises:
-        ValueError: Prompts without a model, a file that is missing or empty, or a number out of range.
+        ImportError: diffusers is not installed.
+        OSError: A file that cannot be read.
+        ValueError: Prompts without a model, a file without a prompt, plan or pipeline, or a number out of range.
     """
+    import elfatt.integrations.diffusers  # noqa: F401  says what to install where diffusers is missing
+
     if args.prompts and not args.model:
         raise ValueError(f"--prompts {args.prompts} needs the weights of --model PATH: random ones draw noise")
+    if not 0 < args.cost <= 1:
+        raise ValueError(f"--cost {args.cost} must be a share above 0 and at most 1")
+    if args.grid.suffix != ".png":
+        raise ValueError(f"--grid {args.grid} must end in .png")
     if args.model:
         denoiser_folder(args.model)
     prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()] if args.prompts else []
@@ -129,23 +143,33 @@ def run(args: argparse.Namespace) -> None:
         args.variants.insert(0, UNPATCHED)
     names = ("block", "min_tokens", "cost", *(["steps", "seed"] if prompts else []))
     settings = apply_speed_arguments(args) | {name: getattr(args, name) for name in names}
-    if args.plan:
-        settings["plan"] = args.plan.name
+    plan = Plan.from_json(args.plan) if args.plan else None
+    settings["plan"] = args.plan.name if plan else "calibrated"
     path = args.results or RESULTS / f"{machine_name(args.device)}.json"
     head = {"kind": "diffusion", "settings": settings, "environment": describe_environment(args.device)}
     rows = []
     for name in [str(args.model)] if args.model else args.config:
         for size in map(parse_size, args.sizes):
             source = Source(name, size, Inference(args.device, args.precision).dtype)
-            for done in measure(source, prompts, args):
+            for done in measure(source, prompts, plan, args):
                 save_rows(path, head, done, KEY)
                 rows += done
     print(format_rows(rows))
     print(f"\nadded to {path}", file=sys.stderr)
 
 
-def measure(source: Source, prompts: list[str], args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Rows of a model at a size: of a step or of its layers, then of the pictures."""
+def measure(
+    source: Source, prompts: list[str], plan: Plan | None, args: argparse.Namespace
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a model at a size: of the pictures, then of a step or of its layers, with the same plan."""
+    what = f"{source.name} at {source.size[0]}x{source.size[1]}"
+    head = {"model": Path(source.name).name, "height": source.size[0], "width": source.size[1]}
+    if prompts:
+        from elfatt.analysis.diffusion_quality import measure_pictures
+
+        print(f"{what}: pictures", file=sys.stderr)
+        rows, plan = measure_pictures(source, prompts, plan, args)
+        yield [head | {"part": "pictures", "variant": name} | row for name, row in rows.items()]
     parts = {"step": (source, 1)}
     if args.layers:
         parts = {
@@ -156,19 +180,12 @@ def measure(source: Source, prompts: list[str], args: argparse.Namespace) -> Ite
             for (tokens, width, heads), names in source.kinds().items()
         }
     for part, (one, count) in parts.items():
-        print(f"{source.name} at {source.size[0]}x{source.size[1]}: {part}", file=sys.stderr)
-        head = {"model": Path(source.name).name, "height": source.size[0], "width": source.size[1], "part": part}
-        rows = measure_part(one, args)
-        yield [head | {"count": count, "variant": name} | row for name, row in rows.items()]
-    if prompts:
-        from elfatt.analysis.diffusion_quality import measure_pictures
-
-        print(f"{source.name} at {source.size[0]}x{source.size[1]}: pictures", file=sys.stderr)
-        head |= {"part": "pictures"}
-        yield [head | {"variant": name} | row for name, row in measure_pictures(source, prompts, args).items()]
+        print(f"{what}: {part}", file=sys.stderr)
+        rows = measure_part(one, plan, args)
+        yield [head | {"part": part, "count": count, "variant": name} | row for name, row in rows.items()]
 
 
-def measure_part(source: Source, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What was measured of a step, or of a layer, by variant."""
     from elfatt.integrations import diffusers as adapter
 
@@ -183,7 +200,7 @@ def measure_part(source: Source, args: argparse.Namespace) -> dict[str, dict[str
         print(text, file=sys.stderr)
         return {name: {"refused": text} for name in args.variants}
     model = source.build(args.device)
-    plans = Plans(model, how.prepare(Step(model, text=source.text), shape), args)
+    plans = Plans(model, how.prepare(Step(model, text=source.text), shape), plan, args)
     read = _event if args.device == "cuda" else time.perf_counter
     rows: dict[str, dict[str, Any]] = {}
     passes, logs = {}, {}
@@ -217,10 +234,11 @@ def measure_part(source: Source, args: argparse.Namespace) -> dict[str, dict[str
         if "refused" not in row:
             timed = {"attention": attention} if source.layer else {"step": steps, "attention": attention}
             for what, timings in timed.items():
-                timing, base = (_mean(timings, each) for each in (name, UNPATCHED))
+                timing = _mean(timings, name)
                 row[f"{what}_ms"] = 1e3 * timing.median
                 row[f"{what}_ms_quartiles"] = [1e3 * timing.low, 1e3 * timing.high]
-                row[f"{what}_speedup"] = base.median / timing.median
+                if "refused" not in rows[UNPATCHED]:
+                    row[f"{what}_speedup"] = _mean(timings, UNPATCHED).median / timing.median
     return rows
 
 
@@ -294,7 +312,11 @@ COLUMNS = {
     "counted, MiB": lambda row: figure(row.get("counted_memory_mib")),
 }
 PICTURES = {
-    "s a picture (quartiles)": lambda row: _ms(row, "picture"),
+    "ms a picture (quartiles)": lambda row: _ms(row, "picture"),
+    "PSNR, dB": lambda row: figure(row.get("psnr_db"), 1),
+    "LPIPS": lambda row: figure(row.get("lpips"), 3),
+    "CLIP score": lambda row: figure(row.get("clip_score"), 2),
+    "FID to unpatched": lambda row: figure(row.get("fid"), 1),
 }
 
 
