@@ -6,28 +6,31 @@ Every variant starts from the noise of the unpatched model's samples, so their p
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "quickstart")]
 
 import quality  # noqa: E402
-from generators import CLASSES, MODELS, SIDE, sample, save, train  # noqa: E402
+from generators import CLASSES, MODELS, PHASES, SIDE, sample, save, train  # noqa: E402
 from material import load_material  # noqa: E402
 from outcome import Result, write_report  # noqa: E402
 
+from elfatt.analysis.complexity import count_true  # noqa: E402
+from elfatt.analysis.diffusion_quality import psnr  # noqa: E402
 from elfatt.conversion import Agent, Calibration, Head, LayerPlan, Plan  # noqa: E402
 from elfatt.integrations import diffusers as adapter  # noqa: E402
 
@@ -45,18 +48,24 @@ class Subject:
         steps: Steps of the sampler.
     """
 
-    def __init__(self, name: str, model: nn.Module, steps: int = STEPS):
+    def __init__(self, name: str, model: nn.Module, steps: int):
         self.name, self.model, self.steps = name, model, steps
-        self.calibrate = cache(self._calibrate)
 
-    def _calibrate(self, shortcut: bool) -> Calibration:
-        batches = enumerate((torch.arange(CALIBRATION_PICTURES) % CLASSES).split(CLASSES // 2))
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Of pictures that are no samples."""
+        batches = (torch.arange(CALIBRATION_PICTURES) % CLASSES).split(CLASSES // 2)
 
-        def run(batch):
-            number, labels = batch
-            sample(self.model, labels, self.steps, seed=-1 - number)  # the seeds of no sample
+        def run(number):
+            sample(self.model, batches[number], self.steps, seed=-1 - number)
 
-        return adapter.calibrate(self.model, run, batches, shortcut=shortcut)
+        return adapter.calibrate(self.model, run, trange(len(batches), desc=f"calibrating {self.name}", unit="batch"))
+
+    def plan(self, cost: float, shortcut: bool) -> Plan:
+        """The calibrated plan of a budget, with multiples of V or without."""
+        calibration = copy.copy(self.calibration)  # errors with and without them are measured at once
+        calibration.shortcut = shortcut
+        return calibration.plan(cost=cost)
 
     def exact(self) -> Plan:
         """Nothing replaced."""
@@ -92,9 +101,7 @@ VARIANTS: dict[str, Variant] = {
     **{
         f"{family}, {budget:.0%}": Variant(
             family,
-            lambda subject, budget=budget, shortcut=shortcut: {
-                "plan": subject.calibrate(shortcut).plan(cost=budget),
-            },
+            lambda subject, budget=budget, shortcut=shortcut: {"plan": subject.plan(budget, shortcut)},
         )
         for family, shortcut in {"ELFATT, calibrated": False, "ELFATT, calibrated + V": True}.items()
         for budget in BUDGETS
@@ -151,13 +158,14 @@ def attention_share(subject: Subject, variants: dict[str, Variant]) -> dict[str,
         sample(subject.model, labels, subject.steps, seed=0)
     totals = {}
     for name, variant in variants.items():
-        with patched(subject, variant):
-            totals[name] = quality.count_multiply_adds(lambda: sample(subject.model, labels, subject.steps, seed=0))
+        with patched(subject, variant), count_true() as total:
+            sample(subject.model, labels, subject.steps, seed=0)
+            totals[name] = total()
     return {name: 1 - (totals["unpatched"] - total) / attention for name, total in totals.items()}
 
 
 def draw_samples(
-    subject: Subject, variants: dict[str, Variant], path: Path, pictures: int = PICTURES, batch: int = BATCH
+    subject: Subject, variants: dict[str, Variant], path: Path, pictures: int, batch: int
 ) -> dict[str, tuple[torch.Tensor, list[float]]]:
     """Pictures of every variant from the same noise, and the seconds that each of its batches took a step.
 
@@ -214,7 +222,7 @@ def compare(
                 name=name,
                 family=variants[name].family,
                 share=shares[name],
-                psnr=quality.psnr(pictures, wanted),
+                psnr=psnr(255 * pictures, 255 * wanted),
                 features=quality.feature_distance(features, wanted_features),
                 accuracy=100 * right.double().mean().item(),
                 frechet=quality.frechet_distance(features, real_features),
@@ -242,9 +250,10 @@ def main(argv: list[str] | None = None) -> None:
     results, grids, refused = {}, {}, {}
     for name, build in MODELS.items():
         torch.manual_seed(0)
-        subject = Subject(name, train(build(), images["train"], labels["train"], root / f"{name}.pt"))
+        model = train(build(), images["train"], labels["train"], root / f"{name}.pt", PHASES)
+        subject = Subject(name, model, STEPS)
         variants, refused[name] = supported(subject, VARIANTS)
-        samples = draw_samples(subject, variants, root / f"{name}-samples.pt")
+        samples = draw_samples(subject, variants, root / f"{name}-samples.pt", PICTURES, BATCH)
         results[name] = compare(subject, variants, classifier, real, samples)
         grids[name] = {variant: pictures[:CLASSES] for variant, (pictures, _) in samples.items()}
     write_report(root, results, grids, refused, **judged, pictures=PICTURES, steps=STEPS)

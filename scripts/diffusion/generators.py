@@ -7,7 +7,7 @@ fixed size; it gets each pixel's place as two more channels. The coordinates of 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -69,7 +69,9 @@ def denoise(model: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Te
     return model(x, t, F.one_hot(labels, CLASSES)[:, None].to(x)).sample
 
 
-def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, path: Path, phases=PHASES) -> nn.Module:
+def train(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, path: Path, phases: Sequence[tuple[int, int]]
+) -> nn.Module:
     """Train a model, or go on where its file ends.
 
     Args:
@@ -118,7 +120,7 @@ def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, path: Pa
 
 
 @torch.no_grad()
-def sample(model: nn.Module, labels: torch.Tensor, steps: int, seed: int, before_step=None) -> torch.Tensor:
+def sample(model: nn.Module, labels: torch.Tensor, steps: int, seed: int) -> torch.Tensor:
     """Pictures ``[B, 1, SIDE, SIDE]`` in 0…1 of classes ``[B]``, by DDIM without noise of its own.
 
     Args:
@@ -126,14 +128,11 @@ def sample(model: nn.Module, labels: torch.Tensor, steps: int, seed: int, before
         labels: The classes.
         steps: Steps of the sampler.
         seed: Of the noise at the start; the same seed and classes start the same.
-        before_step: Called before each step.
     """
     scheduler = DDIMScheduler(**SCHEDULE)
     scheduler.set_timesteps(steps)
     x = torch.randn(len(labels), 1, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
     for t in scheduler.timesteps:
-        if before_step is not None:
-            before_step()
         x = scheduler.step(denoise(model, x, t.expand(len(x)), labels), t, x).prev_sample
     return (x / 2 + 0.5).clamp(0, 1)
 

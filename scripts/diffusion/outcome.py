@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
+
+from elfatt.analysis.diffusion_quality import MAX_PSNR
 
 UNPATCHED, UNIFORM, CALIBRATED = "unpatched", "ELFATT, uniform", "ELFATT, calibrated"
 HALF, POINT = 0.5, 1.0  # the goal: at most this share of the multiply-adds, at most so many points of accuracy lost
@@ -26,7 +27,7 @@ class Result:
         name: Of the variant.
         family: Its line in the curves.
         share: Attention's multiply-adds over the unpatched model's.
-        psnr: Of its pictures to the unpatched ones in dB, infinite where they are equal.
+        psnr: Of its pictures to the unpatched ones in dB, ``MAX_PSNR`` where they are equal.
         features: Relative distance of the classifier's features to the unpatched ones.
         accuracy: Pictures that the classifier takes for their class, in %.
         frechet: Fréchet distance of the classifier's features to those of real digits.
@@ -98,7 +99,7 @@ def table(rows: Sequence[Result]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        same = math.isinf(row.psnr)
+        same = row.psnr == MAX_PSNR
         lines.append(
             f"| {row.name} | {row.share:.1%} | {'same' if same else f'{row.psnr:.1f} dB'} | {row.features:.3f} | "
             f"{row.accuracy:.1f} % | {row.frechet:.2f} | {row.seconds:.3f} | {row.speed:.2f}× |"
@@ -172,7 +173,7 @@ def draw_grid(results: dict[str, list[Result]], grids: dict[str, dict[str, torch
             axis.imshow(strip, cmap="gray_r", vmin=0, vmax=1, interpolation="bilinear")
             row = found[model][name]
             label = name if axis is line[0] else ""
-            detail = "" if math.isinf(row.psnr) else f"{row.share:.0%} · {row.psnr:.1f} dB"
+            detail = "" if row.psnr == MAX_PSNR else f"{row.share:.0%} · {row.psnr:.1f} dB"
             axis.set_ylabel(f"{label}\n{detail}" if label else detail, rotation=0, ha="right", va="center", size=8)
     for axis, model in zip(axes[0], grids, strict=True):
         axis.set_title(model, size=11)

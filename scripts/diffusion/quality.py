@@ -1,4 +1,4 @@
-"""How pictures of digits differ: pixels, a classifier's features and verdicts, and the multiply-adds that they took."""
+"""What a classifier of digits says of pictures: their class, and how far their features are from others'."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import torch
 import torch.nn.functional as F
 from generators import CLASSES, SIDE, save
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import RandomAffine
 from tqdm import trange
 
 import elfatt  # noqa: F401  registers the models
-from elfatt.analysis.complexity import FusedAttention
-from elfatt.ops import use_backend
 
 EPOCHS, BATCH, RATE = 12, 64, 2e-3
 
@@ -57,12 +54,6 @@ def judge(classifier: nn.Module, pictures: torch.Tensor) -> tuple[torch.Tensor, 
     return features, classifier.get_classifier()(features).argmax(-1)
 
 
-def psnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures ``[N, ...]`` in 0…1: the mean over the pictures."""
-    error = (found.double() - wanted.double()).square().flatten(1).mean(1)
-    return (-10 * error.log10()).mean().item()
-
-
 def feature_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """``‖found − wanted‖ / ‖wanted‖`` of paired features ``[N, D]``: the mean over the pictures."""
     return ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).mean().item()
@@ -77,11 +68,3 @@ def frechet_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     roots = [(x.double() - mean) / (len(x) - 1) ** 0.5 for x, mean in zip((found, wanted), means, strict=True)]
     spread = sum(x.square().sum() for x in roots) - 2 * torch.linalg.matrix_norm(roots[0] @ roots[1].T, "nuc")
     return ((means[0] - means[1]).square().sum() + spread).item()
-
-
-@torch.no_grad()
-def count_multiply_adds(run) -> float:
-    """Multiply-adds of the matrix products and convolutions of a call."""
-    with FusedAttention() as fused, use_backend("sdpa"), FlopCounterMode(display=False) as counter:
-        run()
-    return fused.macs + counter.get_total_flops() / 2

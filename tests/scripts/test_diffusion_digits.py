@@ -1,6 +1,5 @@
 """The comparison on digits: its measures against closed forms, its pairs, and a small run from start to report."""
 
-import math
 import sys
 from pathlib import Path
 
@@ -24,11 +23,33 @@ def one_seed():
     torch.manual_seed(0)
 
 
-def test_psnr_is_the_mean_over_pictures():
-    wanted = torch.full((2, 1, 4, 4), 0.5)
-    found = wanted + torch.tensor([0.1, 0.01])[:, None, None, None]
-    assert quality.psnr(found, wanted) == pytest.approx((20 + 40) / 2, abs=1e-4)
-    assert math.isinf(quality.psnr(wanted, wanted))
+def tiny_unet():
+    return generators.UNet2DConditionModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=1,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=10,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
+def tiny_dit():
+    """64 tokens."""
+    return generators.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=1,
+        out_channels=1,
+        num_layers=1,
+        sample_size=32,
+        patch_size=4,
+        num_embeds_ada_norm=10,
+    )
 
 
 def test_feature_distance_is_relative():
@@ -55,30 +76,13 @@ def test_frechet_distance_where_covariances_do_not_commute():
     assert quality.frechet_distance(first, second) == pytest.approx(wanted.item(), rel=1e-6)
 
 
-def test_multiply_adds_count_products_and_attention():
-    q = torch.randn(2, 4, 16, 8)
-    run = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q) @ torch.randn(8, 5)  # noqa: E731
-    assert quality.count_multiply_adds(run) == 2 * 4 * 16 * (2 * 16 * 8 + 8 * 5)
-
-
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     monkeypatch.setattr(generators, "SAVE_EVERY", 1)
     images, labels = torch.rand(12, 1, 8, 8) * 2 - 1, torch.arange(12) % 10
 
     def train(path, stop=None):
         torch.manual_seed(0)
-        model = generators.UNet2DConditionModel(
-            sample_size=8,
-            in_channels=3,
-            out_channels=1,
-            block_out_channels=(8,),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",),
-            cross_attention_dim=10,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        )
+        model = tiny_unet()
         if stop is not None:
             steps = iter(range(stop))
             monkeypatch.setattr(generators, "save", lambda *args: (whole(*args), next(steps)))
@@ -98,26 +102,15 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def subject():
-    """A DiT of one block over 16 tokens, and what makes its samples."""
     torch.manual_seed(0)
-    model = generators.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=4,
-        in_channels=1,
-        out_channels=1,
-        num_layers=1,
-        sample_size=generators.SIDE,
-        patch_size=8,
-        num_embeds_ada_norm=10,
-    )
-    return compare.Subject("tiny", model.eval(), steps=2)
+    return compare.Subject("tiny", tiny_dit().eval(), steps=2)
 
 
 VARIANTS = {
     "unpatched": compare.Variant("unpatched", None),
     "exact": compare.Variant("ELFATT, uniform", lambda subject: {"plan": subject.exact()}),
     "half": compare.Variant(
-        "ELFATT, calibrated", lambda subject: {"plan": subject.calibrate(False).plan(cost=1.0), "min_tokens": 0}
+        "ELFATT, calibrated", lambda subject: {"plan": subject.plan(1.0, shortcut=True), "min_tokens": 0}
     ),
     "linear": compare.Variant("linear alone", lambda subject: {"min_tokens": 0, "block": 2}),
 }
@@ -135,9 +128,9 @@ def test_samples_are_pairs_and_survive_a_kill(subject, tmp_path):
 
 def test_shares_of_attention_are_those_of_the_formula(subject):
     shares = compare.attention_share(subject, VARIANTS)
-    linear, block = 2 * 16 * 4 * 4, 2 * 16 * 4 * 4  # one head of width 4, 16 tokens; blocks of 2 × 2
+    linear, block = 2 * 64 * 4 * 4, 2 * 64 * 4 * 4  # one head of width 4, 64 tokens; blocks of 2 × 2
     assert shares["unpatched"] == shares["exact"] == 1
-    assert shares["linear"] == pytest.approx((linear + block) / (2 * 2 * 16 * 16 * 4))
+    assert shares["linear"] == pytest.approx((linear + block) / (2 * 2 * 64 * 64 * 4))
 
 
 def row(name, family, share, psnr, accuracy):
@@ -145,7 +138,7 @@ def row(name, family, share, psnr, accuracy):
 
 
 ROWS = [
-    row("unpatched", "unpatched", 1.0, math.inf, 90.0),
+    row("unpatched", "unpatched", 1.0, outcome.MAX_PSNR, 90.0),
     row("ELFATT, uniform", "ELFATT, uniform", 0.05, 12.0, 60.0),
     row("a", "ELFATT, calibrated", 0.45, 25.0, 89.5),
     row("b", "ELFATT, calibrated + V", 0.25, 20.0, 88.0),
@@ -182,3 +175,26 @@ def test_report_has_every_row_and_its_pictures(tmp_path):
     assert "- Left out, Agent: no." in text
     for name in ("grid.png", "curves.png"):
         assert name in text and Image.open(tmp_path / name).size[0] > 500
+
+
+@pytest.mark.slow
+def test_from_training_to_report_and_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "MODELS", {"UNet": tiny_unet, "DiT": tiny_dit})
+    for name, value in {"PHASES": ((16, 1), (32, 1)), "PICTURES": 2, "BATCH": 2, "STEPS": 2}.items():
+        monkeypatch.setattr(compare, name, value)
+    monkeypatch.setattr(compare, "CALIBRATION_PICTURES", 1)
+    monkeypatch.setattr(generators, "BATCH", 2)
+    kept = ("unpatched", "ELFATT, uniform", "ELFATT, calibrated, 50%", "ToMe 0.5", "Agent")
+    monkeypatch.setattr(compare, "VARIANTS", {name: compare.VARIANTS[name] for name in kept})
+    images, labels = compare.load_digits()
+    few = {split: x[:10] for split, x in images.items()}, {split: x[:10] for split, x in labels.items()}
+    monkeypatch.setattr(compare, "load_digits", lambda: few)
+    compare.main([str(tmp_path)])
+    trained = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+    assert {path.name for path in trained} == {"UNet.pt", "DiT.pt", "classifier.pt"}
+    report = (tmp_path / "report.md").read_text()
+    for name in kept:
+        assert report.count(f"| {name} |") == 2 - (name.startswith(("ToMe", "Agent")))  # not for the DiT
+    assert "Left out, ToMe 0.5, Agent: tokens of DiTTransformer2DModel cannot be merged" in report
+    compare.main([str(tmp_path)])
+    assert trained == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
