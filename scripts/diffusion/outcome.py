@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from elfatt.analysis.diffusion_quality import MAX_PSNR
 
@@ -53,7 +54,6 @@ def write_report(
     refused: dict[str, dict[str, str]],
     *,
     classifier_accuracy: float,
-    frechet_floor: float,
     pictures: int,
     steps: int,
 ) -> None:
@@ -65,7 +65,6 @@ def write_report(
         grids: Pictures ``[digits, 1, H, W]`` in 0…1 of each variant of each model.
         refused: Variants that a model cannot run, and why.
         classifier_accuracy: On real held-out digits, in %.
-        frechet_floor: Fréchet distance of as many held-out digits as there are samples.
         pictures: Samples of each variant.
         steps: Steps of the sampler.
     """
@@ -81,8 +80,8 @@ def write_report(
         "unpatched model's\n"
         "- *PSNR*, *features*: distance to the unpatched pictures, in pixels and (relative) in features\n"
         "- *accuracy*: pictures that the classifier takes for the class asked for\n"
-        "- *Fréchet*: distance of the classifier's features to those of all real digits; "
-        f"as many real held-out digits have {frechet_floor:.2f}\n"
+        "- *Fréchet*: distance of the classifier's features to those of all real digits; it depends on the number of "
+        "pictures, so rows compare, other reports do not\n"
         "- *speed*: over the unpatched model, in turns\n\n" + "\n\n".join(parts)
     )
     (root / "report.md").write_text(
@@ -174,7 +173,7 @@ def draw_grid(results: dict[str, list[Result]], grids: dict[str, dict[str, torch
             row = found[model][name]
             label = name if axis is line[0] else ""
             detail = "" if row.psnr == MAX_PSNR else f"{row.share:.0%} · {row.psnr:.1f} dB"
-            axis.set_ylabel(f"{label}\n{detail}" if label else detail, rotation=0, ha="right", va="center", size=8)
+            axis.set_ylabel("\n".join(filter(None, (label, detail))), rotation=0, ha="right", va="center", size=8)
     for axis, model in zip(axes[0], grids, strict=True):
         axis.set_title(model, size=11)
     _save(figure, path)
@@ -203,6 +202,9 @@ def draw_curves(results: dict[str, list[Result]], path: Path) -> None:
             axis.grid(alpha=0.3)
             if key == "frechet":
                 axis.set_yscale("log")
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(NullFormatter())
     handles, labels = axes[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 8), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.05, 1, 1))

@@ -32,7 +32,8 @@ def tiny_unet():
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=10,
+        cross_attention_dim=8,
+        num_class_embeds=10,
         attention_head_dim=2,
         norm_num_groups=4,
     )
@@ -166,7 +167,6 @@ def test_report_has_every_row_and_its_pictures(tmp_path):
         grids,
         {"UNet": {"Agent": "no"}},
         classifier_accuracy=98.0,
-        frechet_floor=5.0,
         pictures=20,
         steps=4,
     )
