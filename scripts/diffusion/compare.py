@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     results, grids, refused = {}, {}, {}
     for name, build in MODELS.items():
         torch.manual_seed(0)
-        model = train(build(), images["train"], labels["train"], root / f"{name}.pt", PHASES)
+        model = train(build(), images["train"], labels["train"], root / f"{name}.pt", PHASES[name])
         subject = Subject(name, model, STEPS)
         variants, refused[name] = supported(subject, VARIANTS)
         samples = draw_samples(subject, variants, root / f"{name}-samples.pt", PICTURES, BATCH)

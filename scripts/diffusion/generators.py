@@ -1,6 +1,6 @@
 """Two small class-conditional diffusion models of diffusers, trained from random on 32×32 digits, and their samples.
 
-Most steps see the digits at half the side, where softmax attention over all pixels costs a sixteenth. A UNet has no
+Most steps see smaller digits: at half the side, softmax attention over all pixels costs a sixteenth. A UNet has no
 fixed size; it gets each pixel's place as two more channels. The coordinates of a DiT's tokens are interpolated.
 """
 
@@ -17,7 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 SIDE, CLASSES = 32, 10
-PHASES = ((16, 400), (32, 40))  # side of the pictures in pixels, steps
+PHASES = {  # side of the pictures in pixels, steps
+    "UNet": ((8, 200), (16, 250), (32, 70)),
+    "DiT": ((16, 400), (32, 40)),
+}
 BATCH, RATE = 32, 2e-3
 SAVE_EVERY = 25  # steps
 SCHEDULE = {

@@ -180,7 +180,12 @@ def test_report_has_every_row_and_its_pictures(tmp_path):
 @pytest.mark.slow
 def test_from_training_to_report_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "MODELS", {"UNet": tiny_unet, "DiT": tiny_dit})
-    for name, value in {"PHASES": ((16, 1), (32, 1)), "PICTURES": 2, "BATCH": 2, "STEPS": 2}.items():
+    for name, value in {
+        "PHASES": dict.fromkeys(("UNet", "DiT"), ((16, 1), (32, 1))),
+        "PICTURES": 2,
+        "BATCH": 2,
+        "STEPS": 2,
+    }.items():
         monkeypatch.setattr(compare, name, value)
     monkeypatch.setattr(compare, "CALIBRATION_PICTURES", 1)
     monkeypatch.setattr(generators, "BATCH", 2)
