@@ -31,6 +31,7 @@ from elfatt.conversion.agent import EARLY
 
 KEY = ("model", "height", "width", "part", "variant")
 UNPATCHED = "unpatched"
+NO_ATTENTION = "no attention"  # what is left of a step and of its layers, and so the most that any variant could gain
 
 
 class Plans:
@@ -84,6 +85,10 @@ class Variant:
     phases: tuple[tuple[float, int], ...] = ((1.0, 500),)
 
 
+def _values(layer, q, k, v, size, **_):
+    return v
+
+
 VARIANTS = {
     UNPATCHED: Variant(lambda plans: plans.exact),
     "ELFATT": Variant(),
@@ -91,6 +96,7 @@ VARIANTS = {
     "ToMe 0.5": Variant(lambda plans: plans.exact, 0.5),
     "Agent": Variant(lambda plans: Agent(), phases=((EARLY, 900), (1 - EARLY, 300))),
     "ELFATT + ToMe 0.5": Variant(merge_ratio=0.5),
+    NO_ATTENTION: Variant(lambda plans: _values),
 }
 
 
@@ -199,8 +205,9 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
         text = f"skipped: it needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         print(text, file=sys.stderr)
         return {name: {"refused": text} for name in args.variants}
-    model = source.build(args.device)
-    plans = Plans(model, how.prepare(Step(model, text=source.text), shape), plan, args)
+    model, eager = source.build(args.device), replace(how, compile=False, cuda_graph=False)
+    plans = Plans(model, eager.prepare(Step(model, text=source.text), shape), plan, args)
+    inside = how == eager  # hooks would break a graph
     read = _event if args.device == "cuda" else time.perf_counter
     rows: dict[str, dict[str, Any]] = {}
     passes, logs = {}, {}
@@ -212,7 +219,7 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
                 row |= count(source, variant, options, shape, how)
                 own = share_weights(model)
                 stack.enter_context(adapter.apply(own, **options))
-                meter = Meter(adapter.self_attention_layers(own).values(), read)
+                meter = Meter(adapter.self_attention_layers(own).values() if inside else [], read)
                 for _, timestep in variant.phases:
                     call = how.prepare(Step(own, timestep, source.text), shape)
                     call()
@@ -220,7 +227,7 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
                     passes[name, timestep] = partial(_log, call, meter, logs[name, timestep])
                 if args.memory:
                     row["peak_memory_mib"] = max(
-                        measure_memory(partial(_prepare, source, options, timestep, how, shape), args.device)
+                        measure_memory(partial(_prepare, source, options, timestep, eager, shape), args.device)
                         for _, timestep in variant.phases
                     )
             except (ImportError, TypeError, ValueError, *REFUSALS) as error:
@@ -229,17 +236,23 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
                 for _, timestep in variant.phases:
                     passes.pop((name, timestep), None)
         steps = time_in_turns(passes, args.repeats, args.warm_up, args.device)
-    attention = {key: summarize(map(total, logs[key][args.warm_up :])) for key in steps}
-    for name, row in rows.items():
-        if "refused" not in row:
-            timed = {"attention": attention} if source.layer else {"step": steps, "attention": attention}
-            for what, timings in timed.items():
-                timing = _mean(timings, name)
-                row[f"{what}_ms"] = 1e3 * timing.median
-                row[f"{what}_ms_quartiles"] = [1e3 * timing.low, 1e3 * timing.high]
-                if "refused" not in rows[UNPATCHED]:
-                    row[f"{what}_speedup"] = _mean(timings, UNPATCHED).median / timing.median
+    timed = {} if source.layer else {"step": steps}
+    if inside:
+        timed["attention"] = {key: summarize(map(total, logs[key][args.warm_up :])) for key in steps}
+    elif source.layer:
+        timed["attention"] = steps
+    for what, timings in timed.items():
+        add_times(what, {name: _mean(timings, name) for name, row in rows.items() if "refused" not in row}, rows)
     return rows
+
+
+def add_times(what: str, timings: dict[str, Timing], rows: dict[str, dict[str, Any]]) -> None:
+    """Milliseconds, quartiles and speed-ups of variants, into their rows."""
+    for name, timing in timings.items():
+        rows[name][f"{what}_ms"] = 1e3 * timing.median
+        rows[name][f"{what}_ms_quartiles"] = [1e3 * timing.low, 1e3 * timing.high]
+        if UNPATCHED in timings:
+            rows[name][f"{what}_speedup"] = timings[UNPATCHED].median / timing.median
 
 
 def count(
@@ -312,7 +325,8 @@ COLUMNS = {
     "counted, MiB": lambda row: figure(row.get("counted_memory_mib")),
 }
 PICTURES = {
-    "ms a picture (quartiles)": lambda row: _ms(row, "picture"),
+    "a picture, ms (quartiles)": lambda row: _ms(row, "picture"),
+    "speed-up": lambda row: _ratio(row, "picture_speedup"),
     "PSNR, dB": lambda row: figure(row.get("psnr_db"), 1),
     "LPIPS": lambda row: figure(row.get("lpips"), 3),
     "CLIP score": lambda row: figure(row.get("clip_score"), 2),

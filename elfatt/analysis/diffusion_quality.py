@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from elfatt.analysis.diffusion import UNPATCHED, VARIANTS, Plans
+from elfatt.analysis.diffusion import NO_ATTENTION, UNPATCHED, VARIANTS, Plans, add_times
 from elfatt.analysis.diffusion_models import Source
 from elfatt.analysis.timing import summarize
 from elfatt.conversion import Plan
@@ -119,7 +119,7 @@ def measure_pictures(
     plans = Plans(pipe, lambda: draw(0), plan, args)
     rows: dict[str, dict[str, Any]] = {}
     options = {}
-    for name in args.variants:
+    for name in (name for name in args.variants if name != NO_ATTENTION):
         try:
             chosen = plans.options(VARIANTS[name])
             adapter.apply(pipe, **chosen).remove()
@@ -136,9 +136,8 @@ def measure_pictures(
                 pictures[name].append(draw(index))  # on the CPU: nothing is pending
                 seconds[name].append(time.perf_counter() - start)
     stacked = {name: torch.stack(found) for name, found in pictures.items()}
+    add_times("picture", {name: summarize(taken) for name, taken in seconds.items()}, rows)
     for name, found in stacked.items():
-        timing = summarize(seconds[name])
-        rows[name] |= {"picture_ms": 1e3 * timing.median, "picture_ms_quartiles": [1e3 * timing.low, 1e3 * timing.high]}
         for metric in metrics.values():
             if name != UNPATCHED or not metric.paired:
                 rows[name][metric.key] = metric.measure(found, stacked[UNPATCHED], prompts, args.clip)

@@ -280,8 +280,8 @@ def _largest_layers(model: nn.Module) -> list[str]:
     ]
     if not isinstance(model, UNet2DConditionModel) or not ends:
         raise TypeError(
-            f"tokens of {type(model).__name__} cannot be merged: tomesd knows the transformer blocks of "
-            "UNet2DConditionModel only; leave merging out"
+            f"tokens of {type(model).__name__} cannot be merged: tomesd and Agent know the blocks of "
+            "UNet2DConditionModel only; take a plan, without merge_ratio"
         )
     return [name for name, stage in zip(layers, stages, strict=True) if stage in ends]
 

@@ -1,6 +1,9 @@
 """The benchmark of diffusion models, on tiny ones: counts by formulas written out, rows, pictures, refusals."""
 
 import json
+import re
+import shlex
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -19,6 +22,7 @@ from elfatt.analysis.results import load_runs  # noqa: E402
 from elfatt.conversion import Plan  # noqa: E402
 from elfatt.integrations import diffusers as adapter  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 FAST = ["diffusion", "--device", "cpu", "--config", "tiny", "--repeats", "2", "--warm-up", "0"]
 FAST += ["--sizes", "64", "--min-tokens", "16", "--block", "2"]
 
@@ -78,6 +82,7 @@ def expected_macs(variant, n, channels, heads, block):
     return {
         "unpatched": projections(n) + 2 * n * n * channels,
         "ELFATT": projections(n) + elfatt(n, block**2),
+        "no attention": projections(n),
         "ToMe 0.5": projections(half) + matching(2) + 2 * half * half * channels,
         "ELFATT + ToMe 0.5": projections(half) + matching(2) + elfatt(half, half),
         "Agent": 0.4 * (projections(less) + matching(4) + 4 * less * agents * channels)
@@ -94,8 +99,12 @@ def test_multiply_adds_are_those_of_the_formulas(variant, tmp_path):
     assert (large["part"], large["count"]) == ("64 tokens, 16 channels, 4 heads", 3)
     assert (small["part"], small["count"]) == ("16 tokens, 32 channels, 4 heads", 4)
     assert large["attention_macs"] == pytest.approx(3 * expected_macs(variant, 64, 16, 4, 2))
-    alone = "ELFATT" if variant.startswith("ELFATT") else "unpatched"  # smaller maps are not merged
-    assert small["attention_macs"] == pytest.approx(3 * expected_macs(alone, 16, 32, 4, 2))
+    alone = {
+        "ToMe 0.5": "unpatched",
+        "Agent": "unpatched",
+        "ELFATT + ToMe 0.5": "ELFATT",
+    }  # smaller maps are not merged
+    assert small["attention_macs"] == pytest.approx(3 * expected_macs(alone.get(variant, variant), 16, 32, 4, 2))
 
 
 def test_every_variant_of_a_step_is_measured(tmp_path, capsys):
@@ -154,6 +163,31 @@ def test_a_meter_sums_what_passes_inside_layers():
     meter = Meter([inner], lambda: next(clock))
     inner(inner(torch.zeros(1)))
     assert total(meter.take()) == 2 + 4 and meter.take() == []
+
+
+def test_the_guide_works(monkeypatch):
+    pytest.importorskip("tomesd")
+    guide = (ROOT / "docs" / "diffusion.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", guide, re.S)
+    names = {}
+    exec(example, names)
+    assert names["plan"].model == "UNet2DConditionModel-224-6"
+    outputs = [names[name] for name in ("before", "uniform", "calibrated", "merged", "agent")]
+    assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
+    understood = []
+    monkeypatch.setattr(diffusion, "run", understood.append)
+    for command in re.findall(r"^python scripts/diffusion_benchmark.py(.*)$", guide, re.M):
+        assert main(["diffusion", *shlex.split(command, comments=True)]) == 0
+    assert [args.layers for args in understood] == [False, False, True, False]
+    options = set(re.findall(r"--[a-z][a-z-]+", guide))
+    text = subprocess.run(
+        [sys.executable, "scripts/diffusion_benchmark.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert all(option in text for option in options)
 
 
 # pictures

@@ -111,7 +111,9 @@ def test_merging_that_cannot_be_done_is_named(name):
     if name != "unet":
         pytest.importorskip("tomesd")
         for plan, ratio in ((None, 0.5), (Agent(), 0.0)):
-            with pytest.raises(TypeError, match=f"^tokens of {type(model).__name__} cannot be merged: tomesd knows.*$"):
+            with pytest.raises(
+                TypeError, match=f"^tokens of {type(model).__name__} cannot be merged: tomesd and Agent know.*$"
+            ):
                 adapter.apply(model, plan, merge_ratio=ratio)
     assert_same_state(state(model), applied)  # what was there before stays
     handle.remove()
