@@ -206,16 +206,21 @@ def _attend(plan, layer, q, k, v, size, *, scale=None):
 
 
 def calibrate(
-    pipe_or_model: object, run: Callable[[object], object], batches: Iterable, **options: object
+    pipe_or_model: object,
+    run: Callable[[object], object],
+    batches: Iterable,
+    *,
+    weigh_every: int = WEIGH_EVERY,
+    **options: object,
 ) -> Calibration:
     """Measure what each branch would do in each head of a model; ``.plan(error=…)`` of the result chooses.
-
-    Every seventh call of the model, its layers are weighed: for each of them the model is called once more.
 
     Args:
         pipe_or_model: A pipeline, or its UNet or transformer.
         run: Runs it on a batch, such as ``lambda prompt: pipe(prompt, num_inference_steps=10)``.
         batches: What ``run`` takes.
+        weigh_every: In one of so many calls of the model its layers are weighed by what their errors do to its output,
+            with one call more for each of them; 0 weighs none.
         **options: Of ``elfatt.conversion.Calibration``.
 
     Raises:
@@ -225,7 +230,7 @@ def calibrate(
     calibration, calls = Calibration(name_of(model), **options), itertools.count()
 
     def weigh(model, args, kwargs, out):
-        if next(calls) % WEIGH_EVERY == 0:
+        if weigh_every and next(calls) % weigh_every == 0:
             calibration.weigh(lambda: model.forward(*args, **kwargs)[0], out[0])
 
     with Handle(model, calibration.attend, self_attention_layers(model), train_steps=train_steps):

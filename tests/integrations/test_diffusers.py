@@ -290,6 +290,8 @@ def test_calibration_weighs_layers_by_the_output(built):
         calibration = adapter.calibrate(
             model, lambda t: run(t), [500] * adapter.WEIGH_EVERY, candidates=(Head("linear"),)
         )
+        bare = adapter.calibrate(model, lambda t: run(t), [500], weigh_every=0)
+    assert not any(layer.probe for layer in bare.layers.values())
     exact = run()
     for name, layer in adapter.self_attention_layers(model).items():
         alone = Plan(adapter.name_of(model), {name: LayerPlan((Head("linear"),) * layer.heads)})
