@@ -1,7 +1,8 @@
 """Two small class-conditional diffusion models of diffusers, trained from random on 32×32 digits, and their samples.
 
-Most steps see smaller digits: at half the side, softmax attention over all pixels costs a sixteenth. A UNet has no
-fixed size; it gets each pixel's place as two more channels. The coordinates of a DiT's tokens are interpolated.
+Most steps of the DiT see digits at half the side, where softmax attention over all pixels costs a sixteenth; the
+coordinates of its tokens are interpolated. A UNet's convolutions do not change their scale; it gets each pixel's place
+as two more channels.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import nn
 from tqdm import tqdm
 
 SIDE, CLASSES = 32, 10
-PHASES = {  # side of the pictures in pixels, steps
-    "UNet": ((8, 200), (16, 250), (32, 70)),
-    "DiT": ((16, 400), (32, 40)),
+PHASES = {  # side of the pictures in pixels, pictures of a batch, steps
+    "UNet": ((32, 16, 320),),
+    "DiT": ((16, 32, 400), (32, 32, 40)),
 }
-BATCH, RATE = 32, 2e-3
+RATE = 2e-3
 SAVE_EVERY = 25  # steps
 SCHEDULE = {
     "beta_schedule": "squaredcos_cap_v2",
@@ -31,15 +32,15 @@ SCHEDULE = {
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Attention over all 32×32 pixels thrice, over 8×8 once; the class scales and shifts, there is no text."""
+    """Attention over all 32×32 pixels thrice, over 2×2 once; the class scales and shifts, there is no text."""
     return UNet2DConditionModel(
         sample_size=SIDE,
         in_channels=3,
         out_channels=1,
-        block_out_channels=(32, 64, 96),
+        block_out_channels=(32, 64, 96, 96, 96),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", *["DownBlock2D"] * 4),
+        up_block_types=(*["UpBlock2D"] * 4, "CrossAttnUpBlock2D"),
         cross_attention_dim=8,
         num_class_embeds=CLASSES,
         resnet_time_scale_shift="scale_shift",
@@ -75,7 +76,7 @@ def denoise(model: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Te
 
 
 def train(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, path: Path, phases: Sequence[tuple[int, int]]
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, path: Path, phases: Sequence[tuple[int, int, int]]
 ) -> nn.Module:
     """Train a model, or go on where its file ends.
 
@@ -84,14 +85,14 @@ def train(
         images: ``[N, 1, SIDE, SIDE]`` in -1…1.
         labels: ``[N]``.
         path: Where it is kept, with the state of its training.
-        phases: Side of the pictures and number of steps, one after another.
+        phases: Side of the pictures, size of a batch and number of steps, one after another.
 
     Returns:
         The model, in evaluation mode.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     scheduler = DDIMScheduler(**SCHEDULE)
-    total, done = sum(steps for _, steps in phases), 0
+    total, done = sum(steps for *_, steps in phases), 0
     if path.exists():
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
@@ -99,15 +100,15 @@ def train(
         done = saved["steps"]
     progress = tqdm(total=total, initial=done, desc=f"training {path.stem}", unit="step", disable=done == total)
     first = 0
-    for side, steps in phases:
+    for side, batch, steps in phases:
         small = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
         for step in range(max(done, first), first + steps):
             chance = torch.Generator().manual_seed(step)  # so a run that goes on sees what it would have seen
             for group in optimizer.param_groups:
                 group["lr"] = RATE * min(1, (step - first + 1) / 20, (first + steps - step) / (0.5 * steps))
-            chosen = torch.randint(len(images), (BATCH,), generator=chance)
-            noise = torch.randn(BATCH, 1, side, side, generator=chance)
-            t = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=chance)
+            chosen = torch.randint(len(images), (batch,), generator=chance)
+            noise = torch.randn(batch, 1, side, side, generator=chance)
+            t = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=chance)
             x = small[chosen]
             found = denoise(model, scheduler.add_noise(x, noise, t), t, labels[chosen])
             loss = F.mse_loss(found, scheduler.get_velocity(x, noise, t))

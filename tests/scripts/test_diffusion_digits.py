@@ -88,10 +88,10 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
             steps = iter(range(stop))
             monkeypatch.setattr(generators, "save", lambda *args: (whole(*args), next(steps)))
             with pytest.raises(StopIteration):
-                generators.train(model, images, labels, path, ((4, 2), (8, 2)))
+                generators.train(model, images, labels, path, ((4, 2, 2), (8, 3, 2)))
             monkeypatch.setattr(generators, "save", whole)
             return None
-        return generators.train(model, images, labels, path, ((4, 2), (8, 2)))
+        return generators.train(model, images, labels, path, ((4, 2, 2), (8, 3, 2)))
 
     whole = generators.save
     train(tmp_path / "killed.pt", stop=2)
@@ -181,14 +181,13 @@ def test_report_has_every_row_and_its_pictures(tmp_path):
 def test_from_training_to_report_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "MODELS", {"UNet": tiny_unet, "DiT": tiny_dit})
     for name, value in {
-        "PHASES": dict.fromkeys(("UNet", "DiT"), ((16, 1), (32, 1))),
+        "PHASES": dict.fromkeys(("UNet", "DiT"), ((16, 2, 1), (32, 2, 1))),
         "PICTURES": 2,
         "BATCH": 2,
         "STEPS": 2,
     }.items():
         monkeypatch.setattr(compare, name, value)
     monkeypatch.setattr(compare, "CALIBRATION_PICTURES", 1)
-    monkeypatch.setattr(generators, "BATCH", 2)
     kept = ("unpatched", "ELFATT, uniform", "ELFATT, calibrated, 50%", "ToMe 0.5", "Agent")
     monkeypatch.setattr(compare, "VARIANTS", {name: compare.VARIANTS[name] for name in kept})
     images, labels = compare.load_digits()
