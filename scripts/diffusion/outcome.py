@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from elfatt.analysis.diffusion_quality import MAX_PSNR
 
 UNPATCHED, UNIFORM, CALIBRATED = "unpatched", "ELFATT, uniform", "ELFATT, calibrated"
+TRAINED = 80.0  # least accuracy in % at which the unpatched model's is worth comparing
 HALF, POINT = 0.5, 1.0  # the goal: at most this share of the multiply-adds, at most so many points of accuracy lost
 
 
@@ -113,6 +114,10 @@ def conclusions(rows: Sequence[Result], refused: dict[str, str]) -> str:
     by_name = {row.name: row for row in rows}
     unpatched, uniform = by_name[UNPATCHED], by_name[UNIFORM]
     lines = [f"ELFATT's uniform split, at {uniform.share:.1%} of the multiply-adds: {_losses(uniform, unpatched)}."]
+    if unpatched.accuracy < TRAINED:
+        lines.insert(
+            0, f"The unpatched model has only {unpatched.accuracy:.1f} %: train longer before comparing accuracy."
+        )
     half = _closest(rows, HALF)
     if half is None:
         return _bullets([*lines, f"No calibrated plan is below {HALF:.0%}.", *left_out])
