@@ -137,10 +137,13 @@ def measure_pictures(
                 seconds[name].append(time.perf_counter() - start)
     stacked = {name: torch.stack(found) for name, found in pictures.items()}
     add_times("picture", {name: summarize(taken) for name, taken in seconds.items()}, rows)
-    for name, found in stacked.items():
-        for metric in metrics.values():
-            if name != UNPATCHED or not metric.paired:
-                rows[name][metric.key] = metric.measure(found, stacked[UNPATCHED], prompts, args.clip)
+    for title, metric in metrics.items():
+        try:
+            for name, found in stacked.items():
+                if name != UNPATCHED or not metric.paired:
+                    rows[name][metric.key] = metric.measure(found, stacked[UNPATCHED], prompts, args.clip)
+        except (OSError, RuntimeError, ValueError) as error:  # such as weights that are not there; pictures are kept
+            print(f"{title} is left out: {error}", file=sys.stderr)
     draw_grid(stacked, args.grid)
     print(f"pictures: {args.grid}", file=sys.stderr)
     if "ELFATT calibrated" in options and not plan:

@@ -107,7 +107,8 @@ class Handle:
             position = _TIMESTEP.get(type(model), 1)
             timestep = kwargs.get("timestep", args[position] if len(args) > position else None)
             self._done = 1 - float(torch.as_tensor(timestep).flatten()[0]) / self._train_steps
-            self._runs = self._steps[0] <= self._done < self._steps[1]
+            first, last = self._steps
+            self._runs = (first == 0 or first <= self._done) and (last == 1 or self._done < last)
 
     def _keep(self, name, block, args, kwargs):
         if self._runs:

@@ -307,6 +307,17 @@ def test_missing_packages_are_named(pipeline, tmp_path, capsys, monkeypatch):
     assert "FID is left out: pip install torchmetrics torch-fidelity\n" in error and "PSNR is" not in error
 
 
+def test_a_measure_that_fails_costs_nothing_else(pipeline, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError("no weights")
+
+    broken = diffusion_quality.Metric("fid", (), fail)
+    monkeypatch.setattr(diffusion_quality, "METRICS", {"FID": broken, "PSNR": diffusion_quality.METRICS["PSNR"]})
+    rows = measure(tmp_path / "r.json", *pipeline, "--steps", "1", "--variants", "ELFATT")
+    assert rows[1]["part"] == "pictures" and rows[1]["psnr_db"] > 0 and not any("fid" in row for row in rows)
+    assert "FID is left out: no weights\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

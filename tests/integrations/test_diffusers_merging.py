@@ -80,6 +80,15 @@ def test_agent_is_applied_by_its_steps_and_removed(merging):
         torch.testing.assert_close(run(100, run.x[:1]), one)
 
 
+@pytest.mark.parametrize(("plan", "steps"), [(None, (0.5, 1.0)), (None, (0.0, 1.0)), (Agent(), (0.0, 1.0))])
+def test_the_last_step_is_one_of_all(merging, plan, steps):
+    """Time step 0, where all of the steps are done."""
+    model, run = merging
+    before = run(0)
+    with adapter.apply(model, plan, block=2, min_tokens=0, steps=steps):
+        assert not torch.equal(run(0), before)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_any_function_is_a_plan(name):
     """It sees every layer with the size of its map."""
