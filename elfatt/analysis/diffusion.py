@@ -66,7 +66,10 @@ class Plans:
 
         if self.given:
             return self.given
-        measured = adapter.calibrate(self.model, lambda _: self.run(), [None], min_tokens=self.args.min_tokens)
+        weighing = {} if self.args.model else {"weigh_every": 0}  # random weights: no layer matters more than another
+        measured = adapter.calibrate(
+            self.model, lambda _: self.run(), [None], min_tokens=self.args.min_tokens, **weighing
+        )
         return measured.plan(cost=self.args.cost)
 
 

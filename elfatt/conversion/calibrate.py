@@ -2,9 +2,13 @@
 
 The error of a layer is ``‖A − S‖ / ‖S‖``: S the output of softmax attention at the tokens of the map, all heads side by
 side and before the projection, A what a plan gives for the same queries, keys and values; norms run over all batches.
-The error of a plan is the root of the mean of the squared errors of its layers. So each head adds its own share, and
-the choice is one list of steps, each head's cheaper branches in the order of error per saving; a budget says how far
-to go. A larger budget takes more of the same steps: its plan is never more expensive.
+The error of a plan is the root of the mean of the squared errors of its layers. Where layers were weighed, it is the
+root of their weighted sum: the weight of a layer is what its squared error makes of the model's output, measured by
+disturbing that layer alone. So the plan's error is that of the output, as far as errors are small and independent.
+
+Either way each head adds its own share, and the choice is one list of steps, each head's cheaper branches in the order
+of error per saving; a budget says how far to go. A larger budget takes more of the same steps: its plan is never more
+expensive.
 """
 
 from __future__ import annotations
@@ -66,6 +70,8 @@ class _Layer:
     norm: torch.Tensor  # ‖S‖²
     value: torch.Tensor  # ‖V‖²
     cost: torch.Tensor  # [options + 1], exact attention last
+    probe: float = 0.0  # squared errors of the layer, each time that it was disturbed alone
+    effect: float = 0.0  # squared errors of the model's output that came of it
 
 
 class Calibration:
@@ -96,6 +102,7 @@ class Calibration:
         self.model, self.candidates = model, tuple(candidates)
         self.min_tokens, self.shortcut, self.cost = min_tokens, shortcut, cost
         self.layers: dict[str, _Layer] = {}
+        self._disturbed: str | None = None  # the layer that is being weighed
 
     @torch.no_grad()
     def attend(self, layer, q, k, v, size, *, prefix=0, scale=None) -> torch.Tensor:
@@ -106,8 +113,12 @@ class Calibration:
             return hybrid_attention(q, k, v, size, LayerPlan((head,) * heads), prefix=prefix, scale=scale)
 
         out = run(Head())
-        if q.shape[1] < self.min_tokens:
+        if q.shape[1] < self.min_tokens or self._disturbed not in (None, layer):
             return out
+        if self._disturbed == layer:
+            found = hybrid_attention(q, k, v, size, self._probe(layer), prefix=prefix, scale=scale)
+            self.layers[layer].probe += _squared_error(found[:, prefix:], out[:, prefix:])
+            return found
         exact, value = out[:, prefix:].double(), v[:, prefix:].double()
         sums = self.layers.setdefault(layer, self._zeros(heads, q.device))
         sums.norm += exact.square().sum((0, 1, 3))
@@ -119,6 +130,21 @@ class Calibration:
         costs = [self.cost(head, size, prefix, q.shape[-1]) for head in (*self.candidates, Head())]
         sums.cost += len(q) * torch.tensor(costs, dtype=torch.float64)
         return out
+
+    @torch.no_grad()
+    def weigh(self, call: Callable[[], torch.Tensor], out: torch.Tensor) -> None:
+        """Measures what the error of each layer seen so far does to the model's output; one call of it for each.
+
+        Args:
+            call: Calls the model again as it was just called, with every self-attention through ``attend``.
+            out: What it gave.
+        """
+        for name, layer in self.layers.items():
+            self._disturbed = name
+            try:
+                layer.effect += _squared_error(call(), out)
+            finally:
+                self._disturbed = None
 
     def plan(self, *, error: float | None = None, cost: float | None = None) -> Plan:
         """Chooses a branch for each head.
@@ -183,9 +209,17 @@ class Calibration:
             rest = layer.rest
             if self.shortcut:
                 rest = rest - layer.overlap**2 / layer.value.clamp_min(torch.finfo(torch.float64).tiny)
-            rest = torch.cat([rest, torch.zeros_like(rest[:1])]) / (layer.norm.sum() * len(self.layers))
+            weight = layer.effect / layer.probe if layer.probe else 1 / len(self.layers)
+            rest = torch.cat([rest, torch.zeros_like(rest[:1])]) * (weight / layer.norm.sum())
             shares[name] = rest.cpu()
         return shares
+
+    def _probe(self, name: str) -> LayerPlan:
+        """Each head's least error that is one."""
+        rest = self.layers[name].rest
+        least = rest.masked_fill(rest == 0, torch.inf).min(0)
+        heads = zip(least.indices.tolist(), least.values.isinf().tolist(), strict=True)
+        return LayerPlan(tuple(Head() if none else self.candidates[option] for option, none in heads))
 
     def _steps(self) -> list[tuple]:
         """Each head's way down the lower convex hull of error over cost, all heads by error per saving."""
@@ -225,6 +259,11 @@ class Calibration:
             return self.candidates.index(bare)
 
         return {name: [option(name, head) for head in layer.heads] for name, layer in plan.layers.items()}
+
+
+def _squared_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    found, exact = found.double(), exact.double()
+    return ((found - exact).square().sum() / exact.square().sum()).item()
 
 
 def calibrate(

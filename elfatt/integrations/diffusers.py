@@ -8,6 +8,7 @@ Token merging wraps the same processors: a layer gets fewer tokens, and its outp
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ from elfatt.conversion.merging import Merge, TokenMerging
 
 MODELS = (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel, PixArtTransformer2DModel)
 EXPLICIT = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")  # processors with attention of their own
+WEIGH_EVERY = 7  # calls of the model; no divisor of the usual numbers of steps, so that all of them have their turn
 _TIMESTEP = {PixArtTransformer2DModel: 2}  # its place among the arguments of the forward pass, else 1
 _applied: WeakKeyDictionary[nn.Module, Handle] = WeakKeyDictionary()
 
@@ -205,7 +207,12 @@ def _attend(plan, layer, q, k, v, size, *, scale=None):
 
 
 def calibrate(
-    pipe_or_model: object, run: Callable[[object], object], batches: Iterable, **options: object
+    pipe_or_model: object,
+    run: Callable[[object], object],
+    batches: Iterable,
+    *,
+    weigh_every: int = WEIGH_EVERY,
+    **options: object,
 ) -> Calibration:
     """Measure what each branch would do in each head of a model; ``.plan(error=…)`` of the result chooses.
 
@@ -213,16 +220,27 @@ def calibrate(
         pipe_or_model: A pipeline, or its UNet or transformer.
         run: Runs it on a batch, such as ``lambda prompt: pipe(prompt, num_inference_steps=10)``.
         batches: What ``run`` takes.
+        weigh_every: In one of so many calls of the model its layers are weighed by what their errors do to its output,
+            with one call more for each of them; 0 weighs none.
         **options: Of ``elfatt.conversion.Calibration``.
 
     Raises:
         TypeError: A model that is not supported.
     """
     model, train_steps = denoiser(pipe_or_model)
-    calibration = Calibration(name_of(model), **options)
+    calibration, calls = Calibration(name_of(model), **options), itertools.count()
+
+    def weigh(model, args, kwargs, out):
+        if weigh_every and next(calls) % weigh_every == 0:
+            calibration.weigh(lambda: model.forward(*args, **kwargs)[0], out[0])
+
     with Handle(model, calibration.attend, self_attention_layers(model), train_steps=train_steps):
-        for batch in batches:
-            run(batch)
+        hook = model.register_forward_hook(weigh, with_kwargs=True)
+        try:
+            for batch in batches:
+                run(batch)
+        finally:
+            hook.remove()
     return calibration
 
 

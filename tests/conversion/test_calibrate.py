@@ -99,6 +99,60 @@ def test_the_model_goes_on_exactly_and_the_same_data_give_the_same_plan():
     assert len(plans) == 1
 
 
+OUTPUT = {"a": 0.001, "b": 3.0}  # what the model makes of its layers: their sum, so scaled
+
+
+def weighed():
+    """Calibrated on a model whose output depends on one layer far more than on the other."""
+    calibration = calibrated()
+    for batch in range(3):
+
+        def call(batch=batch):
+            found = run(batch, calibration.attend)
+            return torch.cat([OUTPUT[name] * out.flatten() for name, out in found.items()])
+
+        calibration.weigh(call, call())
+    return calibration
+
+
+def output_error(plan):
+    """The error of the model's output by its definition, over the same batches."""
+
+    def out(batch, layers):
+        found = run(batch, lambda name, q, k, v, size: hybrid_attention(q, k, v, size, layers[name]))
+        return torch.cat([OUTPUT[name] * x.flatten() for name, x in found.items()])
+
+    exact = {name: LayerPlan((Head(),) * len(kinds)) for name, kinds in LAYERS.items()}
+    pairs = [(out(batch, plan.layers), out(batch, exact)) for batch in range(3)]
+    return (sum(((a - b).norm() / b.norm()) ** 2 for a, b in pairs) / len(pairs)).sqrt().item()
+
+
+def test_weighed_layers_give_the_error_of_the_output():
+    calibration = weighed()
+    costs = []
+    for budget in (0, 0.001, 0.01, 0.1, 0.3, 1, 3):
+        plan = calibration.plan(error=budget)
+        assert output_error(plan) == pytest.approx(calibration.error(plan), rel=0.02)
+        assert output_error(plan) <= budget * 1.02
+        costs.append(calibration.relative_cost(plan))
+    assert costs == sorted(costs, reverse=True) and costs[0] == 1
+
+
+def test_layers_that_the_output_hardly_needs_go_first():
+    plan = weighed().plan(error=0.005)
+    assert "exact" not in {head.branch for head in plan.layers["a"].heads}
+    assert calibrated().plan(error=0.005).layers["a"].heads[2] == Head()
+
+
+def test_weighing_leaves_the_measured_errors_alone():
+    before, after = calibrated(), weighed()
+    for batch in range(3):
+        run(batch, before.attend)  # weigh was given a call that counts
+    for name in LAYERS:
+        torch.testing.assert_close(after.layers[name].rest, before.layers[name].rest, rtol=1e-12, atol=0)
+        assert after.layers[name].probe > 0
+
+
 def test_short_inputs_stay_exact():
     calibration = calibrated(min_tokens=97)
     with pytest.raises(ValueError, match="made: no self-attention of 97 or more tokens was seen"):

@@ -284,6 +284,22 @@ def test_a_pipeline_is_applied_to_and_calibrated():
         pass
 
 
+def test_calibration_weighs_layers_by_the_output(built):
+    model, run = built
+    with torch.no_grad():
+        calibration = adapter.calibrate(
+            model, lambda t: run(t), [500] * adapter.WEIGH_EVERY, candidates=(Head("linear"),)
+        )
+        bare = adapter.calibrate(model, lambda t: run(t), [500], weigh_every=0)
+    assert not any(layer.probe for layer in bare.layers.values())
+    exact = run()
+    for name, layer in adapter.self_attention_layers(model).items():
+        alone = Plan(adapter.name_of(model), {name: LayerPlan((Head("linear"),) * layer.heads)})
+        with adapter.apply(model, alone):
+            effect = ((run() - exact).norm() / exact.norm()) ** 2
+        assert calibration.layers[name].effect == pytest.approx(effect.item(), rel=1e-3) and effect > 0
+
+
 def test_what_cannot_be_done_is_named():
     torch.manual_seed(0)
     model, call = unet()
