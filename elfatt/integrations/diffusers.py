@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from functools import partial
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ MODELS = (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel, PixArtTransf
 EXPLICIT = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")  # processors with attention of their own
 WEIGH_EVERY = 7  # calls of the model; no divisor of the usual numbers of steps, so that all of them have their turn
 _TIMESTEP = {PixArtTransformer2DModel: 2}  # its place among the arguments of the forward pass, else 1
-_applied: WeakKeyDictionary[nn.Module, Handle] = WeakKeyDictionary()
+_applied: WeakKeyDictionary[nn.Module, ref[Handle]] = WeakKeyDictionary()  # a handle refers to its model
 
 
 class Handle:
@@ -60,9 +60,9 @@ class Handle:
         merge: Merge | None = None,
     ):
         merged = _largest_layers(model) if merge else []
-        if model in _applied:
-            _applied[model].remove()
-        _applied[model] = self
+        if before := _handle_of(model):
+            before.remove()
+        _applied[model] = ref(self)
         self.model, self.attend, self.merge = model, attend, merge
         self._steps, self._train_steps = steps, train_steps
         self._latent, self._runs, self._done = (0, 0), False, 0.0
@@ -88,7 +88,7 @@ class Handle:
             if layer.processor is own:  # else another one was set in the meantime, such as a fused one
                 layer.set_processor(own.original)
         self._processors = []
-        if _applied.get(self.model) is self:
+        if _handle_of(self.model) is self:
             del _applied[self.model]
 
     def __enter__(self) -> Handle:
@@ -113,6 +113,10 @@ class Handle:
     def _keep(self, name, block, args, kwargs):
         if self._runs:
             self._inputs[name] = args[0] if args else kwargs["hidden_states"]
+
+
+def _handle_of(model: nn.Module) -> Handle | None:
+    return _applied[model]() if model in _applied else None
 
 
 class _Processor:

@@ -1,7 +1,9 @@
 """Plans go into diffusion models and come out again without a trace."""
 
+import gc
 import itertools
 import random
+import weakref
 
 import pytest
 import torch
@@ -336,3 +338,12 @@ def test_the_size_of_a_level_is_found(latent):
         assert adapter.map_size(latent, size[0] * size[1]) == size
     with pytest.raises(ValueError, match="7 tokens are no level of a latent of"):
         adapter.map_size(latent, 7)
+
+
+def test_a_model_that_nobody_holds_goes_with_what_was_applied():
+    model, _ = dit()
+    adapter.apply(model, block=2, min_tokens=0)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
