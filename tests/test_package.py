@@ -11,8 +11,20 @@ import pytest
 import elfatt
 
 PACKAGE = Path(elfatt.__file__).parent
-ORDER = ["data", "processes", "ops", "layers", "attention", "backbones", "checkpoints", "integrations", "analysis"]
-OPTIONAL = {"mmengine", "mmcv", "mmseg", "mmdet", "diffusers", "flash_attn", "triton", "matplotlib", "sklearn"}
+ORDER = ["data", "processes", "ops", "layers", "attention", "backbones", "checkpoints", "conversion"]
+ORDER += ["integrations", "analysis"]
+OPTIONAL = {
+    "mmengine",
+    "mmcv",
+    "mmseg",
+    "mmdet",
+    "diffusers",
+    "tomesd",
+    "flash_attn",
+    "triton",
+    "matplotlib",
+    "sklearn",
+}
 
 
 def imports_of(path):

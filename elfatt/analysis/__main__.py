@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 
-from elfatt.analysis import edge, error, op, plots, report, scaling, tables
+from elfatt.analysis import diffusion, edge, error, op, plots, report, scaling, tables
 
 COMMANDS = {
     "tables": tables,
@@ -14,6 +14,7 @@ COMMANDS = {
     "edge": edge,
     "op": op,
     "error": error,
+    "diffusion": diffusion,
     "plot": plots,
     "report": report,
 }

@@ -7,6 +7,8 @@ bilinear resizing 4 and nearest 1 per output element; softmax, GELU and bicubic 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -64,18 +66,31 @@ def measure_complexity(model: nn.Module, img_size: tuple[int, int], in_chans: in
     image = torch.zeros(1, in_chans, *img_size, dtype=weight.dtype, device=weight.device)
     training = model.training
     model.eval()
-    nfa = _count(model, image, "math")
-    with FusedAttention() as fused, _SelectiveScans() as scans:
-        fa = _count(model, image, "sdpa")
+    with torch.no_grad():
+        with use_backend("math"), _count() as nfa:
+            model(image)
+        with FusedAttention() as fused, _SelectiveScans() as scans, use_backend("sdpa"), _count() as fa:
+            model(image)
     model.train(training)
-    return Complexity(count_parameters(model), nfa, fa, fa + fused.macs + scans.macs)
+    return Complexity(count_parameters(model), nfa(), fa(), fa() + fused.macs + scans.macs)
 
 
-def _count(model, image, backend):
+@contextmanager
+def count_true() -> Iterator[Callable[[], int]]:
+    """Counts the multiply-adds of all that runs inside, as ``Complexity.macs_true`` does.
+
+    Yields:
+        A function that gives the count so far.
+    """
+    with torch.no_grad(), FusedAttention() as fused, _SelectiveScans() as scans, use_backend("sdpa"), _count() as rest:
+        yield lambda: rest() + fused.macs + scans.macs
+
+
+@contextmanager
+def _count():
     counter = FlopCounterMode(display=False, custom_mapping=_ELEMENTWISE)
-    with torch.no_grad(), use_backend(backend), counter, _NearestResizing() as nearest:
-        model(image)
-    return counter.get_total_flops() // 2 + nearest.outputs
+    with counter, _NearestResizing() as nearest:
+        yield lambda: counter.get_total_flops() // 2 + nearest.outputs
 
 
 class FusedAttention(TorchFunctionMode):

@@ -25,6 +25,8 @@ PACKAGES = (
     "onedl-mmengine",
     "onedl-mmsegmentation",
     "onedl-mmdetection",
+    "diffusers",
+    "tomesd",
 )
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from elfatt.analysis import edge, op, scaling
+from elfatt.analysis import diffusion, edge, op, scaling
 from elfatt.analysis.plots import paired
 from elfatt.analysis.results import RESULTS, load_runs, to_markdown
 from elfatt.analysis.tables import Entry, format_tables
@@ -69,7 +69,13 @@ def _format_tables(rows: list[dict[str, Any]]) -> str:
     return format_tables([Entry(row, values) for row, values in paired(rows)])
 
 
-FORMATS = {"tables": _format_tables, "scaling": scaling.format_rows, "edge": edge.format_rows, "op": op.format_rows}
+FORMATS = {
+    "tables": _format_tables,
+    "scaling": scaling.format_rows,
+    "edge": edge.format_rows,
+    "op": op.format_rows,
+    "diffusion": diffusion.format_rows,
+}
 
 
 def _cell(value: Any) -> str:

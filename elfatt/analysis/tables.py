@@ -43,6 +43,7 @@ class Protocol(NamedTuple):
     repeats: int
 
 
+LEAST = {"threads": 1, "batch_size": 1, "repeats": 1, "warm_up": 0, "block": 1, "min_tokens": 0, "steps": 1}
 PROTOCOLS = {"paper": Protocol(None, "amp", 10, 100), "timm": Protocol(256, "float32", 10, 40)}
 
 
@@ -155,12 +156,12 @@ def apply_speed_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers of threads, images and turns that are too small.
+    """Refuse numbers, such as of threads, images and turns, that are too small.
 
     Raises:
         ValueError: Naming the option.
     """
-    for name, least in {"threads": 1, "batch_size": 1, "repeats": 1, "warm_up": 0}.items():
+    for name, least in LEAST.items():
         value = getattr(args, name, None)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")

@@ -1,0 +1,254 @@
+"""Diffusion models for measuring: real configurations with random weights, or a user's own; whole or one layer of them.
+
+Configurations as published in the models' ``config.json``; the tests hold their numbers of parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elfatt.analysis.complexity import count_true
+
+PATCH = 8  # pixels along a side of one latent
+KINDS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
+PIXART = {"caption_channels": 4096}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A model of diffusers.
+
+    Attributes:
+        kind: Its class.
+        options: What the class takes.
+        text: Tokens of a prompt.
+    """
+
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    text: int = 77
+
+
+CONFIGS = {
+    "sd15": Config("UNet2DConditionModel", {"cross_attention_dim": 768}),
+    "sdxl": Config(
+        "UNet2DConditionModel",
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
+    "pixart-alpha": Config("PixArtTransformer2DModel", PIXART, text=120),
+    "pixart-sigma": Config("PixArtTransformer2DModel", {**PIXART, "use_additional_conditions": False}, text=300),
+    "tiny": Config(  # to try the commands
+        "UNet2DConditionModel",
+        {
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 8,
+            "attention_head_dim": 4,
+            "norm_num_groups": 4,
+        },
+    ),
+}
+
+
+class Step(nn.Module):
+    """One call of a denoiser: latents ``[B, C, h, w]`` to its prediction, with the same text for all.
+
+    Args:
+        model: The UNet or transformer.
+        timestep: Of all latents.
+        text: Tokens of the prompts.
+    """
+
+    def __init__(self, model: nn.Module, timestep: int = 500, text: int = 77):
+        super().__init__()
+        self.model, self.timestep, self.text = model, timestep, text
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        config, ones = self.model.config, partial(torch.ones, dtype=x.dtype, device=x.device)
+        options = {"timestep": self.timestep, "return_dict": False}
+        if width := config.get("caption_channels") or config.get("cross_attention_dim"):
+            options["encoder_hidden_states"] = ones(len(x), self.text, width)
+        if config.get("addition_embed_type") == "text_time":
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            options["added_cond_kwargs"] = {"text_embeds": ones(len(x), width), "time_ids": ones(len(x), 6)}
+        if "caption_channels" in config:
+            options["timestep"] = torch.full((len(x),), self.timestep, device=x.device)
+            sizes = {"resolution": ones(len(x), 2), "aspect_ratio": ones(len(x), 1)}
+            uses = self.model.use_additional_conditions
+            options["added_cond_kwargs"] = sizes if uses else dict.fromkeys(sizes)
+        return self.model(x, **options)[0]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: One of ``CONFIGS``, or the folder of a pipeline.
+        size: Height and width of the pictures in pixels.
+        dtype: Of the weights.
+        layer: Name of a self-attention layer that is to run alone, on ``tokens`` tokens.
+        tokens: Those.
+    """
+
+    name: str
+    size: tuple[int, int]
+    dtype: torch.dtype
+    layer: str | None = None
+    tokens: int = 0
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """Height and width of the latent."""
+        return self.size[0] // PATCH, self.size[1] // PATCH
+
+    @property
+    def text(self) -> int:
+        """Tokens of a prompt."""
+        return CONFIGS[self.name].text if self.name in CONFIGS else 77
+
+    def build(self, device: str) -> nn.Module:
+        """The model in evaluation mode; on the ``meta`` device without weights.
+
+        Raises:
+            ValueError: A folder that holds no pipeline.
+        """
+        import diffusers
+
+        if self.layer:
+            return self._build_layer(device)
+        with torch.device(device), _default_dtype(self.dtype):
+            if self.name in CONFIGS:
+                config = CONFIGS[self.name]
+                return getattr(diffusers, config.kind)(sample_size=max(self.latent), **config.options).eval()
+            folder = denoiser_folder(self.name)
+            name = json.loads((folder / "config.json").read_text())["_class_name"]
+            if name not in KINDS:
+                raise ValueError(f"{folder} holds a {name}, which is not measured: {' or '.join(KINDS)}")
+            kind = getattr(diffusers, name)
+            if device == "meta":
+                return kind.from_config(kind.load_config(folder)).eval()
+        return kind.from_pretrained(folder, torch_dtype=self.dtype, local_files_only=True).to(device).eval()
+
+    def _build_layer(self, device):
+        """The layer's model without the weights of all the others; its forward pass runs the layer alone."""
+        model = Source(self.name, self.size, self.dtype).build("meta")
+        block = model.get_submodule(self.layer.rpartition(".")[0])
+        layer = model.get_submodule(self.layer)
+        kept = set(layer.modules())
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    empty = torch.zeros(weight.shape if module in kept else 0, dtype=self.dtype, device=device)
+                    module._parameters[name] = nn.Parameter(empty)
+            for name in module._buffers:
+                module._buffers[name] = torch.zeros(0, device=device)
+            if module in kept and isinstance(module, nn.Linear):
+                module.reset_parameters()
+        tokens = torch.randn(1, self.tokens, layer.query_dim, dtype=self.dtype, device=device)
+        block.register_buffer("tokens", tokens)
+        block.forward = partial(_run_layer, layer)
+        model.forward = partial(_run_block, block)
+        return model
+
+    def kinds(self) -> dict[tuple[int, int, int], list[str]]:
+        """Names of the self-attention layers, by number of tokens, channels and heads."""
+        from elfatt.integrations.diffusers import self_attention_layers
+
+        model, found = self.build("meta"), {}
+
+        def look(name, layer, args):
+            found.setdefault((args[0].shape[1], layer.query_dim, layer.heads), []).append(name)
+
+        for name, layer in self_attention_layers(model).items():
+            layer.register_forward_pre_hook(partial(look, name))
+        with count_true():
+            Step(model)(torch.empty(1, model.config.in_channels, *self.latent, dtype=self.dtype, device="meta"))
+        return found
+
+
+def _run_layer(layer, tokens):
+    return layer(tokens)
+
+
+def _run_block(block, latents, *_, **__):
+    return [block(block.tokens.repeat(len(latents), 1, 1))]
+
+
+def denoiser_folder(pipeline: str) -> Path:
+    """The folder of a saved pipeline's UNet or transformer.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for name in ("unet", "transformer"):
+        if (Path(pipeline) / name / "config.json").is_file():
+            return Path(pipeline) / name
+    raise ValueError(
+        f"{pipeline} holds no unet/config.json or transformer/config.json: give a pipeline saved by diffusers"
+    )
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A second model with the same weights, each held once."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+class Meter:
+    """Sums what passes between start and end of every self-attention layer of a model.
+
+    Args:
+        layers: The layers.
+        read: Gives a number, or records an event of a GPU.
+    """
+
+    def __init__(self, layers: list[nn.Module], read: Callable[[], Any]):
+        self.spans: list[list[Any]] = []
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: self.spans.append([read()]))
+            layer.register_forward_hook(lambda *_: self.spans[-1].append(read()))
+
+    def take(self) -> list[list[Any]]:
+        """The spans so far, which are forgotten."""
+        taken, self.spans = self.spans, []
+        return taken
+
+
+def total(spans: list[list[Any]]) -> float:
+    """Sum of spans: of numbers, or of seconds between events."""
+    return sum(
+        start.elapsed_time(end) / 1e3 if isinstance(start, torch.cuda.Event) else end - start for start, end in spans
+    )
+
+
+@contextmanager
+def _default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

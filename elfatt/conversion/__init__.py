@@ -1,0 +1,21 @@
+"""Trained models with their own weights and another attention: each head exact, linear or within blocks.
+
+The core needs torch only; ``elfatt.integrations`` finds the layers of a model and puts everything back.
+"""
+
+from elfatt.conversion.agent import Agent
+from elfatt.conversion.attention import hybrid_attention
+from elfatt.conversion.calibrate import Attend, Calibration, calibrate, multiply_adds
+from elfatt.conversion.plan import Head, LayerPlan, Plan
+
+__all__ = [
+    "Agent",
+    "Attend",
+    "Calibration",
+    "Head",
+    "LayerPlan",
+    "Plan",
+    "calibrate",
+    "hybrid_attention",
+    "multiply_adds",
+]

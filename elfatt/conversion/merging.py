@@ -1,0 +1,128 @@
+"""Self-attention over fewer tokens: the most similar ones are merged before a layer and copied back behind it.
+
+Source: ToMe for Stable Diffusion (Bolya and Hoffman, arXiv 2303.17604; github.com/dbolya/tomesd).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+Tokens = Callable[[torch.Tensor], torch.Tensor]
+MAX_RATIO = 0.75  # one token of each 2 × 2 stays
+
+
+class Merge(Protocol):
+    """What a model calls before the self-attention layers of its largest map."""
+
+    def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float) -> tuple[Tokens, Tokens]:
+        """Two functions of tokens ``[B, N, C]``: merge, and undo it behind the layer.
+
+        Args:
+            x: What the block of the layer gets, ``[B, H · W, C]``.
+            size: Height and width of the map.
+            done: Share of the steps that are done.
+        """
+
+
+class TokenMerging:
+    """ToMe through the tomesd package: ``ratio`` of the tokens join their most similar one in a grid of 2 × 2 cells.
+
+    Args:
+        ratio: Share of the tokens that go, at most 0.75.
+
+    Raises:
+        ImportError: tomesd is not installed.
+        ValueError: A ratio out of range.
+    """
+
+    def __init__(self, ratio: float):
+        if not 0 <= ratio <= MAX_RATIO:
+            raise ValueError(
+                f"merge_ratio={ratio} must be from 0 to {MAX_RATIO}, the share that cells of 2 × 2 can lose"
+            )
+        try:
+            import tomesd
+        except ImportError as error:
+            raise ImportError(f"merge_ratio={ratio} needs tomesd: pip install tomesd") from error
+        self.ratio, self._tomesd, self._generator = ratio, tomesd, None
+
+    def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float) -> tuple[Tokens, Tokens]:
+        if self._generator is None or self._generator.device != x.device:
+            self._generator = self._tomesd.utils.init_generator(x.device, self._generator)
+        return self._tomesd.merge.bipartite_soft_matching_random2d(
+            x,
+            *size[::-1],
+            *(2, 2),
+            int(x.shape[1] * self.ratio),
+            no_rand=len(x) % 2 == 1,  # else the halves of guidance would differ, as tomesd has it
+            generator=self._generator,
+        )
+
+
+class Matching:
+    """One matching of tokens, from which any number of them can be merged.
+
+    One token in each cell of the map is a destination; each other one has the most similar destination as its partner,
+    and those that are most similar to theirs are merged first. Merged tokens stand as ``[kept, destinations]``.
+
+    Args:
+        x: Tokens that are compared, ``[B, H · W, C]``.
+        size: Height and width of the map.
+        stride: Side of a cell.
+        generator: Chooses the destinations; without it they are the cells' first tokens.
+    """
+
+    def __init__(self, x: torch.Tensor, size: tuple[int, int], stride: int, generator: torch.Generator | None = None):
+        (height, width), self.tokens = size, x.shape[1]
+        cells = height // stride, width // stride
+        if generator is None:
+            place = torch.zeros(cells, dtype=torch.long, device=x.device)
+        else:
+            place = torch.randint(stride**2, cells, generator=generator, device=generator.device).to(x.device)
+        row, column = (stride * torch.arange(n, device=x.device) for n in cells)
+        index = (row[:, None] + place // stride) * width + column + place % stride
+        kind = torch.ones(self.tokens, dtype=torch.long, device=x.device).scatter(0, index.flatten(), 0)
+        order = kind.argsort(stable=True)
+        self.destinations, rest = order[: index.numel()], order[index.numel() :]
+        with torch.no_grad():
+            x = F.normalize(x, dim=-1)
+            likeness, partner = (x[:, rest] @ x[:, self.destinations].mT).max(dim=-1)
+            nearest = likeness.argsort(dim=-1, descending=True)
+        self.rest, self.partner = rest[nearest], partner.gather(1, nearest)  # [B, N - destinations], most similar first
+
+    def merge(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """Averages of the tokens when ``count`` are merged, ``[B, N - count, C]``."""
+        rest = x.gather(1, _wide(self.rest, x))
+        means = x[:, self.destinations].scatter_reduce(1, _wide(self.partner[:, :count], x), rest[:, :count], "mean")
+        return torch.cat([rest[:, count:], means], dim=1)
+
+    def unmerge(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """Each token gets what it was merged into, ``[B, N, C]``."""
+        kept, means = x.split([self.rest.shape[1] - count, len(self.destinations)], dim=1)
+        rest = torch.cat([means.gather(1, _wide(self.partner[:, :count], x)), kept], dim=1)
+        out = x.new_empty(x.shape[0], self.tokens, x.shape[2])
+        out[:, self.destinations] = means
+        return out.scatter(1, _wide(self.rest, x), rest)
+
+    def merge_further(self, x: torch.Tensor, count: int, further: int) -> torch.Tensor:
+        """From tokens of which ``count`` are merged to the averages when ``further`` are."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # for sums of many tokens
+        kept, means = wide.split([self.rest.shape[1] - count, len(self.destinations)], dim=1)
+        sums = (means * self._weights(count, wide)).scatter_add(
+            1, _wide(self.partner[:, count:further], x), kept[:, : further - count]
+        )
+        return torch.cat([kept[:, further - count :], sums / self._weights(further, wide)], dim=1).to(x.dtype)
+
+    def _weights(self, count: int, x: torch.Tensor) -> torch.Tensor:
+        """How many tokens each destination stands for, ``[B, destinations, 1]``."""
+        ones = x.new_ones(len(self.partner), len(self.destinations))
+        merged = self.partner[:, :count]
+        return ones.scatter_add(1, merged, ones.new_ones(merged.shape))[..., None]
+
+
+def _wide(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return index[..., None].expand(-1, -1, x.shape[-1])

@@ -1,0 +1,150 @@
+"""Which branch each head of each attention layer of a trained model runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BRANCHES = ("exact", "linear", "block")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What one head runs.
+
+    Attributes:
+        branch: ``exact``, softmax over all tokens; ``linear``, ELFATT's global branch; ``block``, softmax in blocks.
+        block: Side of a block in tokens, for ``block`` only.
+        temperature: Divides queries and keys in the softmaxes of ``linear``.
+        shortcut: Times V, added to the output of ``linear`` and ``block``.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    branch: str = "exact"
+    block: int = 0
+    temperature: float = 1.0
+    shortcut: float = 0.0
+
+    def __post_init__(self):
+        if self.branch not in BRANCHES:
+            raise ValueError(f"branch={self.branch!r} must be one of {', '.join(BRANCHES)}")
+        if (self.branch == "block") != (self.block > 0):
+            raise ValueError(
+                f"block={self.block} must be the side of a block in tokens where branch is 'block', else 0"
+            )
+        if not self.temperature > 0 or (self.temperature != 1 and self.branch != "linear"):
+            raise ValueError(f"temperature={self.temperature} must be above 0, and 1 where branch is not 'linear'")
+        if self.shortcut and self.branch == "exact":
+            raise ValueError(f"shortcut={self.shortcut} must be 0 where branch is 'exact'")
+
+    def __str__(self) -> str:
+        options = [str(self.block)] if self.block else []
+        options += [f"T={self.temperature:g}"] if self.temperature != 1 else []
+        options += [f"+{self.shortcut:g}V"] if self.shortcut else []
+        return " ".join([self.branch, *options])
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the heads of one attention layer run.
+
+    Attributes:
+        heads: One entry per head.
+        min_tokens: Shorter inputs run exact attention in every head.
+    """
+
+    heads: tuple[Head, ...]
+    min_tokens: int = 0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no head is replaced."""
+        return all(head.branch == "exact" for head in self.heads)
+
+    def without_map(self) -> LayerPlan:
+        """The plan for tokens that are no map: ``block`` heads run exactly."""
+        heads = tuple(Head() if head.branch == "block" else head for head in self.heads)
+        return dataclasses.replace(self, heads=heads)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every attention layer of one model runs; layers that are not listed stay exact.
+
+    Attributes:
+        model: The model that it was made for, as its adapter names it.
+        layers: Plan of each layer, by name.
+    """
+
+    model: str
+    layers: Mapping[str, LayerPlan] = field(default_factory=dict)
+
+    @classmethod
+    def uniform(cls, model: str, heads: Mapping[str, int], *, block: int = 8, min_tokens: int = 0) -> Plan:
+        """The paper's ELFATT without data: the first half of each layer's heads linear, the others in blocks.
+
+        Args:
+            model: Name of the model.
+            heads: Number of heads of each layer.
+            block: Side of a block in tokens.
+            min_tokens: Shorter inputs run exact attention.
+        """
+        return cls(
+            model,
+            {
+                name: LayerPlan((Head("linear"),) * (n // 2) + (Head("block", block),) * (n - n // 2), min_tokens)
+                for name, n in heads.items()
+            },
+        )
+
+    def check(self, model: str, heads: Mapping[str, int]) -> None:
+        """Compare with a model.
+
+        Raises:
+            ValueError: The plan is of another model, names a layer that it lacks, or another number of heads.
+        """
+        if self.model != model:
+            raise ValueError(f"the plan was made for {self.model}, not for {model}: calibrate or load another plan")
+        for name, layer in self.layers.items():
+            if name not in heads:
+                raise ValueError(f"the plan names the layer {name!r}, which {model} lacks")
+            if len(layer.heads) != heads[name]:
+                raise ValueError(f"the plan has {len(layer.heads)} heads for {name}, {model} has {heads[name]}")
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the plan to a file."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Plan:
+        """Read a plan from a file.
+
+        Raises:
+            ValueError: The file holds no plan.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(
+                content["model"],
+                {
+                    name: LayerPlan(tuple(Head(**head) for head in layer["heads"]), layer["min_tokens"])
+                    for name, layer in content["layers"].items()
+                },
+            )
+        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} holds no plan ({type(error).__name__}: {error})") from error
+
+    def __str__(self) -> str:
+        """A table: a line per layer, equal heads counted."""
+        width = max(map(len, self.layers), default=0)
+        lines = [f"plan for {self.model}: {len(self.layers)} layers"]
+        for name, layer in self.layers.items():
+            kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(map(str, layer.heads)).items())
+            lines.append(f"  {name:<{width}}  {kinds}" + f"  from {layer.min_tokens} tokens" * (layer.min_tokens > 0))
+        return "\n".join(lines)

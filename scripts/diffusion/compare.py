@@ -1,0 +1,262 @@
+"""Trains small diffusion models on real digits, replaces their attention without training, and reports what it costs.
+
+Every variant starts from the noise of the unpatched model's samples, so their pictures are compared in pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm, trange
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "quickstart")]
+
+import quality  # noqa: E402
+from generators import CLASSES, MODELS, PHASES, SIDE, sample, save, train  # noqa: E402
+from material import load_material  # noqa: E402
+from outcome import Result, write_report  # noqa: E402
+
+from elfatt.analysis.complexity import count_true  # noqa: E402
+from elfatt.analysis.diffusion_quality import psnr  # noqa: E402
+from elfatt.conversion import Agent, Calibration, Head, LayerPlan, Plan  # noqa: E402
+from elfatt.integrations import diffusers as adapter  # noqa: E402
+
+PICTURES, BATCH, STEPS = 120, 40, 8
+CALIBRATION_PICTURES = 20
+BUDGETS = (0.75, 0.5, 0.3, 0.1)
+
+
+class Subject:
+    """A trained model, and what calibration found in it.
+
+    Args:
+        name: One of ``MODELS``.
+        model: The model.
+        steps: Steps of the sampler.
+    """
+
+    def __init__(self, name: str, model: nn.Module, steps: int):
+        self.name, self.model, self.steps = name, model, steps
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Of pictures that are no samples."""
+        batches = (torch.arange(CALIBRATION_PICTURES) % CLASSES).split(CLASSES // 2)
+
+        def run(number):
+            sample(self.model, batches[number], self.steps, seed=-1 - number)
+
+        return adapter.calibrate(self.model, run, trange(len(batches), desc=f"calibrating {self.name}", unit="batch"))
+
+    def plan(self, cost: float, shortcut: bool) -> Plan:
+        """The calibrated plan of a budget, with multiples of V or without."""
+        calibration = copy.copy(self.calibration)  # errors with and without them are measured at once
+        calibration.shortcut = shortcut
+        return calibration.plan(cost=cost)
+
+    def exact(self) -> Plan:
+        """Nothing replaced."""
+        return Plan(adapter.name_of(self.model))
+
+    def every_head(self, head: Head) -> Plan:
+        """The same branch in all heads of the layers that the rivals replace, which are those at full resolution."""
+        layers = adapter.self_attention_layers(self.model)
+        return Plan(
+            adapter.name_of(self.model),
+            {name: LayerPlan((head,) * layer.heads, min_tokens=SIDE * SIDE) for name, layer in layers.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What stands in for attention.
+
+    Attributes:
+        family: Variants of one family make one line of the curve.
+        options: For ``elfatt.integrations.diffusers.apply``, or None for no patch.
+    """
+
+    family: str
+    options: Callable[[Subject], dict] | None
+
+
+VARIANTS: dict[str, Variant] = {
+    "unpatched": Variant("unpatched", None),
+    "ELFATT, uniform": Variant("ELFATT, uniform", lambda subject: {}),
+    "linear alone": Variant("linear alone", lambda subject: {"plan": subject.every_head(Head("linear"))}),
+    "blocks of 8 alone": Variant("blocks alone", lambda subject: {"plan": subject.every_head(Head("block", 8))}),
+    **{
+        f"{family}, {budget:.0%}": Variant(
+            family,
+            lambda subject, budget=budget, shortcut=shortcut: {"plan": subject.plan(budget, shortcut)},
+        )
+        for family, shortcut in {"ELFATT, calibrated": False, "ELFATT, calibrated + V": True}.items()
+        for budget in BUDGETS
+    },
+    **{
+        f"ToMe {ratio}": Variant("ToMe", lambda subject, ratio=ratio: {"plan": subject.exact(), "merge_ratio": ratio})
+        for ratio in (0.25, 0.5, 0.75)
+    },
+    "Agent": Variant("Agent", lambda subject: {"plan": Agent()}),
+}
+
+
+def load_digits() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Pictures ``[N, 1, SIDE, SIDE]`` in -1…1 and labels ``[N]`` of both splits, ``train`` and ``val``."""
+    images, labels = {}, {}
+    for split, material in load_material().items():
+        ink = torch.tensor(material.digits, dtype=torch.float32)[:, None] / 8 - 1
+        images[split] = F.interpolate(ink, size=(SIDE, SIDE), mode="bicubic").clamp(-1, 1)
+        labels[split] = torch.tensor(material.labels)
+    return images, labels
+
+
+def patched(subject: Subject, variant: Variant):
+    """The context in which the subject's model runs a variant."""
+    return nullcontext() if variant.options is None else adapter.apply(subject.model, **variant.options(subject))
+
+
+def supported(subject: Subject, variants: dict[str, Variant]) -> tuple[dict[str, Variant], dict[str, str]]:
+    """The variants that a model can run, and why it cannot run the others."""
+    refused = {}
+    for name, variant in variants.items():
+        try:
+            with patched(subject, variant):
+                pass
+        except TypeError as error:
+            refused[name] = str(error)
+    return {name: variant for name, variant in variants.items() if name not in refused}, refused
+
+
+def attention_share(subject: Subject, variants: dict[str, Variant]) -> dict[str, float]:
+    """The multiply-adds of each variant's attention, as a share of the unpatched model's.
+
+    The whole sampling of a picture is counted, so what a variant adds (matching of tokens) or saves (projections of
+    merged ones) belongs to its attention.
+    """
+    attention, labels = 0.0, torch.zeros(2, dtype=torch.long)  # two, as ToMe leaves out chance where the batch is odd
+
+    def count(layer, q, k, v, size, *, prefix=0, scale=None):
+        nonlocal attention
+        attention += 2 * q.numel() * k.shape[1]
+        return v
+
+    with adapter.Handle(subject.model, count, adapter.self_attention_layers(subject.model)):
+        sample(subject.model, labels, subject.steps, seed=0)
+    totals = {}
+    for name, variant in variants.items():
+        with patched(subject, variant), count_true() as total:
+            sample(subject.model, labels, subject.steps, seed=0)
+            totals[name] = total()
+    return {name: 1 - (totals["unpatched"] - total) / attention for name, total in totals.items()}
+
+
+def draw_samples(
+    subject: Subject, variants: dict[str, Variant], path: Path, pictures: int, batch: int
+) -> dict[str, tuple[torch.Tensor, list[float]]]:
+    """Pictures of every variant from the same noise, and the seconds that each of its batches took a step.
+
+    Variants take turns, a batch each, so that whatever else the machine does slows down all of them.
+
+    Args:
+        subject: The model.
+        variants: What to compare.
+        path: Where finished turns are kept until the report is written.
+        pictures: Pictures of each variant, of all classes in turn.
+        batch: Pictures of a turn.
+    """
+    kept = torch.load(path, weights_only=True) if path.exists() else {}
+    labels = (torch.arange(pictures) % CLASSES).split(batch)
+    turns = [(number, name) for number in range(len(labels)) for name in variants]
+    for number, name in tqdm(turns, desc=f"sampling {subject.name}", unit="turn"):
+        if (name, number) in kept:
+            continue
+        torch.manual_seed(number)  # token merging throws dice
+        with patched(subject, variants[name]):
+            start = time.perf_counter()
+            found = sample(subject.model, labels[number], subject.steps, seed=number)
+            kept[name, number] = found, (time.perf_counter() - start) / subject.steps
+        save(kept, path)
+    return {
+        name: (torch.cat([part for part, _ in turns]), [seconds for _, seconds in turns])
+        for name in variants
+        for turns in [[kept[name, number] for number in range(len(labels))]]
+    }
+
+
+def compare(
+    subject: Subject, variants: dict[str, Variant], classifier: nn.Module, real: torch.Tensor, samples: dict
+) -> list[Result]:
+    """What each variant's samples are to the unpatched ones.
+
+    Args:
+        subject: The model.
+        variants: What was compared.
+        classifier: Judges the pictures.
+        real: Pictures of real digits ``[M, 1, SIDE, SIDE]`` in 0…1.
+        samples: Of ``draw_samples``.
+    """
+    shares = attention_share(subject, variants)
+    real_features, _ = quality.judge(classifier, real)
+    wanted, wanted_seconds = samples["unpatched"]
+    wanted_features, _ = quality.judge(classifier, wanted)
+    results = []
+    for name, (pictures, seconds) in samples.items():
+        features, classes = quality.judge(classifier, pictures)
+        right = classes == torch.arange(len(pictures)) % CLASSES
+        results.append(
+            Result(
+                name=name,
+                family=variants[name].family,
+                share=shares[name],
+                psnr=psnr(255 * pictures, 255 * wanted),
+                features=quality.feature_distance(features, wanted_features),
+                accuracy=100 * right.double().mean().item(),
+                frechet=quality.frechet_distance(features, real_features),
+                seconds=statistics.median(seconds),
+                speed=statistics.median(w / s for w, s in zip(wanted_seconds, seconds, strict=True)),
+            )
+        )
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what is not trained yet, compare, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("root", type=Path, help="folder of the models, samples and the report")
+    root = parser.parse_args(argv).root
+    images, labels = load_digits()
+    torch.manual_seed(0)
+    classifier = quality.train_classifier(images["train"], labels["train"], root / "classifier.pt")
+    _, classes = quality.judge(classifier, images["val"] / 2 + 0.5)
+    right = 100 * (classes == labels["val"]).double().mean().item()
+    real = torch.cat([*images.values()]) / 2 + 0.5
+    results, grids, refused = {}, {}, {}
+    for name, build in MODELS.items():
+        torch.manual_seed(0)
+        model = train(build(), images["train"], labels["train"], root / f"{name}.pt", PHASES[name])
+        subject = Subject(name, model, STEPS)
+        variants, refused[name] = supported(subject, VARIANTS)
+        samples = draw_samples(subject, variants, root / f"{name}-samples.pt", PICTURES, BATCH)
+        results[name] = compare(subject, variants, classifier, real, samples)
+        grids[name] = {variant: pictures[:CLASSES] for variant, (pictures, _) in samples.items()}
+    write_report(root, results, grids, refused, classifier_accuracy=right, pictures=PICTURES, steps=STEPS)
+    for name in MODELS:
+        (root / f"{name}-samples.pt").unlink()  # started again, it measures again
+
+
+if __name__ == "__main__":
+    main()
