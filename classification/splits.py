@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from elfatt.data import EXTENSIONS, UserError, is_image
 from elfatt.data.classes import differences, read_class_map, renumbered, shown
+from elfatt.data.images import walk
 
 LOGGER = logging.getLogger("classification")
 SYNONYMS = [("train", "training"), ("val", "valid", "validation", "eval", "evaluation")]
@@ -189,7 +190,7 @@ def _open_images(
 def _list_folder(root: Path) -> tuple[list[tuple[str, ...]], list[str]]:
     """The images of a folder as parts of their paths, and the other visible files."""
     images, others = [], []
-    for folder, _, files in os.walk(root, followlinks=True):
+    for folder, files in walk(root):
         parts = Path(folder).relative_to(root).parts
         for file in files:
             if is_image(file):
@@ -200,6 +201,10 @@ def _list_folder(root: Path) -> tuple[list[tuple[str, ...]], list[str]]:
 
 
 def _open_tar(path: Path) -> ReaderImageInTar:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))
+        if file.read().strip(b"\0") and tarfile.is_tarfile(path):
+            raise UserError(f"{path} is cut off, it has no end mark: copy or pack it again")
     try:
         return ReaderImageInTar(str(path))
     except (AssertionError, OSError, ValueError, tarfile.TarError) as error:  # timm asserts the extension

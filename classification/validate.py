@@ -91,15 +91,18 @@ def evaluation_config(
 
 
 def check_table(path: Path) -> None:
-    """Looks at the columns of a .csv table that is there already.
+    """Looks at the columns of results that are there already.
 
     Raises:
         UserError: They are not those of today's results.
     """
-    if path.suffix == ".json" or _is_new(path):
+    if _is_new(path):
         return
     with path.open(newline="") as file:
-        header = next(csv.reader(file), None)
+        try:
+            header = list(json.load(file)) if path.suffix == ".json" else next(csv.reader(file), None)
+        except (TypeError, ValueError):  # no JSON, or no dictionary
+            header = None
     if header != list(COLUMNS):
         raise UserError(f"{path} has other columns than {', '.join(COLUMNS)}: pass another --results-file")
 
@@ -108,7 +111,9 @@ def write_results(results: dict[str, float | str], path: Path) -> None:
     """Writes the results to a .json file, or appends them to a .csv table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        part = path.with_name(path.name + ".tmp")
+        part.write_text(json.dumps(results, indent=2) + "\n")
+        part.replace(path)
         return
     new = _is_new(path)
     with path.open("a", newline="") as file:

@@ -111,6 +111,10 @@ def load_checkpoint(
         found = _summary(refused)
         raise ValueError(f"{path} ({origin}) does not fit {type(model).__name__}: {found}; {remedy}")
 
+    broken = [name for name, x in fit.tensors.items() if x.is_floating_point() and not x.isfinite().all()]
+    if broken:
+        found = _summary({"tensors with NaN or infinity": broken})
+        raise ValueError(f"{path} ({origin}) has {found}: take an earlier checkpoint")
     model.load_state_dict(fit.tensors, strict=False)  # strictness is checked above, before anything changes
     skipped = (*fit.missing, *fit.unexpected, *fit.mismatched)
     groups = {"resized": tuple(fit.resized), "skipped": skipped, "of other parts": checkpoint.left_over}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -191,14 +192,13 @@ def annotation_faults(
         yield f"is of the unknown image {annotation['image_id']}", "list the image, or remove the annotation", False
         return
     box, width, height = annotation["bbox"], image["width"], image["height"]
-    try:
-        outside = _reaches_outside(box, image)
-    except (TypeError, ValueError):
+    if len(box) != 4 or not _are_numbers(box):
         yield f"has the box {box}", BOX, True
-    else:
-        if outside:
-            fault = f"has the box {box}, outside {image['file_name']} of {width}×{height} pixels"
-            yield fault, f"{BOX}, inside its image", False
+    elif _reaches_outside(box, image):
+        fault = f"has the box {box}, outside {image['file_name']} of {width}×{height} pixels"
+        yield fault, f"{BOX}, inside its image", False
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        yield f"has the iscrowd {annotation['iscrowd']!r}", "write 0 or 1, without quotes", True
     if not masks:
         return
     shape = annotation["segmentation"]
@@ -211,7 +211,7 @@ def annotation_faults(
         elif isinstance(shape["counts"], list) and sum(shape["counts"]) != height * width:
             fault = f"has run lengths of {sum(shape['counts'])} pixels, its image has {height * width}"
             yield fault, "write them anew from the mask", True
-    elif not all(isinstance(part, list) and all(isinstance(x, int | float) for x in part[:1]) for part in shape):
+    elif not all(isinstance(part, list) and _are_numbers(part) for part in shape):
         fault = "has no valid segmentation, polygons are lists of numbers in one list"
         yield fault, POLYGONS, True
 
@@ -246,12 +246,20 @@ def why_lost(
     return None
 
 
+def _are_numbers(values: list) -> bool:
+    """Whether a list holds finite numbers; a NaN among polygons keeps pycocotools busy for ever."""
+    try:
+        return math.isfinite(sum(values))
+    except TypeError:
+        return False
+
+
 def _reaches_outside(box: Sequence[float], image: dict[str, Any]) -> bool:
-    left, top, across, down = map(float, box)
+    left, top, across, down = box
     fits = left + across <= image["width"] + TOLERANCE and top + down <= image["height"] + TOLERANCE
-    return not (fits and left >= -TOLERANCE and top >= -TOLERANCE and across >= 0 and down >= 0)  # so NaN is found
+    return not (fits and left >= -TOLERANCE and top >= -TOLERANCE and across >= 0 and down >= 0)
 
 
 def _names(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
+    shown = ", ".join(map(str, names[:5]))
     return f"[{shown}{', …' if len(names) > 5 else ''}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO
@@ -39,6 +40,20 @@ def orientation_of(image: Image.Image) -> int:
     return found if found in range(1, 9) else 1
 
 
+def walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below one, links followed, and the names of its files.
+
+    Raises:
+        UserError: A link to a folder that holds it, which has no end.
+    """
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = os.path.join(os.path.realpath(place), "")
+        for path in (os.path.join(place, name) for name in folders):
+            if os.path.islink(path) and here.startswith(os.path.join(os.path.realpath(path), "")):
+                raise UserError(path, "is a link to a folder that holds it", "remove the link")
+        yield place, files
+
+
 def list_images(folder: str | os.PathLike, suffix: str = "") -> tuple[dict[str, Path], list[Path]]:
     """The images below a folder, and the files that no program reads: others, and images in hidden folders.
 
@@ -59,7 +74,7 @@ def list_images(folder: str | os.PathLike, suffix: str = "") -> tuple[dict[str, 
     ending, extension = os.path.splitext(suffix)
     if not extension and ending.startswith("."):
         ending, extension = "", ending
-    paths = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    paths = (Path(place, name) for place, names in walk(folder) for name in names)
     images: dict[str, Path] = {}
     others = []
     for path in sorted(path for path in paths if not path.name.startswith(".")):

@@ -52,7 +52,7 @@ def as_user_error(where: str, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        text = _line(error)
+        text = _line(error) or f"it is damaged ({type(error).__name__}), copy it again"
         raise UserError(f"{where}: {text[:600]}{'…' if len(text) > 600 else ''}") from error
 
 

@@ -189,6 +189,8 @@ def parse_inference(argv: list[str] | None, task: str) -> argparse.Namespace:
     if task == "detection":
         add("--score", type=float, default=0.3, help="leave out instances below it (default: %(default)s)")
     args = _parse(parser, argv, "checkpoint", "image")
+    if Path(args.output).resolve() in (Path(path).resolve() for path in (args.config, args.checkpoint, args.image)):
+        _stop(args, f"output {args.output} is what is read: give another name")
     try:
         read_image(args.image)
     except (OSError, SyntaxError, ValueError) as error:

@@ -82,6 +82,16 @@ def test_labels_are_names_with_numbers(nano, tmp_path, labels):
     assert found == ({"cat": 0, "dog": 1} if isinstance(labels, dict) and "cat" in labels else None)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(nano, tmp_path, value):
+    state = {name: tensor.clone() for name, tensor in nano.state_dict().items()}
+    state["head.fc.bias"][1] = value
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"has 1 tensors with NaN or infinity \(head\.fc\.bias\): take an earlier"):
+        load_checkpoint(nano, tmp_path / "file.pth")
+    assert nano.head.fc.bias.isfinite().all()
+
+
 def test_missing_file(nano, tmp_path):
     for path in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -193,3 +193,13 @@ def test_class_names_are_those_of_the_reader(options, data_dir, copy):
     names = {"cat": 0, "dog": 1, "fish": 2}
     for extra in ([], ["--dataset", "torch/image_folder"], pack(copy)):
         assert class_names(open_split(parse_args(options(*extra, data=copy), train=True), True)) == names
+
+
+def test_a_link_without_end_and_half_a_tar_file_stop(copy, opened):
+    pack(copy)
+    (copy / "train.tar").write_bytes((copy / "train.tar").read_bytes()[:30_000])
+    with pytest.raises(UserError, match=r"train\.tar is cut off, it has no end mark: copy or pack it again"):
+        opened(copy, "--train-split", "train.tar")
+    (copy / "train" / "cat" / "loop").symlink_to("..")
+    with pytest.raises(UserError, match="cat/loop is a link to a folder that holds it"):
+        opened(copy)

@@ -92,6 +92,11 @@ def test_a_table_of_other_columns_is_left_alone(arguments, tmp_path, fails):
     line = fails(main, [*arguments, "--results-file", str(table)])
     assert "all.csv has other columns than model, checkpoint, weights, backend, top1" in line
     assert table.read_text() == "model,top1\n"
+    other = tmp_path / "instances.json"
+    for text in ('{"images": []}', "[1]", "{"):
+        other.write_text(text)
+        line = fails(main, [*arguments, "--results-file", str(other)])
+        assert "instances.json has other columns" in line and other.read_text() == text
 
 
 def test_the_backend_is_run_and_recorded(arguments, tmp_path, backends_run, fails):
@@ -142,7 +147,7 @@ def test_labels_are_compared_by_name(arguments, data_dir, tmp_path, fails, capsy
     assert "has other classes than the checkpoint: 1 surplus ('cow')" in fails(main, arguments)
     (tmp_path / "map.txt").write_text("dog\ncat\nfish\n")
     line = fails(main, [*arguments, "--data-dir", str(data_dir), "--class-map", str(tmp_path / "map.txt")])
-    assert "has other classes than the checkpoint: 'dog' is class 0 here and class 1 there" in line
+    assert "numbers its classes unlike the checkpoint: 'dog' is class 0 here and class 1 there" in line
 
 
 # ------------------------------------------------------------------------- the crop behind published accuracies

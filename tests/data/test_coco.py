@@ -1,5 +1,7 @@
 """Annotation files: categories in another order, annotations that mmdet loses, ids that COCO's evaluation loses."""
 
+import math
+
 import pytest
 
 from elfatt.data import UserError
@@ -81,9 +83,14 @@ def test_no_annotation_and_other_categories_are_no_fault():
         {"segmentation": []},
         {"segmentation": [["10", "10", "50", "10", "50", "40"]]},
         {"segmentation": {"counts": [9], "size": [100, 80]}},
+        {"segmentation": [[1, 2, 3, math.nan, 5, 6]]},
         {"bbox": [1, 2, 3]},
+        {"bbox": ["1", "2", "3", "4"]},
+        {"bbox": [1, 2, math.inf, 4]},
+        {"bbox": [1, 2, 3, math.nan]},
+        {"iscrowd": "0"},
     ],
-    ids=["flat", "nested", "empty", "text", "run lengths", "box"],
+    ids=str,
 )
 def test_annotations_that_cannot_be_read(changes):
     with pytest.raises(UserError, match="f.json has the annotation 2, which has "):

@@ -192,3 +192,14 @@ def test_a_very_flat_image_is_refused():
     check_shape("a.png", (1000, 10))
     with pytest.raises(UserError, match=r"image a\.png has 10x1001 pixels, one side more than 100 times the other"):
         check_shape("a.png", (10, 1001))
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.png").touch()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    assert list(list_images(tmp_path / "a")[0]) == ["link/x"]
+    (tmp_path / "a" / "loop").symlink_to("..")
+    with pytest.raises(UserError, match="a/loop is a link to a folder that holds it: remove the link"):
+        list_images(tmp_path / "a")

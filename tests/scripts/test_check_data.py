@@ -195,7 +195,7 @@ def change(table, number, **values):
         (change("annotations", 0, bbox=[100, 0, 40, 20]), JSON, "outside train_00001.jpg of 128×128"),
         (change("annotations", 0, bbox=[-5, 0, 40, 20]), JSON, "outside train_00001.jpg"),
         (change("annotations", 0, bbox=[5, 5, -4, 20]), JSON, "outside train_00001.jpg"),
-        (change("annotations", 0, bbox=[5, float("nan"), 4, 20]), JSON, "outside train_00001.jpg"),
+        (change("annotations", 0, bbox=[5, float("nan"), 4, 20]), JSON, "which has the box [5, nan, 4, 20]"),
         (change("annotations", 0, bbox=[5, 5, 4]), JSON, "has the box [5, 5, 4]"),
         (change("annotations", 0, segmentation=[]), JSON, "has no valid segmentation"),
         (change("annotations", 0, segmentation={"counts": [9], "size": [3, 3]}), JSON, "has no valid segmentation"),

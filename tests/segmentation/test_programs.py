@@ -205,6 +205,11 @@ def test_a_photograph_gets_the_colours_of_its_classes(data, tmp_path, weights, b
     picture, expected = np.array(Image.open(out))[4:], (np.array(Image.open(image))[4:] + colours) / 2
     assert (abs(picture - expected).max(2) < 20).mean() > 0.8  # the rest is at edges, and under the classes' names
 
+    before = image.read_bytes()
+    with pytest.raises(SystemExit, match=r"output .*0\.jpg is what is read: give another name"):
+        inference.main([config, str(weights), str(image), str(image)])
+    assert image.read_bytes() == before
+
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
     with pytest.raises(
