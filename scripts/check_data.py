@@ -68,7 +68,11 @@ def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[F
         yield UserError(images[name], "has no mask", f"add one of the same name to {folders[1]}, or remove the image")
     for name in sorted(masks.keys() - images.keys()):
         yield UserError(masks[name], "has no image", f"add one of the same name to {folders[0]}, or remove the mask")
-    remedy = f"labels are 0 (other) and 1 to {args.classes}; --classes says how many you have"
+    first = 0 if args.keep_zero else 1
+    largest = first + args.classes - 1
+    remedy = (
+        f"labels are {'' if args.keep_zero else '0 (other) and '}{first} to {largest}, see --classes and --keep-zero"
+    )
     turned, pixels, read = [], np.zeros(args.classes, int), 0
     pairs = sorted(images.keys() & masks.keys())
     for name in _sample(pairs, f"{split} images", args.full):
@@ -80,12 +84,12 @@ def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[F
             turned.append(images[name])
         labels = yield from _caught(_read_labels, masks[name])
         if labels is not None:
-            yield from _caught(check_labels, masks[name], labels, args.classes, remedy)
-            pixels += np.bincount(labels.ravel(), minlength=256)[1 : args.classes + 1]
+            yield from _caught(check_labels, masks[name], labels, largest, remedy)
+            pixels += np.bincount(labels.ravel(), minlength=256)[first : largest + 1]
             read += 1
     yield from _turned(turned)
     if split == "training" and read:
-        names = [str(label) for label in range(1, args.classes + 1)]
+        names = [str(label) for label in range(first, largest + 1)]
         for problem in _caught(check_classes, folders[1], pixels, names, read):
             yield problem if read == len(pairs) else str(problem)  # as in training: the others may differ
 
@@ -101,7 +105,7 @@ def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Fou
     folder, path = root / split, root / "annotations" / f"instances_{split}.json"
     if not folder.is_dir():
         yield UserError(folder, "is no folder", "see --help for what is expected")
-    content = yield from _read_coco(path)
+    content = yield from _read_coco(path, not args.no_masks)
     if content is None:
         return
     yield from _check_instances(path, content, split, args)
@@ -127,12 +131,12 @@ def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Fou
     yield from _turned(turned)
 
 
-def _read_coco(path: Path) -> Generator[Found, None, dict[str, Any] | None]:
+def _read_coco(path: Path, masks: bool) -> Generator[Found, None, dict[str, Any] | None]:
     """Yields what is wrong with an annotation file; returns its content, or None where that cannot be used."""
     content = yield from _caught(load_coco, path)
     if content is None:
         return None
-    faults = list(form_faults(content))
+    faults = list(form_faults(content, masks))
     faults += [
         (f"has no {table}", f"it needs the non-empty lists {', '.join(FIELDS)}")
         for table in FIELDS
@@ -151,12 +155,12 @@ def _check_instances(path: Path, content: dict[str, Any], split: str, args: argp
         yield from _caught(check_ids, path, content)
     readable = True
     for annotation in tqdm(content["annotations"], f"{split} annotations", disable=None, leave=False):
-        for fault, remedy, stops in annotation_faults(annotation, images, categories):
+        for fault, remedy, stops in annotation_faults(annotation, images, categories, not args.no_masks):
             yield UserError(path, f"has the annotation {annotation['id']}, which {fault}", remedy)
             readable &= not stops
     if readable:
         classes = {category["name"] for category in content["categories"]}
-        lost = yield from _caught(check_annotations, path, content, classes)
+        lost = yield from _caught(check_annotations, path, content, classes, not args.no_masks)
         if lost:
             yield lost
 
@@ -226,7 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("root", type=Path, help="folder of the data set")
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these, e.g. validation or val2017")
     parser.add_argument("--any-size", action="store_true", help="any number of images and categories: data of your own")
-    parser.add_argument("--classes", type=int, default=150, help="largest label of a mask, for ade20k (default: 150)")
+    parser.add_argument("--classes", type=int, default=150, help="number of classes, for ade20k (default: 150)")
+    parser.add_argument(
+        "--keep-zero", action="store_true", help="label 0 is a class: reduce_zero_label=False in ade20k"
+    )
+    parser.add_argument("--no-masks", action="store_true", help="boxes alone, for coco: no segmentation is needed")
     parser.add_argument("--full", action="store_true", help="open all images and masks, not a sample")
     args = parser.parse_args(argv)
     check, splits = checks[args.dataset]

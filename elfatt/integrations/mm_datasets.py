@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -149,7 +149,17 @@ def _open(dataset: BaseDataset) -> None:
         raise UserError(source, fault, "check data_root, data_prefix and ann_file") from error
     for name in ("load_data_list", "COCOAPI"):
         vars(dataset).pop(name, None)  # a worker that is spawned gets the data set alone
+    for step in dataset.pipeline.transforms:
+        if hasattr(step, "_load_seg_map"):  # of mmcv's LoadAnnotations, whose errors name no file
+            step._load_seg_map = partial(_load_mask, step._load_seg_map)
     _warn_of_turned(dataset)
+
+
+def _load_mask(load: Callable[[dict], None], results: dict) -> None:
+    try:
+        load(results)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
+        raise UserError(f"mask {results['seg_map_path']} cannot be read: {error}") from error
 
 
 def _spread(dataset: BaseDataset) -> list[int]:

@@ -82,6 +82,15 @@ def test_images_without_a_mask_and_twins_stop(masks, warnings):
         open_masks(masks)
 
 
+def test_a_mask_that_cannot_be_read_is_named(masks, warnings):
+    path = masks / "annotations" / "training" / "1.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 4, (64, 96), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:80])  # the head is whole
+    dataset = open_masks(masks)
+    with pytest.raises(UserError, match=r"mask .*training/1\.png cannot be read: "):
+        [dataset[i] for i in range(4)]
+
+
 def test_a_list_of_names_chooses(masks, warnings):
     (masks / "train.txt").write_text("3\n1\n")
     dataset = open_masks(masks, ann_file="train.txt")

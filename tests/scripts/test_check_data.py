@@ -289,3 +289,16 @@ def test_command_line(folder):
         for arguments, code in (((), 2), (("--help",), 0)):
             result = run("bash", script, *arguments)
             assert result.returncode == code and result.stdout.startswith(f"usage: bash scripts/prepare_{dataset}.sh ")
+
+
+def test_zero_may_be_a_class_and_masks_may_be_missing(capsys, folder):
+    for path in (folder / "annotations").glob("*/*.png"):  # the scenes' background is 0
+        Image.fromarray((np.asarray(Image.open(path)) > 0).astype(np.uint8)).save(path)
+    (line,) = check(capsys, folder, "ade20k", "--any-size", "--classes", "2")
+    assert "leaves nothing to learn" in line
+    assert check(capsys, folder, "ade20k", "--any-size", "--classes", "2", "--keep-zero") == []
+    line = check(capsys, folder, "ade20k", "--any-size", "--classes", "1", "--keep-zero", "--splits", "validation")[0]
+    assert "holds label 1, but 0 to 0 and 255 are known: labels are 0 to 0, see --classes and --keep-zero" in line
+    edit(folder, lambda content: content["annotations"][0].pop("segmentation"))
+    assert any("no valid 'segmentation'" in line for line in check(capsys, folder, *COCO))
+    assert check(capsys, folder, *COCO, "--no-masks") == []
