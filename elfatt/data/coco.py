@@ -166,7 +166,7 @@ def check_annotations(
     )
     if lost:
         notes.append(f"{lost.total():,} of {lost.total() + crowds + usable:,} annotations are lost: {reasons}")
-    if training and not (usable or lost):
+    if training and images and not (usable or lost):
         raise UserError(path, "has no annotation of the classes", "correct the file, or metainfo['classes']")
     if usable or not lost:
         return f"{path}: {'; '.join(notes)}" if notes else None
