@@ -94,8 +94,12 @@ def check_table(path: Path) -> None:
     """Looks at the columns of results that are there already.
 
     Raises:
-        UserError: They are not those of today's results.
+        UserError: They are not those of today's results, or no file can be written there.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent} ({error.strerror}): pass another --results-file") from error
     if _is_new(path):
         return
     with path.open(newline="") as file:
@@ -109,7 +113,6 @@ def check_table(path: Path) -> None:
 
 def write_results(results: dict[str, float | str], path: Path) -> None:
     """Writes the results to a .json file, or appends them to a .csv table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
         part = path.with_name(path.name + ".tmp")
         part.write_text(json.dumps(results, indent=2) + "\n")

@@ -159,6 +159,7 @@ def _write(path: Path, model: str, checkpoint: Checkpoint, tensors: StateDict) -
     """All of the file, or none of it, with what an evaluation needs to know of the weights beside them."""
     # copies, because views of one storage cannot become safetensors
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     if path.suffix == ".safetensors":
         classes = json.dumps(checkpoint.class_to_idx)

@@ -293,6 +293,10 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None, *files: str)
         _check_file(args, name, getattr(args, name))
     if getattr(args, "data_dir", None) and not Path(args.data_dir).is_dir():
         _stop(args, f"--data-dir {args.data_dir} is no folder")
+    for name in ("work_dir", "show_dir"):
+        folder = getattr(args, name, None)
+        if folder and Path(folder).is_file():
+            _stop(args, f"--{name.replace('_', '-')} {folder} is a file: give a folder")
     return args
 
 

@@ -92,6 +92,8 @@ def test_a_table_of_other_columns_is_left_alone(arguments, tmp_path, fails):
     line = fails(main, [*arguments, "--results-file", str(table)])
     assert "all.csv has other columns than model, checkpoint, weights, backend, top1" in line
     assert table.read_text() == "model,top1\n"
+    line = fails(main, [*arguments, "--results-file", str(table / "x.json")])
+    assert "all.csv (" in line and "pass another --results-file" in line
     other = tmp_path / "instances.json"
     for text in ('{"images": []}', "[1]", "{"):
         other.write_text(text)

@@ -92,6 +92,7 @@ def test_instances_belong_to_their_image(tmp_path, pipeline, image, annotation, 
     [
         (["no.py"], "config no.py is no file"),
         (["CONFIG", "--data-dir", "nowhere"], "--data-dir nowhere is no folder"),
+        (["CONFIG", "--work-dir", "ROOTLESS"], "--work-dir .*rootless.py is a file: give a folder"),
         (["CONFIG", "--pretrained", "no.pth"], "pretrained no.pth is no file"),
         (["CONFIG", "--resume", "no.pth"], "resume no.pth is no file"),
         (["CONFIG", "--launcher", "slurm"], "--launcher slurm needs a GPU .* scripts/slurm/train.sbatch"),
