@@ -218,5 +218,5 @@ def draw_curves(results: dict[str, list[Result]], path: Path) -> None:
 
 def _save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
