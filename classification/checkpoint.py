@@ -23,7 +23,7 @@ from torch import nn
 
 from classification.runtime import World
 from elfatt.data import UserError
-from elfatt.data.classes import differences, renumbered
+from elfatt.data.classes import mismatch
 from elfatt.data.resources import exhausted
 
 LOGGER = logging.getLogger("classification")
@@ -156,7 +156,7 @@ class TrainState:
             raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {self.args.model}: correct --model")
         if classes := state.get("class_to_idx"):
             now = self.class_to_idx or classes
-            if difference := differences(now, classes) or renumbered(now, classes):
+            if difference := mismatch(now, classes):
                 raise UserError(f"the data have other classes than the run of {path}: {difference}")
         changed = {
             name: (value, state["args"].get(name))

@@ -133,7 +133,7 @@ class Samples(Dataset):
         epoch, index = key
         try:
             image, label = self._read(index)
-            check_shape(self._name(index), image.size)
+            check_shape("it", image.size)
         except Exception as error:  # a broken file makes Pillow raise almost anything
             return Broken(self._name(index), f"{type(error).__name__}: {error}")
         with seeded(self.seed, epoch, index):

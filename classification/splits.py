@@ -23,7 +23,7 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
 from elfatt.data import EXTENSIONS, UserError, is_image
-from elfatt.data.classes import differences, read_class_map, renumbered, shown
+from elfatt.data.classes import differences, mismatch, read_class_map, renumbered, shown
 from elfatt.data.images import walk
 
 LOGGER = logging.getLogger("classification")
@@ -81,14 +81,17 @@ def open_split(args: argparse.Namespace, train: bool, trained: Mapping[str, int]
 def _compare_with_checkpoint(split: str, classes: dict[str, int], trained: Mapping[str, int], mapped: bool) -> None:
     shared = classes.keys() & trained.keys()
     if mapped and not shared and len(classes) == len(trained):
-        LOGGER.warning("split '%s': --class-map gives other names to the checkpoint's classes: labels decide", split)
+        LOGGER.warning(
+            "split '%s': --class-map renames the checkpoint's classes, which are matched by number",
+            split,
+        )
     elif len(shared) < len(classes):
         raise UserError(
             f"split '{split}' has other classes than the checkpoint: {differences(classes, trained)}; where the same "
             "classes have other names, list all of these in the checkpoint's order with --class-map"
         )
     elif reason := renumbered(classes, trained):
-        raise UserError(f"split '{split}' numbers its classes unlike the checkpoint: {reason}; correct --class-map")
+        raise UserError(f"split '{split}' and the checkpoint number classes differently: {reason}; correct --class-map")
 
 
 def class_names(dataset: Dataset) -> dict[str, int] | None:
@@ -106,8 +109,7 @@ def check_same_classes(train: Dataset, val: Dataset) -> None:
         UserError: They differ, so one index would mean two classes.
     """
     first, second = class_names(train), class_names(val)
-    if first and second and first != second:
-        reason = differences(second, first) or renumbered(second, first)
+    if first and second and (reason := mismatch(second, first)):
         raise UserError(
             f"the validation split has other classes than the training split: {reason}; give both the same class "
             "folders, or name the classes with --class-map"
@@ -204,7 +206,7 @@ def _open_tar(path: Path) -> ReaderImageInTar:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 1024))
         if file.read().strip(b"\0") and tarfile.is_tarfile(path):
-            raise UserError(f"{path} is cut off, it has no end mark: copy or pack it again")
+            raise UserError(f"{path} is truncated, it has no end-of-archive marker: copy or pack it again")
     try:
         return ReaderImageInTar(str(path))
     except (AssertionError, OSError, ValueError, tarfile.TarError) as error:  # timm asserts the extension

@@ -40,7 +40,7 @@ from classification.runtime import LOGGER, autocast, build_model, init_world, lo
 from classification.splits import check_class_count, check_same_classes, class_names, open_split
 from elfatt.checkpoints import LoadReport
 from elfatt.data import UserError
-from elfatt.data.classes import differences, renumbered
+from elfatt.data.classes import mismatch
 from elfatt.layers import align_gradients
 
 
@@ -335,7 +335,7 @@ def _warn_of_other_classes(report: LoadReport, classes: dict[str, int] | None) -
     """A classifier that starts from other classes trains all the same, but its rows mean nothing at first."""
     if any(name.startswith("head.") for name in report.skipped) or not (classes and report.class_to_idx):
         return
-    if difference := differences(classes, report.class_to_idx) or renumbered(classes, report.class_to_idx):
+    if difference := mismatch(classes, report.class_to_idx):
         LOGGER.warning("the classifier starts from other classes: %s", difference)
 
 

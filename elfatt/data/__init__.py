@@ -1,4 +1,4 @@
-"""What a user's own files may be: one place for each rule, called by training, checkers and inference alike.
+"""Rules for users' own data, shared by training, evaluation, inference and the checkers.
 
 Needs NumPy and Pillow only.
 """

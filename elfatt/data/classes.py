@@ -1,4 +1,4 @@
-"""The names of classes: read from a file, and compared before one index can mean two things."""
+"""Class names: read from a file and compared."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_class_map(path: str | Path) -> dict[str, int]:
 
 
 def differences(found: Iterable[str], expected: Iterable[str]) -> str:
-    """Says in words which names are too many and which are missing; empty where they are the same set."""
+    """Describe surplus and missing names; empty if both hold the same."""
     found, expected = dict.fromkeys(found), dict.fromkeys(expected)  # sets in order
     surplus = [name for name in found if name not in expected]
     missing = [name for name in expected if name not in found]
@@ -44,8 +44,13 @@ def differences(found: Iterable[str], expected: Iterable[str]) -> str:
     return ", ".join(parts) + (f"; is '{surplus[0]}' the same as '{close[0]}'?" if close else "")
 
 
+def mismatch(found: Mapping[str, int], expected: Mapping[str, int]) -> str:
+    """Describe where the classes differ, in names or labels; empty if they are the same."""
+    return differences(found, expected) or renumbered(found, expected)
+
+
 def renumbered(found: Mapping[str, int], expected: Mapping[str, int]) -> str:
-    """Says in words which name of both has another index; empty where all agree."""
+    """Describe the first shared name with another label; empty if all agree."""
     for name, index in found.items():
         if expected.get(name, index) != index:
             return f"'{name}' is class {index} here and class {expected[name]} there"

@@ -93,7 +93,7 @@ def list_images(folder: str | os.PathLike, suffix: str = "") -> tuple[dict[str, 
     return images, others
 
 
-def check_shape(path: str | os.PathLike, size: tuple[int, int]) -> None:
+def check_shape(where: str, size: tuple[int, int]) -> None:
     """Stops at an image so flat that nothing is left of it once its long side is that of a recipe.
 
     Raises:
@@ -101,7 +101,7 @@ def check_shape(path: str | os.PathLike, size: tuple[int, int]) -> None:
     """
     if max(size) > FLATTEST * min(size):
         fault = f"has {size[0]}x{size[1]} pixels, one side more than {FLATTEST} times the other"
-        raise UserError(f"image {path}", fault, "cut it into pieces, or leave it out")
+        raise UserError(where, fault, "cut it into pieces, or leave it out")
 
 
 def check_size(image: str | os.PathLike, size: tuple[int, int], owner: str | os.PathLike) -> bool:

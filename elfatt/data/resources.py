@@ -1,4 +1,4 @@
-"""What a machine can run out of in the middle of a run, said in one line."""
+"""One-line messages for exhausted resources: disk space and shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a configuration asks for and cannot work, said before the first step."""
+"""Checks of a configuration before the first step."""
 
 from __future__ import annotations
 

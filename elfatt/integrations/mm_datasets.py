@@ -15,7 +15,7 @@ from mmengine.registry import DATASETS
 from PIL import UnidentifiedImageError
 
 from elfatt.data import UserError, check_size, is_image, list_images
-from elfatt.data.classes import differences, renumbered
+from elfatt.data.classes import mismatch
 from elfatt.data.coco import check_annotations, check_categories, check_ids, form_faults, load_coco
 from elfatt.data.masks import check_classes, check_mask
 from elfatt.integrations.mm_transforms import CheckMask
@@ -58,7 +58,7 @@ def lazy(config: dict) -> dict:
 
 
 def check_training_masks(dataset: BaseDataset) -> None:
-    """Reads up to 100 masks as training does, and the others too where those teach nothing.
+    """Read up to 100 masks as training does, and all of them if these hold fewer than two classes.
 
     Args:
         dataset: Open; passed over where its pipeline reads no mask.
@@ -114,7 +114,7 @@ def check_same_classes(where: str, classes: Sequence[str], trained: Sequence[str
         UserError: They differ, in names or order.
     """
     here, there = ({name: index for index, name in enumerate(names)} for names in (classes, trained))
-    if difference := differences(here, there) or renumbered(here, there):
+    if difference := mismatch(here, there):
         remedy = "take the configuration and the data that it was trained with, or train anew"
         raise UserError(where, f"has other classes than the data: {difference}", remedy)
 

@@ -1,4 +1,4 @@
-"""How the dense programs end: what their user has to put right takes one line, anything else keeps its traceback."""
+"""Entry point of the dense programs: user errors end in one line, other errors keep their traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_WORKERS = "--cfg-options " + " ".join(f"{split}_dataloader.num_workers=0" for
 
 
 def run(main: Callable[[], object]) -> None:
-    """Runs a program; what its user has to put right takes one line, anything else keeps its traceback."""
+    """Run a program; a user error ends it in one line, any other error keeps its traceback."""
     try:
         main()
     except (OSError, RuntimeError, TypeError, ValueError) as error:

@@ -186,7 +186,7 @@ def test_a_checkpoints_classes_number_the_folders(copy, opened, tmp_path, caplog
         opened(copy, trained=wordnet)
     found = opened(copy, "--class-map", tmp_path / "map.txt", trained=wordnet)
     assert [label for _, label in found] == [0] * 8 + [1] * 8 + [2] * 8
-    assert "--class-map gives other names to the checkpoint's classes" in caplog.text
+    assert "--class-map renames the checkpoint's classes" in caplog.text
 
 
 def test_class_names_are_those_of_the_reader(options, data_dir, copy):
@@ -198,7 +198,7 @@ def test_class_names_are_those_of_the_reader(options, data_dir, copy):
 def test_a_link_without_end_and_half_a_tar_file_stop(copy, opened):
     pack(copy)
     (copy / "train.tar").write_bytes((copy / "train.tar").read_bytes()[:30_000])
-    with pytest.raises(UserError, match=r"train\.tar is cut off, it has no end mark: copy or pack it again"):
+    with pytest.raises(UserError, match=r"train\.tar is truncated, it has no end-of-archive marker"):
         opened(copy, "--train-split", "train.tar")
     (copy / "train" / "cat" / "loop").symlink_to("..")
     with pytest.raises(UserError, match="cat/loop is a link to a folder that holds it"):

@@ -149,7 +149,7 @@ def test_labels_are_compared_by_name(arguments, data_dir, tmp_path, fails, capsy
     assert "has other classes than the checkpoint: 1 surplus ('cow')" in fails(main, arguments)
     (tmp_path / "map.txt").write_text("dog\ncat\nfish\n")
     line = fails(main, [*arguments, "--data-dir", str(data_dir), "--class-map", str(tmp_path / "map.txt")])
-    assert "numbers its classes unlike the checkpoint: 'dog' is class 0 here and class 1 there" in line
+    assert "and the checkpoint number classes differently: 'dog' is class 0 here and class 1 there" in line
 
 
 # ------------------------------------------------------------------------- the crop behind published accuracies

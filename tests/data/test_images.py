@@ -189,9 +189,9 @@ def test_sizes_of_labels_that_do_not_fit(tmp_path, orientation, size, message, s
 
 
 def test_a_very_flat_image_is_refused():
-    check_shape("a.png", (1000, 10))
+    check_shape("image a.png", (1000, 10))
     with pytest.raises(UserError, match=r"image a\.png has 10x1001 pixels, one side more than 100 times the other"):
-        check_shape("a.png", (10, 1001))
+        check_shape("image a.png", (10, 1001))
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):

@@ -152,12 +152,14 @@ def test_conclusions_compare_at_no_more_cost():
     assert "uniform split, at 5.0% of the multiply-adds: accuracy 60.0 % after 90.0 % (-30.0 points)" in text
     assert "over the uniform split +29.5 points and +13.0 dB" in text
     assert "at no more cost b (25.0%) is closer: 20.0 dB and 88.0 %" in text
-    assert text.endswith("reached.") and "train longer" not in text
+    assert "at 50%: reached." in text and text.endswith("closer than each rival at no more cost: reached.")
+    assert "train longer" not in text
     assert "has only 20.0 %: train longer" in outcome.conclusions([row("unpatched", "", 1, 100, 20.0), *ROWS[1:]], {})
     assert outcome.conclusions([*ROWS, row("Agent", "Agent", 0.3, 21.0, 90.0)], {}).endswith("missed.")
-    assert outcome.conclusions(
-        [r if r.name != "a" else row("a", r.family, 0.45, 25.0, 88.9) for r in ROWS], {}
-    ).endswith("missed.")
+    weaker = outcome.conclusions([r if r.name != "a" else row("a", r.family, 0.45, 25.0, 88.9) for r in ROWS], {})
+    assert "at 50%: missed." in weaker
+    alone = outcome.conclusions([r for r in ROWS if r.family not in ("ToMe", "Agent")], {})
+    assert alone.endswith("closer than each rival at no more cost: no rival to compare with.")
 
 
 def test_report_has_every_row_and_its_pictures(tmp_path):
