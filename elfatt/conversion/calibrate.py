@@ -8,7 +8,7 @@ disturbing that layer alone. So the plan's error is that of the output, as far a
 
 Either way each head adds its own share, and the choice is one list of steps, each head's cheaper branches in the order
 of error per saving; a budget says how far to go. A larger budget takes more of the same steps: its plan is never more
-expensive.
+expensive. A budget of cost ends with whichever one step reaches it at the least error.
 """
 
 from __future__ import annotations
@@ -168,6 +168,8 @@ class Calibration:
         for _, name, head, option, added, saved in self._steps():
             if (error is not None and spent + added > error**2) or (cost is not None and left <= cost * total):
                 break
+            if cost is not None and left - saved <= cost * total:
+                name, head, option, added, saved = self._last_step(chosen, left, cost * total)
             chosen[name][head] = option
             spent, left = spent + added, left - saved
         if cost is not None and left > cost * total:
@@ -238,6 +240,18 @@ class Calibration:
                     steps.append((slope[to], name, head, to, errors[to] - errors[at], costs[at] - costs[to]))
                     at = to
         return sorted(steps, key=lambda step: step[0])  # stable: ties go in the order of layers and heads
+
+    def _last_step(self, chosen: dict[str, list[int]], left: float, most: float) -> tuple:
+        """The change of one head that brings the cost ``left`` down to ``most`` at the least error."""
+        shares, found = self._shares(), []
+        for name, options in chosen.items():
+            costs = self.layers[name].cost.tolist()
+            for head, at in enumerate(options):
+                for option, cost in enumerate(costs):
+                    if left - (costs[at] - cost) <= most:
+                        added = (shares[name][option, head] - shares[name][at, head]).item()
+                        found.append((name, head, option, added, costs[at] - cost))
+        return min(found, key=lambda step: step[3])
 
     def _head(self, name: str, head: int, option: int) -> Head:
         if option == len(self.candidates):

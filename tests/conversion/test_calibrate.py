@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elfatt.conversion import Calibration, Head, LayerPlan, calibrate, hybrid_attention, multiply_adds
+from elfatt.conversion import Calibration, Head, LayerPlan, Plan, calibrate, hybrid_attention, multiply_adds
 
 SIZE, WIDTH = (8, 12), 8
 BLOCK, LINEAR = Head("block", 4), Head("linear")
@@ -87,6 +87,20 @@ def test_a_cost_budget_is_reached_with_the_fewest_steps():
     assert errors == sorted(errors) and errors[0] == 0
     with pytest.raises(ValueError, match=r"cost=0.01 cannot be reached: the cheapest choice costs 0\.\d+"):
         calibration.plan(cost=0.01)
+
+
+def test_a_cost_budget_ends_with_the_cheapest_head_that_reaches_it():
+    calibration = Calibration("made", (BLOCK, Head("block", 6), LINEAR))
+    run(0, calibration.attend)
+    for budget in (0.95, 0.8, 0.7, 0.5, 0.35):
+        plan = calibration.plan(cost=budget)
+        for name, layer in plan.layers.items():  # no head can take back its step, or part of it, within the budget
+            for head, current in enumerate(layer.heads):
+                for other in (Head(), *calibration.candidates):
+                    heads = (*layer.heads[:head], other, *layer.heads[head + 1 :])
+                    changed = Plan("made", {**plan.layers, name: LayerPlan(heads)})
+                    if other != current and calibration.relative_cost(changed) <= budget:
+                        assert calibration.error(changed) >= calibration.error(plan)
 
 
 def test_the_model_goes_on_exactly_and_the_same_data_give_the_same_plan():
