@@ -23,11 +23,11 @@ from torch import nn
 from elfatt.attention import create_attention
 from elfatt.attention.base import QKVAttention
 from elfatt.attention.elfatt import ELFATT
+from elfatt.conversion.measures import NORMS, relative_error
 from elfatt.layers.lepe import LePE
 from elfatt.ops import use_backend
 from elfatt.ops.geometry import pad_to_multiple
 
-NORMS = {"frobenius": "fro", "spectral": 2}
 COLUMNS = {
     "map_frobenius": "map error, Frobenius",
     "map_spectral": "map error, spectral",
@@ -114,12 +114,6 @@ def softmax_map(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor) -> to
     )
 
 
-def relative_errors(found: torch.Tensor, exact: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``‖found − exact‖ / ‖exact‖`` of matrices ``[..., N, M]`` in each of ``NORMS``: ``[...]``."""
-    norm = torch.linalg.matrix_norm
-    return {name: norm(found - exact, kind) / norm(exact, kind) for name, kind in NORMS.items()}
-
-
 def entropy(weights: torch.Tensor) -> torch.Tensor:
     """Mean entropy of the rows of ``[..., N, M]``, each scaled to sum to one: 0 for one key, 1 for all keys alike."""
     rows = weights / weights.sum(-1, keepdim=True)
@@ -156,11 +150,11 @@ def compare(
     widths = _head_widths(attention)
     values = v.double().flatten(1, 2).split(widths, dim=-1)
     outputs = [torch.cat([a @ x for a, x in zip(maps.unbind(1), values, strict=True)], -1) for maps in (found, exact)]
-    figures = {f"map_{name}": error for name, error in relative_errors(found, exact).items()}
+    figures = {f"map_{name}": relative_error(found, exact, name) for name in NORMS}
     figures |= {"entropy": entropy(found), "concentration": concentration(found)}
     share = torch.tensor(widths).to(found) / attention.dim
     figures = {name: (per_head * share).sum(1) for name, per_head in figures.items()}
-    figures |= {f"output_{name}": error for name, error in relative_errors(*outputs).items()}
+    figures |= {f"output_{name}": relative_error(*outputs, name) for name in NORMS}
     return {name: figures[name].mean().item() for name in COLUMNS}
 
 

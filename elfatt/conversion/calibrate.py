@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 
 from elfatt.conversion.attention import hybrid_attention
+from elfatt.conversion.measures import relative_error
 from elfatt.conversion.plan import Head, LayerPlan, Plan
 
 CANDIDATES = (
@@ -276,8 +277,7 @@ class Calibration:
 
 
 def _squared_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    found, exact = found.double(), exact.double()
-    return ((found - exact).square().sum() / exact.square().sum()).item()
+    return relative_error(found.double().flatten(1), exact.double().flatten(1)).item() ** 2
 
 
 def calibrate(

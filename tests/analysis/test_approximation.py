@@ -21,7 +21,6 @@ from elfatt.analysis.approximation import (
     entropy,
     layer_qkv,
     random_qkv,
-    relative_errors,
     softmax_map,
     sweep,
 )
@@ -150,14 +149,6 @@ def test_compare_is_the_mean_over_channels_and_images(qkv):
             of_output.append(np.linalg.norm(a - s, order) / np.linalg.norm(s, order))
         assert found[f"map_{name}"] == pytest.approx(np.mean(of_map), rel=1e-9)
         assert found[f"output_{name}"] == pytest.approx(np.mean(of_output), rel=1e-9)
-
-
-def test_relative_errors_of_known_matrices():
-    exact = torch.diag(torch.tensor([3.0, 4.0])).double()
-    errors = relative_errors(torch.zeros(2, 2).double(), exact)
-    assert errors["frobenius"] == 1 and errors["spectral"] == 1
-    errors = relative_errors(torch.diag(torch.tensor([3.0, 3.0])).double(), exact)
-    assert errors["frobenius"] == pytest.approx(1 / 5) and errors["spectral"] == pytest.approx(1 / 4)
 
 
 def test_entropy_and_concentration_of_known_maps():

@@ -1,0 +1,13 @@
+"""How far attention is from the attention that it replaces."""
+
+from __future__ import annotations
+
+import torch
+
+NORMS = {"frobenius": "fro", "spectral": 2}
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor, norm: str = "frobenius") -> torch.Tensor:
+    """``‖found − exact‖ / ‖exact‖`` of matrices ``[..., N, M]`` in one of ``NORMS``: ``[...]``."""
+    kind = NORMS[norm]
+    return torch.linalg.matrix_norm(found - exact, kind) / torch.linalg.matrix_norm(exact, kind)
