@@ -277,7 +277,7 @@ class Calibration:
 
 
 def _squared_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return relative_error(found.double().flatten(1), exact.double().flatten(1)).item() ** 2
+    return relative_error(found.double().reshape(1, -1), exact.double().reshape(1, -1)).item() ** 2
 
 
 def calibrate(
