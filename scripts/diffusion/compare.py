@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "quickstart")]
 import quality  # noqa: E402
 from generators import CLASSES, MODELS, PHASES, SIDE, sample, save, train  # noqa: E402
 from material import load_material  # noqa: E402
-from outcome import Result, write_report  # noqa: E402
+from outcome import RIVALS, UNPATCHED, Result, write_report  # noqa: E402
 
 from elfatt.analysis.complexity import count_true  # noqa: E402
 from elfatt.analysis.diffusion_quality import psnr  # noqa: E402
@@ -36,7 +36,7 @@ from elfatt.integrations import diffusers as adapter  # noqa: E402
 
 PICTURES, BATCH, STEPS = 120, 40, 8
 CALIBRATION_PICTURES = 20
-BUDGETS = (0.75, 0.5, 0.3, 0.1)
+BUDGETS = (0.75, 0.5, 0.3, 0.1)  # and what each rival costs
 
 
 class Subject:
@@ -94,7 +94,7 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "unpatched": Variant("unpatched", None),
+    UNPATCHED: Variant(UNPATCHED, None),
     "ELFATT, uniform": Variant("ELFATT, uniform", lambda subject: {}),
     "linear alone": Variant("linear alone", lambda subject: {"plan": subject.every_head(Head("linear"))}),
     "blocks of 8 alone": Variant("blocks alone", lambda subject: {"plan": subject.every_head(Head("block", 8))}),
@@ -136,9 +136,20 @@ def supported(subject: Subject, variants: dict[str, Variant]) -> tuple[dict[str,
         try:
             with patched(subject, variant):
                 pass
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             refused[name] = str(error)
     return {name: variant for name, variant in variants.items() if name not in refused}, refused
+
+
+def at_equal_cost(variants: dict[str, Variant], shares: dict[str, float]) -> dict[str, Variant]:
+    """A calibrated plan at the cost of each rival."""
+    family = "ELFATT, calibrated + V"
+    return {
+        f"{family}, {share:.1%}": Variant(
+            family, lambda subject, share=share: {"plan": subject.plan(share, shortcut=True)}
+        )
+        for share in (min(shares[name], 1.0) for name, variant in variants.items() if variant.family in RIVALS)
+    }
 
 
 def attention_share(subject: Subject, variants: dict[str, Variant]) -> dict[str, float]:
@@ -161,7 +172,7 @@ def attention_share(subject: Subject, variants: dict[str, Variant]) -> dict[str,
         with patched(subject, variant), count_true() as total:
             sample(subject.model, labels, subject.steps, seed=0)
             totals[name] = total()
-    return {name: 1 - (totals["unpatched"] - total) / attention for name, total in totals.items()}
+    return {name: 1 - (totals[UNPATCHED] - total) / attention for name, total in totals.items()}
 
 
 def draw_samples(
@@ -198,20 +209,23 @@ def draw_samples(
 
 
 def compare(
-    subject: Subject, variants: dict[str, Variant], classifier: nn.Module, real: torch.Tensor, samples: dict
+    variants: dict[str, Variant],
+    shares: dict[str, float],
+    classifier: nn.Module,
+    real: torch.Tensor,
+    samples: dict[str, tuple[torch.Tensor, list[float]]],
 ) -> list[Result]:
     """What each variant's samples are to the unpatched ones.
 
     Args:
-        subject: The model.
         variants: What was compared.
+        shares: Of ``attention_share``.
         classifier: Judges the pictures.
         real: Pictures of real digits ``[M, 1, SIDE, SIDE]`` in 0…1.
         samples: Of ``draw_samples``.
     """
-    shares = attention_share(subject, variants)
     real_features, _ = quality.judge(classifier, real)
-    wanted, wanted_seconds = samples["unpatched"]
+    wanted, wanted_seconds = samples[UNPATCHED]
     wanted_features, _ = quality.judge(classifier, wanted)
     results = []
     for name, (pictures, seconds) in samples.items():
@@ -250,8 +264,12 @@ def main(argv: list[str] | None = None) -> None:
         model = train(build(), images["train"], labels["train"], root / f"{name}.pt", PHASES[name])
         subject = Subject(name, model, STEPS)
         variants, refused[name] = supported(subject, VARIANTS)
+        shares = attention_share(subject, variants)
+        equals, left_out = supported(subject, at_equal_cost(variants, shares))
+        variants, refused[name] = variants | equals, refused[name] | left_out
+        shares |= attention_share(subject, {UNPATCHED: variants[UNPATCHED]} | equals)
         samples = draw_samples(subject, variants, root / f"{name}-samples.pt", PICTURES, BATCH)
-        results[name] = compare(subject, variants, classifier, real, samples)
+        results[name] = compare(variants, shares, classifier, real, samples)
         grids[name] = {variant: pictures[:CLASSES] for variant, (pictures, _) in samples.items()}
     write_report(root, results, grids, refused, classifier_accuracy=right, pictures=PICTURES, steps=STEPS)
     for name in MODELS:

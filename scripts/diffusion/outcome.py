@@ -18,6 +18,7 @@ from elfatt.analysis.diffusion_quality import MAX_PSNR
 
 UNPATCHED, UNIFORM, CALIBRATED = "unpatched", "ELFATT, uniform", "ELFATT, calibrated"
 TRAINED = 80.0  # least accuracy in % at which the unpatched model's is worth comparing
+RIVALS = ("ToMe", "Agent")
 HALF, POINT = 0.5, 1.0  # the goal: at most this share of the multiply-adds, at most so many points of accuracy lost
 
 
@@ -127,7 +128,7 @@ def conclusions(rows: Sequence[Result], refused: dict[str, str]) -> str:
         f"{gained[0]:+.1f} points and {gained[1]:+.1f} dB."
     )
     closer = []
-    for rival in (row for row in rows if row.family in ("ToMe", "Agent")):
+    for rival in (row for row in rows if row.family in RIVALS):
         ours = _closest(rows, rival.share)
         if ours is None:
             lines.append(f"{rival.name}, {rival.share:.1%}, {rival.psnr:.1f} dB: no calibrated plan is as cheap.")
