@@ -61,9 +61,14 @@ def _lpips(pictures, unpatched, *_):
 
 
 def _clip_score(pictures, unpatched, prompts, clip):
-    from torchmetrics.functional.multimodal import clip_score
+    """``100 · max(cos, 0)`` (Hessel et al., 2021); torchmetrics' takes no folder and does not know transformers 5."""
+    from transformers import CLIPModel, CLIPProcessor
 
-    return clip_score(list(pictures), prompts, model_name_or_path=clip).item()
+    model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
+    inputs = processor(text=prompts, images=list(pictures), return_tensors="pt", padding=True, truncation=True)
+    with torch.no_grad():
+        out = model(**inputs)
+    return 100 * torch.cosine_similarity(out.image_embeds, out.text_embeds).clamp(min=0).mean().item()
 
 
 def _fid(pictures, unpatched, *_):
@@ -78,7 +83,7 @@ def _fid(pictures, unpatched, *_):
 METRICS = {
     "PSNR": Metric("psnr_db", (), psnr),
     "LPIPS": Metric("lpips", ("lpips",), _lpips),
-    "CLIP score": Metric("clip_score", ("torchmetrics", "transformers"), _clip_score, paired=False),
+    "CLIP score": Metric("clip_score", ("transformers",), _clip_score, paired=False),
     "FID": Metric("fid", ("torchmetrics", "torch_fidelity"), _fid),
 }
 

@@ -264,10 +264,6 @@ def test_other_measures_are_asked_as_their_packages_want(monkeypatch):
             assert x.shape == (1, 3, 8, 8) and x.min() >= -1 and x.max() <= 1
             return (x - y).abs().mean()[None, None, None, None]
 
-    def clip_score(images, text, model_name_or_path):
-        assert len(images) == len(text) == 2 and images[0].dtype == torch.uint8 and model_name_or_path == "clip"
-        return torch.tensor(30.0)
-
     class FID:
         def __init__(self):
             self.seen = {}
@@ -282,7 +278,6 @@ def test_other_measures_are_asked_as_their_packages_want(monkeypatch):
 
     for name, content in {
         "lpips": {"LPIPS": LPIPS},
-        "torchmetrics.functional.multimodal": {"clip_score": clip_score},
         "torchmetrics.image.fid": {"FrechetInceptionDistance": FID},
     }.items():
         for parent in [name.rsplit(".", n)[0] for n in range(name.count("."), 0, -1)]:
@@ -291,10 +286,42 @@ def test_other_measures_are_asked_as_their_packages_want(monkeypatch):
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
     found = {
-        name: metric.measure(pictures, other, ["a", "b"], "clip") for name, metric in diffusion_quality.METRICS.items()
+        name: diffusion_quality.METRICS[name].measure(pictures, other, ["a", "b"], "") for name in ("LPIPS", "FID")
     }
     apart = (pictures.float() - other.float()).abs().mean().item() / 127.5
-    assert found["LPIPS"] == pytest.approx(apart, rel=1e-5) and (found["CLIP score"], found["FID"]) == (30, 7)
+    assert found == {"LPIPS": pytest.approx(apart, rel=1e-5), "FID": 7}
+
+
+def test_the_clip_score_of_a_model_on_disk(tmp_path):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    letters = [chr(code) for code in range(97, 123)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=77)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    vision = {**tower, "image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    processor = CLIPProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
+    )
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+
+    pictures = torch.randint(0, 256, (3, 3, 40, 48), dtype=torch.uint8)
+    prompts = ["a", "b c", "d" * 100]  # the last one is too long for the model
+    found = diffusion_quality.METRICS["CLIP score"].measure(pictures, pictures, prompts, str(tmp_path))
+    scores = []
+    for picture, prompt in zip(pictures, prompts, strict=True):
+        inputs = processor(text=prompt, images=picture, return_tensors="pt", truncation=True)
+        with torch.no_grad():
+            seen = model.visual_projection(model.vision_model(inputs["pixel_values"]).pooler_output)[0]
+            read = model.text_projection(model.text_model(inputs["input_ids"]).pooler_output)[0]
+        scores.append(100 * max(0, (seen @ read / seen.norm() / read.norm()).item()))
+    assert found == pytest.approx(sum(scores) / 3, rel=1e-4) and found > 0
 
 
 def test_missing_packages_are_named(pipeline, tmp_path, capsys, monkeypatch):
@@ -303,7 +330,7 @@ def test_missing_packages_are_named(pipeline, tmp_path, capsys, monkeypatch):
     del diffusion_quality.METRICS["LPIPS"]
     measure(tmp_path / "r.json", *pipeline, "--steps", "1", "--variants", "unpatched")
     error = capsys.readouterr().err
-    assert "CLIP score is left out: pip install torchmetrics transformers\n" in error
+    assert "CLIP score is left out: pip install transformers\n" in error
     assert "FID is left out: pip install torchmetrics torch-fidelity\n" in error and "PSNR is" not in error
 
 
