@@ -6,12 +6,14 @@ The core needs torch only; ``elfatt.integrations`` finds the layers of a model a
 from elfatt.conversion.agent import Agent
 from elfatt.conversion.attention import hybrid_attention
 from elfatt.conversion.calibrate import Attend, Calibration, calibrate, multiply_adds
+from elfatt.conversion.handle import Handle
 from elfatt.conversion.plan import Head, LayerPlan, Plan
 
 __all__ = [
     "Agent",
     "Attend",
     "Calibration",
+    "Handle",
     "Head",
     "LayerPlan",
     "Plan",

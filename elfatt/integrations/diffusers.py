@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from functools import partial
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ try:
 except ImportError as error:
     raise ImportError("elfatt.integrations.diffusers needs diffusers 0.35 or newer: pip install diffusers") from error
 
-from elfatt.conversion import Attend, Calibration, Plan, hybrid_attention
+from elfatt.conversion import Attend, Calibration, Handle, Plan, hybrid_attention
 from elfatt.conversion.intercept import InterceptAttention
 from elfatt.conversion.merging import Merge, TokenMerging
 
@@ -32,11 +31,10 @@ MODELS = (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel, PixArtTransf
 EXPLICIT = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")  # processors with attention of their own
 WEIGH_EVERY = 7  # calls of the model; no divisor of the usual numbers of steps, so that all of them have their turn
 _TIMESTEP = {PixArtTransformer2DModel: 2}  # its place among the arguments of the forward pass, else 1
-_applied: WeakKeyDictionary[nn.Module, ref[Handle]] = WeakKeyDictionary()  # a handle refers to its model
 
 
-class Handle:
-    """Another attention within a model; ``remove`` takes it out, and so does leaving it as a context.
+class DiffusionHandle(Handle):
+    """Another attention within a diffusion model.
 
     Args:
         model: The UNet or transformer.
@@ -60,10 +58,8 @@ class Handle:
         merge: Merge | None = None,
     ):
         merged = _largest_layers(model) if merge else []
-        if before := _handle_of(model):
-            before.remove()
-        _applied[model] = ref(self)
-        self.model, self.attend, self.merge = model, attend, merge
+        super().__init__(model)
+        self.attend, self.merge = attend, merge
         self._steps, self._train_steps = steps, train_steps
         self._latent, self._runs, self._done = (0, 0), False, 0.0
         self._inputs: dict[str, torch.Tensor] = {}  # of the blocks whose layer's tokens are merged
@@ -78,8 +74,7 @@ class Handle:
                 self._processors.append((layer, own))
                 layer.set_processor(own)
 
-    def remove(self) -> None:
-        """Puts every processor back; a second call does nothing."""
+    def _restore(self):
         for hook in self._hooks:
             hook.remove()
         self._runs = False
@@ -88,14 +83,6 @@ class Handle:
             if layer.processor is own:  # else another one was set in the meantime, such as a fused one
                 layer.set_processor(own.original)
         self._processors = []
-        if _handle_of(self.model) is self:
-            del _applied[self.model]
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
     def _look(self, model, args, kwargs):
         """Before each step: the size of the latent, and whether the step is among those to replace."""
@@ -115,14 +102,10 @@ class Handle:
             self._inputs[name] = args[0] if args else kwargs["hidden_states"]
 
 
-def _handle_of(model: nn.Module) -> Handle | None:
-    return _applied[model]() if model in _applied else None
-
-
 class _Processor:
     """A processor whose softmax attention a handle computes, and whose tokens it may merge."""
 
-    def __init__(self, original: Callable, name: str, handle: Handle, replaced: bool, merged: bool):
+    def __init__(self, original: Callable, name: str, handle: DiffusionHandle, replaced: bool, merged: bool):
         self.original, self.name, self.handle = original, name, handle
         self.replaced, self.merged = replaced, merged
 
@@ -167,7 +150,7 @@ def apply(
     min_tokens: int = 1024,
     steps: tuple[float, float] = (0.0, 1.0),
     merge_ratio: float = 0.0,
-) -> Handle:
+) -> DiffusionHandle:
     """Replace the self-attention of a diffusion model by a plan; a second call replaces the first one's plan.
 
     Args:
@@ -203,7 +186,7 @@ def apply(
         if merge:
             raise ValueError(f"merge_ratio={merge_ratio} must be 0: {type(plan).__name__} merges tokens by itself")
         merge = TokenMerging(merge_ratio)
-    return Handle(model, attend, layers, (float(steps[0]), float(steps[1])), train_steps, merge)
+    return DiffusionHandle(model, attend, layers, (float(steps[0]), float(steps[1])), train_steps, merge)
 
 
 def _attend(plan, layer, q, k, v, size, *, scale=None):
@@ -238,7 +221,7 @@ def calibrate(
         if weigh_every and next(calls) % weigh_every == 0:
             calibration.weigh(lambda: model.forward(*args, **kwargs)[0], out[0])
 
-    with Handle(model, calibration.attend, self_attention_layers(model), train_steps=train_steps):
+    with DiffusionHandle(model, calibration.attend, self_attention_layers(model), train_steps=train_steps):
         hook = model.register_forward_hook(weigh, with_kwargs=True)
         try:
             for batch in batches:

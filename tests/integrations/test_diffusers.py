@@ -1,5 +1,6 @@
 """Plans go into diffusion models and come out again without a trace."""
 
+import copy
 import gc
 import itertools
 import random
@@ -108,7 +109,7 @@ def built(request):
     size = (8, 8) if request.param == "dit" else SIZE  # diffusers' DiT takes squares only
     x = torch.randn(2, 4, *size)
 
-    def run(t=500, x=x):
+    def run(t=500, x=x, model=model):
         with torch.no_grad():
             return call(model, x, torch.full((len(x),), t))
 
@@ -165,6 +166,18 @@ def test_a_plan_changes_the_output_and_leaves_without_a_trace(built):
     assert_same_state(state(model), clean)
     handle.remove()
     assert_same_state(state(model), clean)
+
+
+def test_a_deep_copy_keeps_a_plan_of_its_own(built):
+    model, run = built
+    before = run()
+    handle = adapter.apply(model, block=2, min_tokens=0)
+    wanted, other = run(), copy.deepcopy(model)
+    handle.remove()
+    assert torch.equal(run(model=other), wanted) and torch.equal(run(), before)
+    adapter.apply(other, plan_of(other, Head())).remove()  # takes the copied plan out first
+    assert torch.equal(run(model=other), before)
+    assert_same_state({**state(other), "processors": 0}, {**state(model), "processors": 0})
 
 
 def test_twenty_orders_of_apply_and_remove(built):
