@@ -6,6 +6,7 @@ Importing the package registers its models with timm: ``timm.create_model("cswin
 from elfatt import checkpoints, ops
 from elfatt.attention import create_attention, list_attentions
 from elfatt.backbones import list_models
+from elfatt.integrations.timm import convert
 
 __version__ = "0.1.0"
-__all__ = ["checkpoints", "create_attention", "list_attentions", "list_models", "ops"]
+__all__ = ["checkpoints", "convert", "create_attention", "list_attentions", "list_models", "ops"]

@@ -86,7 +86,15 @@ class Plan:
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
 
     @classmethod
-    def uniform(cls, model: str, heads: Mapping[str, int], *, block: int = 8, min_tokens: int = 0) -> Plan:
+    def uniform(
+        cls,
+        model: str,
+        heads: Mapping[str, int],
+        *,
+        block: int = 8,
+        min_tokens: int = 0,
+        global_branch: str = "linear",
+    ) -> Plan:
         """The paper's ELFATT without data: the first half of each layer's heads linear, the others in blocks.
 
         Args:
@@ -94,13 +102,12 @@ class Plan:
             heads: Number of heads of each layer.
             block: Side of a block in tokens.
             min_tokens: Shorter inputs run exact attention.
+            global_branch: Of the first half; ``exact`` where linear heads are not sound.
         """
+        far, near = (Head(global_branch),), (Head("block", block),)
         return cls(
             model,
-            {
-                name: LayerPlan((Head("linear"),) * (n // 2) + (Head("block", block),) * (n - n // 2), min_tokens)
-                for name, n in heads.items()
-            },
+            {name: LayerPlan(far * (n // 2) + near * (n - n // 2), min_tokens) for name, n in heads.items()},
         )
 
     def check(self, model: str, heads: Mapping[str, int]) -> None:
