@@ -20,6 +20,8 @@ OPTIONAL = {
     "mmdet",
     "diffusers",
     "tomesd",
+    "transformers",
+    "accelerate",
     "flash_attn",
     "triton",
     "matplotlib",

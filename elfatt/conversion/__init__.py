@@ -4,7 +4,7 @@ The core needs torch only; ``elfatt.integrations`` finds the layers of a model a
 """
 
 from elfatt.conversion.agent import Agent
-from elfatt.conversion.attention import hybrid_attention
+from elfatt.conversion.attention import hybrid_attention, run_plan
 from elfatt.conversion.calibrate import Attend, Calibration, calibrate, multiply_adds
 from elfatt.conversion.handle import Handle
 from elfatt.conversion.plan import Head, LayerPlan, Plan
@@ -20,4 +20,5 @@ __all__ = [
     "calibrate",
     "hybrid_attention",
     "multiply_adds",
+    "run_plan",
 ]

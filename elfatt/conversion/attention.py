@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from elfatt.conversion.plan import LayerPlan
+from elfatt.conversion.plan import LayerPlan, Plan
 from elfatt.ops import efficient_attention, elfatt_attention, softmax_attention
 from elfatt.ops.geometry import fit_block, from_blocks, to_blocks
 
@@ -88,6 +88,21 @@ def hybrid_attention(
     if prefix:
         out = torch.cat([softmax_attention(scaled[:, :prefix], k, v, backend=backend), out], dim=1)
     return out
+
+
+def run_plan(
+    plan: Plan,
+    layer: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    size: tuple[int, int] | None,
+    *,
+    prefix: int = 0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """``hybrid_attention`` of one layer of a plan; with the plan bound, an ``Attend``."""
+    return hybrid_attention(q, k, v, size, plan.layers[layer], prefix=prefix, scale=scale)
 
 
 def _fused(soft, scaled, k, v, size, linear, local, side, backend):

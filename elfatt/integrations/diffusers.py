@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise ImportError("elfatt.integrations.diffusers needs diffusers 0.35 or newer: pip install diffusers") from error
 
-from elfatt.conversion import Attend, Calibration, Handle, Plan, hybrid_attention
+from elfatt.conversion import Attend, Calibration, Handle, Plan, run_plan
 from elfatt.conversion.intercept import InterceptAttention
 from elfatt.conversion.merging import Merge, TokenMerging
 
@@ -180,17 +180,13 @@ def apply(
     attend, layers, merge = plan, heads, getattr(plan, "merge", None)
     if isinstance(plan, Plan):
         plan.check(name_of(model), heads)
-        attend = partial(_attend, plan)
+        attend = partial(run_plan, plan)
         layers = {name for name, layer in plan.layers.items() if not layer.is_exact}
     if merge_ratio:
         if merge:
             raise ValueError(f"merge_ratio={merge_ratio} must be 0: {type(plan).__name__} merges tokens by itself")
         merge = TokenMerging(merge_ratio)
     return DiffusionHandle(model, attend, layers, (float(steps[0]), float(steps[1])), train_steps, merge)
-
-
-def _attend(plan, layer, q, k, v, size, *, scale=None):
-    return hybrid_attention(q, k, v, size, plan.layers[layer], scale=scale)
 
 
 def calibrate(

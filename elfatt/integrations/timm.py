@@ -7,7 +7,6 @@ softmax attention only. State dicts do not change.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,61 +15,11 @@ from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
 
-from elfatt.conversion import Attend, Calibration, Handle, Plan, hybrid_attention
-from elfatt.conversion.calibrate import CANDIDATES
+from elfatt.conversion import Attend, Calibration, Plan, vit
 from elfatt.conversion.intercept import InterceptAttention
 
 ENCODERS = (VisionTransformer, Eva)
 LAYERS = (Attention, AttentionRope, EvaAttention, ParallelScalingBlock)
-
-
-class ViTHandle(Handle):
-    """Another attention within a ViT of timm.
-
-    Args:
-        model: A module with one ViT in it.
-        attend: Computes the softmax attention of a layer.
-        plan: What ``attend`` follows, if a plan.
-        layers: Names of the layers that call it.
-    """
-
-    def __init__(self, model: nn.Module, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
-        super().__init__(encoder_of(model))
-        self.attend, self.plan = attend, plan
-        self.size = (0, 0)  # of the map, in tokens
-        self._hook = self.model.patch_embed.register_forward_pre_hook(self._look)
-        self._fused: dict[str, bool] = {}
-        for name in layers:
-            layer = self.model.get_submodule(name)
-            self._fused[name] = layer.fused_attn
-            layer.fused_attn = True  # explicit products cannot be intercepted
-            layer.forward = _Forward(self, name, layer)
-
-    def _restore(self):
-        self._hook.remove()
-        for name, fused in self._fused.items():
-            layer = self.model.get_submodule(name)
-            layer.fused_attn = fused
-            del layer.forward
-        self._fused = {}
-
-    def _look(self, patch_embed, args):
-        self.size = patch_embed.dynamic_feat_size(args[0].shape[-2:])
-
-
-class _Forward:
-    """A layer's forward pass, within which its softmax attention is a handle's."""
-
-    def __init__(self, handle: ViTHandle, name: str, layer: nn.Module):
-        self.handle, self.name, self.layer = handle, name, layer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with InterceptAttention(self._attend):
-            return type(self.layer).forward(self.layer, *args, **kwargs)
-
-    def _attend(self, q, k, v, scale):
-        handle = self.handle
-        return handle.attend(self.name, q, k, v, handle.size, prefix=handle.model.num_prefix_tokens, scale=scale)
 
 
 def convert(
@@ -81,12 +30,12 @@ def convert(
     budget: float = 0.5,
     block: int = 8,
     min_tokens: int = 0,
-) -> ViTHandle:
+) -> vit.ViTHandle:
     """Replace the self-attention of a trained ViT; converting again replaces what was there.
 
     Without a plan, one is calibrated on ``images``; without these it is the paper's ELFATT, ``Plan.uniform``: half the
-    heads linear, half in blocks. Linear attention is not sound for rotary embeddings (EVA-02, DINOv3), where half
-    the heads stay exact instead.
+    heads linear, half in blocks. Linear attention is not sound with rotary embeddings (EVA-02, DINOv3): there the first
+    half stays exact instead.
 
     Args:
         model: A ViT of timm, or a module with one in it, such as its ``features_only`` form.
@@ -103,26 +52,9 @@ def convert(
         TypeError: A model without such layers.
         ValueError: A plan of another model or one that its layers cannot run, or a budget out of range.
     """
-    vit = encoder_of(model)
-    heads = {name: layer.num_heads for name, layer in self_attention_layers(vit).items()}
-    if plan is None and images is not None:
-        plan = calibrate(model, images, min_tokens=min_tokens).plan(cost=budget)
-    elif plan is None:
-        far = "exact" if _is_rotary(vit) else "linear"
-        plan = Plan.uniform(name_of(vit), heads, block=block, min_tokens=min_tokens, global_branch=far)
-    plan.check(name_of(vit), heads)
-    if _is_rotary(vit):
-        for name, layer in plan.layers.items():
-            if any(head.branch == "linear" for head in layer.heads):
-                raise ValueError(f"{name} has rotary embeddings, where linear heads are not sound: use exact or block")
-    return ViTHandle(vit, partial(_attend, plan), (n for n, layer in plan.layers.items() if not layer.is_exact), plan)
+    return vit.convert(vit_of(model), plan, images=images, budget=budget, block=block, min_tokens=min_tokens)
 
 
-def _attend(plan, layer, q, k, v, size, *, prefix=0, scale=None):
-    return hybrid_attention(q, k, v, size, plan.layers[layer], prefix=prefix, scale=scale)
-
-
-@torch.no_grad()
 def calibrate(
     model: nn.Module, images: torch.Tensor | Iterable[torch.Tensor], *, weigh: bool = True, **options: Any
 ) -> Calibration:
@@ -137,26 +69,10 @@ def calibrate(
     Raises:
         TypeError: A model without such layers.
     """
-    vit = encoder_of(model)
-    layers = self_attention_layers(vit)
-    if _is_rotary(vit):
-        options.setdefault("candidates", [head for head in CANDIDATES if head.branch != "linear"])
-    calibration = Calibration(name_of(vit), **options)
-    modes = {module: module.training for module in vit.modules()}
-    with ViTHandle(vit, calibration.attend, layers):
-        vit.eval()
-        try:
-            for batch in [images] if isinstance(images, torch.Tensor) else images:
-                features = vit.forward_features(batch)
-                if weigh:
-                    calibration.weigh(partial(vit.forward_features, batch), features)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-    return calibration
+    return vit.calibrate(vit_of(model), images, weigh=weigh, **options)
 
 
-def encoder_of(model: nn.Module) -> nn.Module:
+def vit_of(model: nn.Module) -> vit.ViT:
     """The ViT in a model.
 
     Raises:
@@ -166,25 +82,55 @@ def encoder_of(model: nn.Module) -> nn.Module:
     if len(found) != 1:
         names = " and ".join(encoder.__name__ for encoder in ENCODERS)
         raise TypeError(f"{type(model).__name__} holds {len(found) or 'no'} plain ViTs: supported are timm's {names}")
-    (vit,) = found
-    layers = self_attention_layers(vit)
+    (encoder,) = found
+    kind = type(encoder).__name__
+    layers = {name: module for name, module in encoder.named_modules() if isinstance(module, LAYERS)}
     if not layers:
-        raise TypeError(f"{type(vit).__name__} has no plain self-attention to replace")
+        raise TypeError(f"{kind} has no plain self-attention to replace")
     for name, layer in layers.items():
         if layer.attn_drop.p:
             raise TypeError(f"{name} has attn_drop={layer.attn_drop.p}: build the model with attn_drop_rate=0")
-    return vit
+    return vit.ViT(
+        model=encoder,
+        name=f"{kind}-{encoder.embed_dim}-{len(layers)}",
+        layers=layers,
+        heads={name: layer.num_heads for name, layer in layers.items()},
+        rotary=getattr(encoder, "rope", None) is not None,
+        features=encoder.forward_features,
+        handle=_Handle,
+    )
 
 
-def self_attention_layers(vit: nn.Module) -> dict[str, nn.Module]:
-    """The self-attention layers of a ViT, by name."""
-    return {name: module for name, module in vit.named_modules() if isinstance(module, LAYERS)}
+class _Handle(vit.ViTHandle):
+    def __init__(self, found: vit.ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
+        super().__init__(found, attend, layers, plan)
+        self.prefix = found.model.num_prefix_tokens
+        self._hook = found.model.patch_embed.register_forward_pre_hook(self._look)
+        self._fused = {name: layer.fused_attn for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            layer.fused_attn = True  # explicit products cannot be intercepted
+            layer.forward = _Forward(self, name, layer)
+
+    def _look(self, patch_embed, args):
+        self.size = patch_embed.dynamic_feat_size(args[0].shape[-2:])
+
+    def _restore(self):
+        self._hook.remove()
+        for name, layer in self.layers.items():
+            layer.fused_attn = self._fused[name]
+            del layer.forward
+        self.layers = {}
 
 
-def _is_rotary(vit: nn.Module) -> bool:
-    return getattr(vit, "rope", None) is not None
+class _Forward:
+    """A layer's forward pass, within which a handle computes the softmax attention."""
 
+    def __init__(self, handle: _Handle, name: str, layer: nn.Module):
+        self.handle, self.name, self.layer = handle, name, layer
 
-def name_of(vit: nn.Module) -> str:
-    """What plans call a ViT: its class, its width and its number of attention layers."""
-    return f"{type(vit).__name__}-{vit.embed_dim}-{len(self_attention_layers(vit))}"
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with InterceptAttention(self._attend):
+            return type(self.layer).forward(self.layer, *args, **kwargs)
+
+    def _attend(self, q, k, v, scale):
+        return self.handle.attention(self.name, q, k, v, scale)

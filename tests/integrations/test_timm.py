@@ -70,11 +70,8 @@ def built(request):
 
 def plan_of(model, *heads):
     return Plan(
-        adapter.name_of(model),
-        {
-            name: LayerPlan((heads * layer.num_heads)[: layer.num_heads])
-            for name, layer in adapter.self_attention_layers(model).items()
-        },
+        adapter.vit_of(model).name,
+        {name: LayerPlan((heads * count)[:count]) for name, count in adapter.vit_of(model).heads.items()},
     )
 
 
@@ -126,10 +123,11 @@ def test_layers_get_the_map_and_its_prefix(built):
         seen[layer] = q.shape, size, prefix
         return torch.zeros_like(q)
 
-    with adapter.ViTHandle(model, attend, list(adapter.self_attention_layers(model))):
+    found = adapter.vit_of(model)
+    with found.handle(found, attend, found.layers):
         run()
     prefix = model.num_prefix_tokens
-    assert set(seen) == set(adapter.self_attention_layers(model))
+    assert set(seen) == set(found.layers)
     assert set(seen.values()) == {((2, prefix + 35, 4, 8), (5, 7), prefix)}
 
 

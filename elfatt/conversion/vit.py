@@ -1,0 +1,101 @@
+"""Trained ViTs: converting and calibrating them, whichever library they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from elfatt.conversion.attention import run_plan
+from elfatt.conversion.calibrate import CANDIDATES, Attend, Calibration
+from elfatt.conversion.handle import Handle
+from elfatt.conversion.plan import Plan
+
+Images = torch.Tensor | Iterable[torch.Tensor]
+
+
+class ViTHandle(Handle):
+    """Another attention within a ViT; an adapter's subclass hooks it in and keeps ``size`` and ``prefix`` up to date.
+
+    Args:
+        vit: The ViT.
+        attend: Computes the softmax attention of a layer.
+        layers: Names of the layers that call it.
+        plan: What ``attend`` follows, if a plan.
+    """
+
+    def __init__(self, vit: ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
+        super().__init__(vit.model)
+        self.attend, self.plan = attend, plan
+        self.layers = {name: vit.layers[name] for name in layers}
+        self.size, self.prefix = (0, 0), 0  # of the map in tokens, and the tokens before it
+
+    def attention(
+        self, layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """Attention of one layer, tensors ``[B, N, heads, d]``."""
+        return self.attend(layer, q, k, v, self.size, prefix=self.prefix, scale=scale)
+
+
+@dataclass(frozen=True)
+class ViT:
+    """A trained ViT as an adapter finds it in a model.
+
+    Attributes:
+        model: The ViT itself.
+        name: What plans call it.
+        layers: Its self-attention layers, by name.
+        heads: Number of heads of each.
+        rotary: Queries and keys are rotated, so a softmax over their features, as in linear heads, is not sound.
+        features: From a batch of images to features.
+        handle: Class of the adapter's handle.
+    """
+
+    model: nn.Module
+    name: str
+    layers: Mapping[str, nn.Module]
+    heads: Mapping[str, int]
+    rotary: bool
+    features: Callable[[torch.Tensor], torch.Tensor]
+    handle: type[ViTHandle]
+
+
+def convert(
+    vit: ViT, plan: Plan | None, *, images: Images | None, budget: float, block: int, min_tokens: int
+) -> ViTHandle:
+    """As ``elfatt.convert``, for a ViT that was found."""
+    if plan is None and images is not None:
+        plan = calibrate(vit, images, min_tokens=min_tokens).plan(cost=budget)
+    elif plan is None:
+        far = "exact" if vit.rotary else "linear"
+        plan = Plan.uniform(vit.name, vit.heads, block=block, min_tokens=min_tokens, global_branch=far)
+    plan.check(vit.name, vit.heads)
+    for name, layer in plan.layers.items():
+        if vit.rotary and any(head.branch == "linear" for head in layer.heads):
+            raise ValueError(f"{name} has rotary embeddings, where linear heads are not sound: use exact or block")
+    changed = [name for name, layer in plan.layers.items() if not layer.is_exact]
+    return vit.handle(vit, partial(run_plan, plan), changed, plan)
+
+
+@torch.no_grad()
+def calibrate(vit: ViT, images: Images, *, weigh: bool = True, **options: Any) -> Calibration:
+    """As ``elfatt.integrations.timm.calibrate``, for a ViT that was found."""
+    if vit.rotary:
+        options.setdefault("candidates", [head for head in CANDIDATES if head.branch != "linear"])
+    calibration = Calibration(vit.name, **options)
+    modes = {module: module.training for module in vit.model.modules()}
+    with vit.handle(vit, calibration.attend, vit.layers):
+        vit.model.eval()
+        try:
+            for batch in [images] if isinstance(images, torch.Tensor) else images:
+                features = vit.features(batch)
+                if weigh:
+                    calibration.weigh(partial(vit.features, batch), features)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+    return calibration

@@ -1,0 +1,189 @@
+"""ELFATT in vision encoders of transformers: ViT, DINOv2 with and without registers, DINOv3, CLIP, SigLIP.
+
+Importing this file registers the attention implementation ``elfatt``::
+
+    AutoModel.from_pretrained(…, attn_implementation="elfatt")  # or model.set_attn_implementation("elfatt")
+
+runs the paper's uniform split at the image size of the configuration. ``convert`` takes plans and images of any size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+    from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionEmbeddings
+    from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Embeddings
+    from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+        Dinov2WithRegistersAttention,
+        Dinov2WithRegistersEmbeddings,
+    )
+    from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTAttention, DINOv3ViTEmbeddings
+    from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionEmbeddings
+    from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings
+except ImportError as error:
+    raise ImportError("elfatt.integrations.transformers needs transformers 5: pip install transformers>=5") from error
+
+from elfatt.conversion import Attend, Calibration, Plan, hybrid_attention, vit
+
+NAME = "elfatt"
+LAYERS = {  # of each kind of embeddings
+    ViTEmbeddings: ViTAttention,
+    Dinov2Embeddings: Dinov2Attention,
+    Dinov2WithRegistersEmbeddings: Dinov2WithRegistersAttention,
+    DINOv3ViTEmbeddings: DINOv3ViTAttention,
+    CLIPVisionEmbeddings: CLIPAttention,
+    SiglipVisionEmbeddings: SiglipAttention,
+}
+ROTARY = (DINOv3ViTAttention,)
+
+
+def convert(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    images: torch.Tensor | Iterable[torch.Tensor] | None = None,
+    budget: float = 0.5,
+    block: int = 8,
+    min_tokens: int = 0,
+) -> vit.ViTHandle:
+    """``elfatt.convert`` for a model of transformers; ``images`` are its pixel values."""
+    return vit.convert(vit_of(model), plan, images=images, budget=budget, block=block, min_tokens=min_tokens)
+
+
+def calibrate(
+    model: nn.Module, images: torch.Tensor | Iterable[torch.Tensor], *, weigh: bool = True, **options: Any
+) -> Calibration:
+    """``elfatt.integrations.timm.calibrate`` for a model of transformers; ``images`` are its pixel values."""
+    return vit.calibrate(vit_of(model), images, weigh=weigh, **options)
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention implementation ``elfatt``, by the signature of ``AttentionInterface``.
+
+    Args:
+        module: The attention layer.
+        query: ``[B, heads, N, d]``; ``key`` and ``value`` alike.
+        attention_mask: None.
+        scaling: Factor of the scores.
+        dropout: 0.
+        is_causal: Not true.
+
+    Returns:
+        ``[B, N, heads, d]``, and None for the weights.
+
+    Raises:
+        ValueError: A mask, causal attention, dropout, a layer of another kind, or images of another size than the
+            configuration's where ``convert`` was not called.
+    """
+    kind = type(module).__name__
+    if not isinstance(module, tuple(LAYERS.values())) or not hasattr(module.config, "patch_size"):
+        raise ValueError(f"{kind} is of no vision encoder that {NAME} supports: set its attention to 'sdpa'")
+    if attention_mask is not None or is_causal or query.shape != key.shape or dropout:
+        raise ValueError(f"{kind} has a mask, is causal or drops attention, which {NAME} does not do: set it to 'sdpa'")
+    attend = getattr(module, "elfatt_attention", partial(_uniform, module))
+    if attend is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
+    return attend(*(x.transpose(1, 2) for x in (query, key, value)), scaling), None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # else masks would be dropped before they can be refused
+
+
+def _uniform(module, q, k, v, scale):
+    """The uniform plan at the configuration's image size: a layer on its own does not see the image."""
+    config = module.config
+    size = tuple(side // config.patch_size for side in _pair(config.image_size))
+    prefix = 0 if isinstance(module, SiglipAttention) else 1 + getattr(config, "num_register_tokens", 0)
+    if q.shape[1] != prefix + size[0] * size[1]:
+        raise ValueError(
+            f"{q.shape[1]} tokens are not the {prefix} + {size[0]} × {size[1]} of the configuration: "
+            "elfatt.integrations.transformers.convert(model) takes images of any size"
+        )
+    far = "exact" if isinstance(module, ROTARY) else "linear"
+    plan = Plan.uniform("", {"": q.shape[2]}, global_branch=far).layers[""]
+    return hybrid_attention(q, k, v, size, plan, prefix=prefix, scale=scale)
+
+
+def _pair(size):
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def vit_of(model: nn.Module) -> vit.ViT:
+    """The vision encoder in a model.
+
+    Raises:
+        TypeError: None or several.
+    """
+    found = [m for m in model.modules() if type(getattr(m, "embeddings", None)) in LAYERS]
+    if len(found) != 1:
+        names = ", ".join(kind.__name__.removesuffix("Attention") for kind in LAYERS.values())
+        raise TypeError(f"{type(model).__name__} holds {len(found) or 'no'} vision encoders: supported are {names}")
+    (encoder,) = found
+    attention_class = LAYERS[type(encoder.embeddings)]
+    layers = {name: module for name, module in encoder.named_modules() if isinstance(module, attention_class)}
+    config = encoder.config
+    return vit.ViT(
+        model=encoder,
+        name=f"{type(encoder).__name__}-{config.hidden_size}-{len(layers)}",
+        layers=layers,
+        heads=dict.fromkeys(layers, config.num_attention_heads),
+        rotary=attention_class in ROTARY,
+        features=partial(_features, encoder),
+        handle=_Handle,
+    )
+
+
+def _features(encoder, images):
+    accepted = inspect.signature(encoder.embeddings.forward).parameters
+    options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+    out = encoder(images, **options)[0]
+    return out[-1] if isinstance(out, tuple) else out  # a backbone gives several maps
+
+
+class _Handle(vit.ViTHandle):
+    def __init__(self, found: vit.ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
+        super().__init__(found, attend, layers, plan)
+        self._hooked = list(found.layers.values()) if self.layers else []  # an exact plan changes nothing
+        if not self._hooked:
+            return
+        config = found.model.config
+        self._before, config._attn_implementation = config._attn_implementation, NAME
+        self._hook = found.model.embeddings.register_forward_hook(self._look, with_kwargs=True)
+        for name, layer in found.layers.items():
+            layer.elfatt_attention = partial(self.attention, name) if name in self.layers else None  # None: exact
+
+    def _look(self, embeddings, args, kwargs, tokens):
+        images = args[0] if args else kwargs["pixel_values"]
+        patch = self.model.config.patch_size
+        self.size = images.shape[-2] // patch, images.shape[-1] // patch
+        self.prefix = tokens.shape[1] - self.size[0] * self.size[1]
+
+    def _restore(self):
+        if not self._hooked:
+            return
+        self._hook.remove()
+        self.model.config._attn_implementation = self._before
+        for layer in self._hooked:
+            del layer.elfatt_attention
+        self._hooked = []
