@@ -50,7 +50,7 @@ class ViT:
         name: What plans call it.
         layers: Its self-attention layers, by name.
         heads: Number of heads of each.
-        rotary: Queries and keys are rotated, so a softmax over their features, as in linear heads, is not sound.
+        linear: Linear heads are sound: positions do not enter between queries and keys, by rotation or as a bias.
         features: From a batch of images to features.
         handle: Class of the adapter's handle.
     """
@@ -59,7 +59,7 @@ class ViT:
     name: str
     layers: Mapping[str, nn.Module]
     heads: Mapping[str, int]
-    rotary: bool
+    linear: bool
     features: Callable[[torch.Tensor], torch.Tensor]
     handle: type[ViTHandle]
 
@@ -71,12 +71,12 @@ def convert(
     if plan is None and images is not None:
         plan = calibrate(vit, images, min_tokens=min_tokens).plan(cost=budget)
     elif plan is None:
-        far = "exact" if vit.rotary else "linear"
+        far = "linear" if vit.linear else "exact"
         plan = Plan.uniform(vit.name, vit.heads, block=block, min_tokens=min_tokens, global_branch=far)
     plan.check(vit.name, vit.heads)
     for name, layer in plan.layers.items():
-        if vit.rotary and any(head.branch == "linear" for head in layer.heads):
-            raise ValueError(f"{name} has rotary embeddings, where linear heads are not sound: use exact or block")
+        if not vit.linear and any(head.branch == "linear" for head in layer.heads):
+            raise ValueError(f"{name} has rotary or relative positions: no linear heads, use exact or block")
     changed = [name for name, layer in plan.layers.items() if not layer.is_exact]
     return vit.handle(vit, partial(run_plan, plan), changed, plan)
 
@@ -84,7 +84,7 @@ def convert(
 @torch.no_grad()
 def calibrate(vit: ViT, images: Images, *, weigh: bool = True, **options: Any) -> Calibration:
     """As ``elfatt.integrations.timm.calibrate``, for a ViT that was found."""
-    if vit.rotary:
+    if not vit.linear:
         options.setdefault("candidates", [head for head in CANDIDATES if head.branch != "linear"])
     calibration = Calibration(vit.name, **options)
     modes = {module: module.training for module in vit.model.modules()}

@@ -1,7 +1,8 @@
-"""ELFATT in pretrained ViTs of timm: VisionTransformer and its kin (DeiT, DINOv2, CLIP, SigLIP, MAE …), EVA, DINOv3.
+"""ELFATT in pretrained ViTs of timm: VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, MAE …), EVA, DINOv3, SAM.
 
 Each attention layer keeps its forward pass with its projections, norms and rotary embeddings; the plan computes its
-softmax attention only. State dicts do not change.
+softmax attention only. SAM's windows stay, and the biases of its other layers enter as features of queries and keys.
+State dicts do not change.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope
 from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer_sam import Block as SAMBlock
+from timm.models.vision_transformer_sam import VisionTransformerSAM, get_rel_pos
 from torch import nn
 
 from elfatt.conversion import Attend, Calibration, Plan, vit
 from elfatt.conversion.intercept import InterceptAttention
 
-ENCODERS = (VisionTransformer, Eva)
+ENCODERS = (VisionTransformer, Eva, VisionTransformerSAM)
 LAYERS = (Attention, AttentionRope, EvaAttention, ParallelScalingBlock)
 
 
@@ -34,8 +38,8 @@ def convert(
     """Replace the self-attention of a trained ViT; converting again replaces what was there.
 
     Without a plan, one is calibrated on ``images``; without these it is the paper's ELFATT, ``Plan.uniform``: half the
-    heads linear, half in blocks. Linear attention is not sound with rotary embeddings (EVA-02, DINOv3): there the first
-    half stays exact instead.
+    heads linear, half in blocks. Where positions enter between queries and keys (EVA-02, DINOv3, SAM), linear heads are
+    not sound, and the first half stays exact instead.
 
     Args:
         model: A ViT of timm, or a module with one in it, such as its ``features_only`` form.
@@ -80,11 +84,12 @@ def vit_of(model: nn.Module) -> vit.ViT:
     """
     found = [module for module in model.modules() if isinstance(module, ENCODERS)]
     if len(found) != 1:
-        names = " and ".join(encoder.__name__ for encoder in ENCODERS)
+        names = ", ".join(encoder.__name__ for encoder in ENCODERS)
         raise TypeError(f"{type(model).__name__} holds {len(found) or 'no'} plain ViTs: supported are timm's {names}")
     (encoder,) = found
     kind = type(encoder).__name__
-    layers = {name: module for name, module in encoder.named_modules() if isinstance(module, LAYERS)}
+    is_sam = isinstance(encoder, VisionTransformerSAM)
+    layers = _relative_layers(encoder) if is_sam else _plain_layers(encoder)
     if not layers:
         raise TypeError(f"{kind} has no plain self-attention to replace")
     for name, layer in layers.items():
@@ -95,21 +100,30 @@ def vit_of(model: nn.Module) -> vit.ViT:
         name=f"{kind}-{encoder.embed_dim}-{len(layers)}",
         layers=layers,
         heads={name: layer.num_heads for name, layer in layers.items()},
-        rotary=getattr(encoder, "rope", None) is not None,
+        linear=not is_sam and getattr(encoder, "rope", None) is None,
         features=encoder.forward_features,
         handle=_Handle,
     )
 
 
+def _plain_layers(encoder):
+    return {name: module for name, module in encoder.named_modules() if isinstance(module, LAYERS)}
+
+
+def _relative_layers(encoder):
+    blocks = {name: module for name, module in encoder.named_modules() if isinstance(module, SAMBlock)}
+    return {f"{name}.attn": b.attn for name, b in blocks.items() if b.window_size == 0 and b.attn.use_rel_pos}
+
+
 class _Handle(vit.ViTHandle):
     def __init__(self, found: vit.ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
         super().__init__(found, attend, layers, plan)
-        self.prefix = found.model.num_prefix_tokens
+        self.prefix = getattr(found.model, "num_prefix_tokens", 0)
         self._hook = found.model.patch_embed.register_forward_pre_hook(self._look)
         self._fused = {name: layer.fused_attn for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
             layer.fused_attn = True  # explicit products cannot be intercepted
-            layer.forward = _Forward(self, name, layer)
+            layer.forward = (_Forward if isinstance(layer, LAYERS) else _RelativeForward)(self, name, layer)
 
     def _look(self, patch_embed, args):
         self.size = patch_embed.dynamic_feat_size(args[0].shape[-2:])
@@ -134,3 +148,43 @@ class _Forward:
 
     def _attend(self, q, k, v, scale):
         return self.handle.attention(self.name, q, k, v, scale)
+
+
+class _RelativeForward(_Forward):
+    """The forward pass of a layer with decomposed relative positions, without their bias of ``N × N``."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        layer, size = self.layer, x.shape[1:3]
+        q, k, v = layer.qkv(x).flatten(1, 2).unflatten(-1, (3, layer.num_heads, -1)).unbind(2)
+        q, k = layer.q_norm(q), layer.k_norm(k)
+        width = v.shape[-1]
+        q, k = with_relative_positions(q, k, size, layer.rel_pos_h, layer.rel_pos_w)
+        out = self._attend(q, k, F.pad(v, (0, q.shape[-1] - width)), 1.0)[..., :width]
+        return layer.proj_drop(layer.proj(out.flatten(2))).unflatten(1, size)
+
+
+def with_relative_positions(
+    q: torch.Tensor, k: torch.Tensor, size: tuple[int, int], rel_pos_h: torch.Tensor, rel_pos_w: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys whose products are SAM's scores: ``q·k / √d + q·R_h[row − row'] + q·R_w[column − column']``.
+
+    A query gets its products with the position embeddings of all rows and columns as further features; a key gets a 1
+    at its own row and column.
+
+    Args:
+        q: ``[B, H · W, heads, d]``.
+        k: Alike.
+        size: H and W.
+        rel_pos_h: ``[2H − 1, d]``, or another length, resized.
+        rel_pos_w: ``[2W − 1, d]``, likewise.
+
+    Returns:
+        Both ``[B, H · W, heads, d + H + W]``.
+    """
+    height, width = size
+    grid = q.unflatten(1, size)
+    by_row = torch.einsum("bhwnc,hkc->bhwnk", grid, get_rel_pos(height, height, rel_pos_h))
+    by_column = torch.einsum("bhwnc,wkc->bhwnk", grid, get_rel_pos(width, width, rel_pos_w))
+    place = torch.cat([torch.eye(height).repeat_interleave(width, 0), torch.eye(width).repeat(height, 1)], dim=1).to(k)
+    q = torch.cat([q * q.shape[-1] ** -0.5, by_row.flatten(1, 2), by_column.flatten(1, 2)], dim=-1)
+    return q, torch.cat([k, place[:, None].expand(*k.shape[:3], -1)], dim=-1)

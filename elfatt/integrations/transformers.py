@@ -148,7 +148,7 @@ def vit_of(model: nn.Module) -> vit.ViT:
         name=f"{type(encoder).__name__}-{config.hidden_size}-{len(layers)}",
         layers=layers,
         heads=dict.fromkeys(layers, config.num_attention_heads),
-        rotary=attention_class in ROTARY,
+        linear=attention_class not in ROTARY,
         features=partial(_features, encoder),
         handle=_Handle,
     )

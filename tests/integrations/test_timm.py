@@ -9,6 +9,7 @@ import torch
 from timm.layers import set_fused_attn
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 import elfatt
 from elfatt.conversion import Head, LayerPlan, Plan
@@ -30,6 +31,12 @@ def entry(name, **options):
     return timm.create_model(name, **{**SMALL, "img_size": 32, **options})
 
 
+def sam():
+    options = {key: value for key, value in SMALL.items() if key != "dynamic_img_size"}
+    relative = {"use_rel_pos": True, "window_size": 3, "global_attn_indexes": (1,)}
+    return VisionTransformerSAM(img_size=SIZE, neck_chans=16, **relative, **options)
+
+
 MODELS = {
     "class token": vit,
     "registers": lambda: vit(reg_tokens=3, init_values=1.0),
@@ -46,13 +53,14 @@ MODELS = {
     "EVA": eva,
     "EVA-02": lambda: eva(use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, qkv_fused=False),
     "DINOv3": lambda: entry("vit_small_patch16_dinov3"),
+    "SAM": sam,
 }
-ROTARY = {"EVA-02", "DINOv3"}
+POSITIONS = {"EVA-02", "DINOv3", "SAM"}  # between queries and keys
 
 
 @pytest.fixture(params=MODELS)
 def built(request):
-    """A model, a function from pictures to its output, and whether its embeddings are rotary."""
+    """A model, a function from pictures to its output, and whether positions enter between queries and keys."""
     torch.manual_seed(0)
     model = MODELS[request.param]().eval()
     for parameter in model.parameters():  # layer scales and biases that are zero would hide everything
@@ -64,7 +72,7 @@ def built(request):
         with torch.no_grad():
             return model(images)
 
-    run.images, run.rotary = images, request.param in ROTARY
+    run.images, run.positions = images, request.param in POSITIONS
     return model, run
 
 
@@ -105,7 +113,7 @@ def test_the_uniform_plan_changes_the_output_and_leaves_without_a_trace(built):
     before, clean = run(), state(model)
     handle = elfatt.convert(model, block=2)
     branches = [head.branch for layer in handle.plan.layers.values() for head in layer.heads]
-    assert set(branches) == ({"exact", "block"} if run.rotary else {"linear", "block"})
+    assert set(branches) == ({"exact", "block"} if run.positions else {"linear", "block"})
     assert (run() - before).abs().max() > 1e-3 * before.abs().max()
     assert list(model.state_dict()) == list(clean["tensors"])
     handle.remove()
@@ -126,9 +134,9 @@ def test_layers_get_the_map_and_its_prefix(built):
     found = adapter.vit_of(model)
     with found.handle(found, attend, found.layers):
         run()
-    prefix = model.num_prefix_tokens
+    prefix, width = getattr(model, "num_prefix_tokens", 0), 8 + (5 + 7) * isinstance(model, VisionTransformerSAM)
     assert set(seen) == set(found.layers)
-    assert set(seen.values()) == {((2, prefix + 35, 4, 8), (5, 7), prefix)}
+    assert set(seen.values()) == {((2, prefix + 35, 4, width), (5, 7), prefix)}
 
 
 def test_twenty_orders_of_convert_and_remove():
@@ -176,7 +184,7 @@ def test_calibration_keeps_to_its_budget(built):
     assert all(layer.effect > 0 for layer in calibration.layers.values())
     with elfatt.convert(model, images=images, budget=0.6) as handle:
         assert {head.branch for layer in handle.plan.layers.values() for head in layer.heads} > {"exact"}
-        assert not run.rotary or "linear" not in str(handle.plan)
+        assert not run.positions or "linear" not in str(handle.plan)
         assert not torch.equal(run(), before)
     assert torch.equal(run(), before)
 
@@ -259,7 +267,7 @@ def test_what_cannot_be_done_is_named():
     with pytest.raises(TypeError, match="blocks.0.attn has attn_drop=0.1: build the model with attn_drop_rate=0"):
         elfatt.convert(vit(attn_drop_rate=0.1))
     model = eva(use_rot_pos_emb=True)
-    with pytest.raises(ValueError, match="blocks.0.attn has rotary embeddings, .* use exact or block"):
+    with pytest.raises(ValueError, match="blocks.0.attn has rotary or relative positions: .* use exact or block"):
         elfatt.convert(model, plan_of(model, Head("linear")))
     with pytest.raises(ValueError, match="names the layer 'blocks.9.attn'"):
         elfatt.convert(vit(), Plan("VisionTransformer-32-2", {"blocks.9.attn": LayerPlan((Head(),) * 4)}))
