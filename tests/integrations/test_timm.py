@@ -2,6 +2,8 @@
 
 import copy
 import random
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -273,3 +275,13 @@ def test_what_cannot_be_done_is_named():
         elfatt.convert(vit(), Plan("VisionTransformer-32-2", {"blocks.9.attn": LayerPlan((Head(),) * 4)}))
     with pytest.raises(ValueError, match=r"cost=1.5 in \(0, 1\]"):
         elfatt.convert(vit(), images=torch.randn(1, 3, *SIZE), budget=1.5)
+
+
+@pytest.mark.slow
+def test_the_guide_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
+    for example in re.findall(r"```python\n(.*?)```", guide, re.S):
+        if "transformers" in example:
+            pytest.importorskip("transformers")
+        exec(example, {})
