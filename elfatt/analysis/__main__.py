@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 
-from elfatt.analysis import diffusion, edge, error, op, plots, report, scaling, tables
+from elfatt.analysis import diffusion, edge, error, op, plots, pretrained, report, scaling, tables
 
 COMMANDS = {
     "tables": tables,
@@ -15,6 +15,7 @@ COMMANDS = {
     "op": op,
     "error": error,
     "diffusion": diffusion,
+    "pretrained": pretrained,
     "plot": plots,
     "report": report,
 }
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (ImportError, OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError, subprocess.SubprocessError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     return 0

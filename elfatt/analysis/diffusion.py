@@ -211,7 +211,6 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
     model, eager = source.build(args.device), replace(how, compile=False, cuda_graph=False)
     plans = Plans(model, eager.prepare(Step(model, text=source.text), shape), plan, args)
     inside = how == eager  # hooks would break a graph
-    read = _event if args.device == "cuda" else time.perf_counter
     rows: dict[str, dict[str, Any]] = {}
     passes, logs = {}, {}
     with ExitStack() as stack:
@@ -222,12 +221,12 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
                 row |= count(source, variant, options, shape, how)
                 own = share_weights(model)
                 stack.enter_context(adapter.apply(own, **options))
-                meter = Meter(adapter.self_attention_layers(own).values() if inside else [], read)
+                meter = Meter(adapter.self_attention_layers(own).values() if inside else [], clock_of(args.device))
                 for _, timestep in variant.phases:
                     call = how.prepare(Step(own, timestep, source.text), shape)
                     call()
                     logs[name, timestep] = []
-                    passes[name, timestep] = partial(_log, call, meter, logs[name, timestep])
+                    passes[name, timestep] = partial(log_call, call, meter, logs[name, timestep])
                 if args.memory:
                     row["peak_memory_mib"] = max(
                         measure_memory(partial(_prepare, source, options, timestep, eager, shape), args.device)
@@ -279,13 +278,19 @@ def count(
     return found
 
 
-def _event() -> torch.cuda.Event:
+def clock_of(device: str) -> Callable[[], Any]:
+    """What a ``Meter`` reads to time calls on a device."""
+    return _event if device == "cuda" else time.perf_counter
+
+
+def _event():
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
 
-def _log(call, meter, log):
+def log_call(call: Callable[[], object], meter: Meter, log: list) -> None:
+    """Call, and keep what the meter found meanwhile."""
     meter.take()
     call()
     log.append(meter.take())
@@ -306,7 +311,8 @@ def _mean(timings: dict[tuple[str, int], Timing], name: str) -> Timing:
     return Timing(*(sum(share * getattr(t, key) for share, t in parts) for key in ("median", "low", "high")))
 
 
-def _ms(row, what):
+def format_times(row: dict[str, Any], what: str) -> str:
+    """Milliseconds of a row and their quartiles, for a table."""
     if f"{what}_ms" not in row:
         return ""
     low, high = row[f"{what}_ms_quartiles"]
@@ -318,9 +324,9 @@ def _ratio(row, key):
 
 
 COLUMNS = {
-    "step, ms (quartiles)": lambda row: _ms(row, "step"),
+    "step, ms (quartiles)": lambda row: format_times(row, "step"),
     "speed-up": lambda row: _ratio(row, "step_speedup"),
-    "self-attention layers, ms (quartiles)": lambda row: _ms(row, "attention"),
+    "self-attention layers, ms (quartiles)": lambda row: format_times(row, "attention"),
     "speed-up of them": lambda row: _ratio(row, "attention_speedup"),
     "GMACs": lambda row: figure(row["macs"] / 1e9) if "macs" in row else "",
     "GMACs of them": lambda row: figure(row["attention_macs"] / 1e9) if "macs" in row else "",
@@ -328,7 +334,7 @@ COLUMNS = {
     "counted, MiB": lambda row: figure(row.get("counted_memory_mib")),
 }
 PICTURES = {
-    "a picture, ms (quartiles)": lambda row: _ms(row, "picture"),
+    "a picture, ms (quartiles)": lambda row: format_times(row, "picture"),
     "speed-up": lambda row: _ratio(row, "picture_speedup"),
     "PSNR, dB": lambda row: figure(row.get("psnr_db"), 1),
     "LPIPS": lambda row: figure(row.get("lpips"), 3),

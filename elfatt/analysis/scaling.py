@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,10 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every model at every size; the models of one size take turns."""
-    for name in args.models:
-        if not timm.is_model(name):
-            close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)
-            raise ValueError(f"unknown model {name!r}: did you mean {close[0]!r}?")
+    check_models(args.models)
     baseline = args.baseline or next((name for name in args.models if name.endswith("_global")), args.models[0])
     if baseline not in args.models:
         raise ValueError(f"--baseline {baseline} is none of the models {', '.join(args.models)}")
@@ -82,6 +80,18 @@ def run(args: argparse.Namespace) -> None:
 
         draw_scaling(rows, args.plot)
     print(f"\nadded to {path}", file=sys.stderr)
+
+
+def check_models(names: Iterable[str]) -> None:
+    """Compare names with timm's.
+
+    Raises:
+        ValueError: An unknown one; the closest is named.
+    """
+    for name in names:
+        if not timm.is_model(name):
+            close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)
+            raise ValueError(f"unknown model {name!r}: did you mean {close[0]!r}?")
 
 
 def parse_size(text: str) -> tuple[int, int]:
