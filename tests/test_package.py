@@ -12,7 +12,7 @@ import elfatt
 
 PACKAGE = Path(elfatt.__file__).parent
 ORDER = ["data", "processes", "ops", "layers", "attention", "backbones", "checkpoints", "conversion"]
-ORDER += ["integrations", "analysis"]
+ORDER += ["integrations", "hub", "analysis"]
 OPTIONAL = {
     "mmengine",
     "mmcv",

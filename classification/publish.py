@@ -1,0 +1,123 @@
+"""Publishes a run: `python classification/publish.py RUN_FOLDER --output FOLDER`, and `--push USER/NAME` to the Hub.
+
+Takes `model_best.pth.tar`, of it the averaged (EMA) weights where the run has them, and writes what timm loads as
+`local-dir:` and `hf-hub:`, with a model card whose figures are those of the run's own files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+
+import yaml
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from torch import nn
+
+import elfatt  # noqa: F401  registers the models with timm
+from classification.data import data_config
+from classification.runtime import build_model, load_weights, run_main
+from elfatt.data import UserError
+from elfatt.hub import Card, push_to_hub, save_pretrained
+
+SHOWN = ("model_kwargs", "img_size", "epochs", "batch_size", "opt", "lr", "weight_decay", "backend")
+WEIGHTS = {"ema": "averaged (EMA)", "raw": "raw"}
+
+
+def read_run(folder: Path, results: Path | None = None, license: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The best model of a run, and what `save_pretrained` takes beside it.
+
+    Args:
+        folder: Of the run.
+        results: JSON of `validate.py --results-file`, whose figures stand in the place of the run's.
+        license: Of the weights.
+
+    Raises:
+        UserError: A file is missing or is not what it should be.
+    """
+    options, checkpoint = folder / "args.yaml", folder / "model_best.pth.tar"
+    for path in (options, checkpoint):
+        if not path.is_file():
+            raise UserError(f"{path} is missing: give the folder of a run of train.py that finished an epoch")
+    values = yaml.safe_load(options.read_text())
+    args = argparse.Namespace(**{name.replace("-", "_"): value for name, value in values.items()})
+    model = build_model(args)
+    report = load_weights(model, str(checkpoint), use_ema=True)
+    labels = report.class_to_idx and sorted(report.class_to_idx, key=report.class_to_idx.get)
+    scores = _scores_of(results) if results else best_scores(folder / "summary.csv", report.weights)
+    details = {
+        "Architecture": f"`{args.model}`, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
+        "Weights": WEIGHTS[report.weights],
+        **{name.replace("_", " "): getattr(args, name) for name in SHOWN if getattr(args, name) not in (None, {}, "")},
+        **scores.pop("details"),
+    }
+    dataset = args.dataset or Path(args.data_dir).name
+    card = Card(details=details, dataset=dataset, license=license, **scores)
+    return model, {"card": card, "label_names": labels, "data_config": data_config(args, model)}
+
+
+def best_scores(path: Path, weights: str) -> dict[str, Any]:
+    """Figures of the best epoch of a run for `raw` or `ema` weights.
+
+    Raises:
+        UserError: The file has no such figures.
+    """
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get(f"eval_{weights}_top1")]
+    if not rows:
+        raise UserError(f"{path} has no eval_{weights}_top1: no epoch was validated with these weights")
+    best = max(rows, key=lambda row: float(row[f"eval_{weights}_top1"]))
+    found = {name: float(best[f"eval_{weights}_{name}"]) for name in ("top1", "top5")}
+    return {**found, "details": {"Best epoch": int(best["epoch"])}}
+
+
+def _scores_of(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+        details = {"Evaluated on": f"{values['images']} images"}
+        return {"top1": float(values["top1"]), "top5": float(values["top5"]), "details": details}
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is no .json of validate.py --results-file ({type(error).__name__}: {error})"
+        ) from error
+
+
+def run(argv: list[str] | None) -> None:
+    """Publish as the options say.
+
+    Raises:
+        UserError: Anything the user can correct.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", type=Path, help="folder of a run of train.py")
+    add("--output", type=Path, metavar="FOLDER", help="new folder to write")
+    add("--push", metavar="USER/NAME", help="repository on the Hugging Face Hub to upload to")
+    add("--private", action="store_true", help="make a new repository private")
+    add("--results", type=Path, metavar="FILE", help=".json of validate.py --results-file for the card's figures")
+    add("--license", help="of the weights, by the Hub's name, such as mit")
+    args = parser.parse_args(argv)
+    if not args.output and not args.push:
+        raise UserError("nothing to do: give --output FOLDER, --push USER/NAME or both")
+    model, options = read_run(args.run, args.results, args.license)
+    try:
+        if args.output:
+            print(f"wrote {save_pretrained(model, args.output, **options)}")
+        if args.push:
+            print(push_to_hub(model, args.push, private=args.private, **options))
+    except (HfHubHTTPError, LocalTokenNotFoundError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    return run_main("publish.py", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
