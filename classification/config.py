@@ -101,6 +101,7 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     add = group.add_argument
     add("--model", help="timm model name, e.g. cswin_tiny_elfatt")
     add("--model-kwargs", nargs="*", default={}, action=_MergeKwargs, help="model keywords, e.g. lepe=False")
+    add("--plan", help="JSON of classification/calibrate.py: which attention each head of a pretrained ViT runs")
     add("--num-classes", type=int, help="outputs of the classifier (default: the model's own)")
     add("--img-size", type=int, help="side of the square input in pixels (default: the model's own)")
     add("--crop-pct", type=float, help="share of the resized image that the evaluation crop keeps")

@@ -15,17 +15,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
-import yaml
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from torch import nn
 
 import elfatt  # noqa: F401  registers the models with timm
+from classification.config import parse_args
 from classification.data import data_config
 from classification.runtime import build_model, load_weights, run_main
 from elfatt.data import UserError
 from elfatt.hub import Card, push_to_hub, save_pretrained
 
-SHOWN = ("model_kwargs", "img_size", "epochs", "batch_size", "opt", "lr", "weight_decay", "backend")
+SHOWN = ("model_kwargs", "plan", "img_size", "epochs", "batch_size", "opt", "lr", "weight_decay", "backend")
 WEIGHTS = {"ema": "averaged (EMA)", "raw": "raw"}
 
 
@@ -44,8 +44,7 @@ def read_run(folder: Path, results: Path | None = None, license: str | None = No
     for path in (options, checkpoint):
         if not path.is_file():
             raise UserError(f"{path} is missing: give the folder of a run of train.py that finished an epoch")
-    values = yaml.safe_load(options.read_text())
-    args = argparse.Namespace(**{name.replace("-", "_"): value for name, value in values.items()})
+    args = parse_args(["--config", str(options)], train=True)
     model = build_model(args)
     report = load_weights(model, str(checkpoint), use_ema=True)
     labels = report.class_to_idx and sorted(report.class_to_idx, key=report.class_to_idx.get)

@@ -18,7 +18,9 @@ import torch
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
+import elfatt
 from elfatt.checkpoints import LoadReport, load_checkpoint
+from elfatt.conversion import Plan
 from elfatt.data import UserError
 from elfatt.data.resources import exhausted
 from elfatt.ops import set_default_backend
@@ -82,15 +84,25 @@ def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
 
 
 def build_model(args: argparse.Namespace, **kwargs) -> nn.Module:
-    """Creates the model that the options name, on the CPU.
+    """Creates the model that the options name, on the CPU, with the attention of `args.plan`.
 
     Args:
         args: Parsed options.
         **kwargs: Further model keywords; a value of None is left out.
 
     Raises:
-        UserError: The model refuses a keyword or a value.
+        UserError: The model refuses a keyword, a value or the plan.
     """
+    model = _create_model(args, **kwargs)
+    if args.plan:
+        try:
+            elfatt.convert(model, Plan.from_json(args.plan))
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"--plan {args.plan} does not fit {args.model}: {error}") from error
+    return model
+
+
+def _create_model(args, **kwargs):
     kwargs = {"num_classes": args.num_classes, "img_size": args.img_size, **kwargs, **args.model_kwargs}
     try:
         try:

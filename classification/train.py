@@ -39,6 +39,7 @@ from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, peak_memory_mib, run_main
 from classification.splits import check_class_count, check_same_classes, class_names, open_split
 from elfatt.checkpoints import LoadReport
+from elfatt.conversion import Plan
 from elfatt.data import UserError
 from elfatt.data.classes import mismatch
 from elfatt.layers import align_gradients
@@ -160,6 +161,8 @@ class Trainer:
             except OSError as error:
                 raise UserError(f"cannot write to {self.folder} ({error.strerror}): choose another --output") from error
             save_yaml(args, self.folder / "args.yaml")
+            if args.plan:
+                Plan.from_json(args.plan).to_json(self.folder / "plan.json")
             trim_summary(str(self.folder / "summary.csv"), self.state.epoch)
             self.board = SummaryWriter(str(self.folder), purge_step=self.state.updates)
         if found and args.resume != "auto":
@@ -277,7 +280,7 @@ class Trainer:
             images = self.erase(images)
         with nullcontext() if update else self.no_sync():
             with self.autocast:
-                loss = self.loss(self.net(images.contiguous(memory_format=self.memory_format)), labels)
+                loss = self.compute_loss(images.contiguous(memory_format=self.memory_format), labels)
             value = loss.item()
             if not math.isfinite(value):
                 self._stop(value, images, labels)
@@ -295,6 +298,10 @@ class Trainer:
             if state.ema:
                 state.ema.update(self.model)
         return value
+
+    def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch as it goes into the model."""
+        return self.loss(self.net(images), labels)
 
     def _stop(self, loss: float, images: Tensor, labels: Tensor) -> None:
         """Saves the state and the batch of a loss that is not finite, and ends the run."""
