@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
+import torch
+from torch.utils.data import IterableDataset, Subset
 from tqdm import tqdm
 
 import elfatt
@@ -30,10 +32,11 @@ def run(argv: list[str] | None) -> None:
     Raises:
         UserError: Anything the user can correct: data, options, checkpoint, model.
     """
-    own = argparse.ArgumentParser(add_help=False)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--save-plan", type=Path, required=True, metavar="FILE", help="JSON to write")
     own.add_argument("--budget", type=float, default=0.5, help="share of attention's multiply-adds that may remain")
-    own.add_argument("--images", type=int, default=64, help="training images to calibrate on")
+    own.add_argument("--images", type=int, default=64, help="images to calibrate on, chosen at random")
+    own.add_argument("--split", default="train", help="split that they are from")
     own.add_argument("--uniform", action="store_true", help="half the heads linear, half in blocks, without data")
     own.add_argument("--block", type=int, default=8, help="side of the uniform plan's blocks in tokens")
     if argv is None:
@@ -53,12 +56,14 @@ def run(argv: list[str] | None) -> None:
         if options.uniform:
             plan = elfatt.convert(model, block=options.block).plan
         else:
-            args.val_split = "train"
-            loader = Loader(
-                open_split(args, train=False), args, data_config(args, model), world, BrokenImages(0), train=False
-            )
+            args.val_split = options.split
+            dataset = open_split(args, train=False)
+            if not isinstance(dataset, IterableDataset):  # in order they would be of one class
+                chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+                dataset = Subset(dataset, chosen[: options.images].tolist())
+            loader = Loader(dataset, args, data_config(args, model), world, BrokenImages(0), train=False)
             loader.seek(0)
-            count = -(-options.images // args.batch_size)
+            count = -(-options.images // loader.batch_size)
             batches = tqdm(islice(loader, count), "calibrating", count, disable=None, leave=False)
             found = calibrate(model.to(world.device), (images for images, _ in batches))
             plan = found.plan(cost=options.budget)

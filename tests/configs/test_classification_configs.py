@@ -17,7 +17,7 @@ from elfatt.analysis import rows
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "classification"
 # not of Table I: the quickstart's, and Tables II to V
-OTHERS = ("digits_nano", "ablations")
+OTHERS = ("digits_nano", "digits_vit", "ablations")
 FILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in OTHERS)
 ABLATIONS = rows.select_rows([2, 3, 4, 5])
 
