@@ -155,7 +155,8 @@ class Calibration:
             cost: Largest share of exact attention's cost; the fewest steps that reach it.
 
         Raises:
-            ValueError: Not one of both, a value out of range, or a cost that no choice reaches.
+            ValueError: Not one of both, a value out of range, a cost that no choice reaches, or attention that was not
+                finite.
         """
         if (error is None) == (cost is None):
             raise ValueError(f"error={error} and cost={cost}: give one of both")
@@ -210,6 +211,8 @@ class Calibration:
         shares = {}
         for name, layer in self.layers.items():
             rest = layer.rest
+            if not rest.isfinite().all():
+                raise ValueError(f"{name}: attention is not finite here: calibrate in float32 or bfloat16")
             if self.shortcut:
                 rest = rest - layer.overlap**2 / layer.value.clamp_min(torch.finfo(torch.float64).tiny)
             weight = layer.effect / layer.probe if layer.probe else 1 / len(self.layers)

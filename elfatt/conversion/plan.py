@@ -34,9 +34,9 @@ class Head:
     def __post_init__(self):
         if self.branch not in BRANCHES:
             raise ValueError(f"branch={self.branch!r} must be one of {', '.join(BRANCHES)}")
-        if (self.branch == "block") != (self.block > 0):
+        if not isinstance(self.block, int) or (self.branch == "block") != (self.block > 0):
             raise ValueError(
-                f"block={self.block} must be the side of a block in tokens where branch is 'block', else 0"
+                f"block={self.block!r} must be the side of a block in tokens where branch is 'block', else 0"
             )
         if not self.temperature > 0 or (self.temperature != 1 and self.branch != "linear"):
             raise ValueError(f"temperature={self.temperature} must be above 0, and 1 where branch is not 'linear'")
@@ -57,10 +57,17 @@ class LayerPlan:
     Attributes:
         heads: One entry per head.
         min_tokens: Shorter inputs run exact attention in every head.
+
+    Raises:
+        ValueError: ``min_tokens`` is no whole number.
     """
 
     heads: tuple[Head, ...]
     min_tokens: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.min_tokens, int):
+            raise ValueError(f"min_tokens={self.min_tokens!r} must be a number of tokens")
 
     @property
     def is_exact(self) -> bool:

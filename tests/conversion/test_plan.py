@@ -31,6 +31,13 @@ def test_half_of_the_heads_are_linear_in_a_uniform_plan():
     assert [head.branch for head in plan.layers["a"].heads] == ["linear"] * 2 + ["block"] * 3
     assert [head.branch for head in plan.layers["b"].heads] == ["block"]
     assert plan.layers["a"].heads[-1] == Head("block", 4) and plan.layers["a"].min_tokens == 64
+    plan = Plan.uniform("unet", {"a": 4}, global_branch="exact")
+    assert [head.branch for head in plan.layers["a"].heads] == ["exact"] * 2 + ["block"] * 2
+
+
+def test_a_number_of_tokens_is_whole():
+    with pytest.raises(ValueError, match="min_tokens='1024' must be a number of tokens"):
+        LayerPlan((Head(),), min_tokens="1024")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +60,8 @@ def test_a_plan_of_another_model_is_refused(model, heads, message):
         ({"branch": "local"}, "branch='local' must be one of exact, linear, block"),
         ({"branch": "block"}, "block=0 must be the side of a block"),
         ({"branch": "linear", "block": 4}, "block=4 must be"),
+        ({"branch": "block", "block": 8.5}, "block=8.5 must be"),
+        ({"branch": "block", "block": "8"}, "block='8' must be"),
         ({"branch": "linear", "temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"branch": "block", "block": 2, "temperature": 2.0}, "temperature=2.0 must be above 0, and 1 where"),
         ({"shortcut": 0.1}, "shortcut=0.1 must be 0 where branch is 'exact'"),
