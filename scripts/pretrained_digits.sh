@@ -19,4 +19,4 @@ bash scripts/setup.sh
 runs=runs/pretrained_digits
 export NGPUS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 .venv/bin/python scripts/quickstart/digits.py $runs/data
-exec bash scripts/torchrun.sh scripts/pretrained/compare.py $runs
+exec bash scripts/torchrun.sh scripts/pretrained/vit_digits.py $runs
