@@ -165,7 +165,7 @@ def attention_share(subject: Subject, variants: dict[str, Variant]) -> dict[str,
         attention += 2 * q.numel() * k.shape[1]
         return v
 
-    with adapter.Handle(subject.model, count, adapter.self_attention_layers(subject.model)):
+    with adapter.apply(subject.model, count):
         sample(subject.model, labels, subject.steps, seed=0)
     totals = {}
     for name, variant in variants.items():
