@@ -68,6 +68,8 @@ def convert(
     vit: ViT, plan: Plan | None, *, images: Images | None, budget: float, block: int, min_tokens: int
 ) -> ViTHandle:
     """As ``elfatt.convert``, for a ViT that was found."""
+    if plan is not None and images is not None:
+        raise ValueError("give a plan, or images to calibrate one on, not both")
     if plan is None and images is not None:
         plan = calibrate(vit, images, min_tokens=min_tokens).plan(cost=budget)
     elif plan is None:

@@ -273,6 +273,8 @@ def test_what_cannot_be_done_is_named():
         elfatt.convert(model, plan_of(model, Head("linear")))
     with pytest.raises(ValueError, match="names the layer 'blocks.9.attn'"):
         elfatt.convert(vit(), Plan("VisionTransformer-32-2", {"blocks.9.attn": LayerPlan((Head(),) * 4)}))
+    with pytest.raises(ValueError, match="give a plan, or images to calibrate one on, not both"):
+        elfatt.convert(vit(), plan_of(vit(), Head()), images=torch.randn(1, 3, *SIZE))
     with pytest.raises(ValueError, match=r"cost=1.5 in \(0, 1\]"):
         elfatt.convert(vit(), images=torch.randn(1, 3, *SIZE), budget=1.5)
 
