@@ -19,13 +19,14 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from torch import nn
 
 import elfatt  # noqa: F401  registers the models with timm
+from classification.checkpoint import load
 from classification.config import parse_args
 from classification.data import data_config
 from classification.runtime import build_model, load_weights, run_main
 from elfatt.data import UserError
 from elfatt.hub import Card, push_to_hub, save_pretrained
 
-SHOWN = ("model_kwargs", "plan", "img_size", "epochs", "batch_size", "opt", "lr", "weight_decay", "backend")
+SHOWN = ("model_kwargs", "plan", "img_size", "epochs", "batch_size", "opt", "lr", "weight_decay")
 WEIGHTS = {"ema": "averaged (EMA)", "raw": "raw"}
 
 
@@ -48,7 +49,11 @@ def read_run(folder: Path, results: Path | None = None, license: str | None = No
     model = build_model(args)
     report = load_weights(model, str(checkpoint), use_ema=True)
     labels = report.class_to_idx and sorted(report.class_to_idx, key=report.class_to_idx.get)
-    scores = _scores_of(results) if results else best_scores(folder / "summary.csv", report.weights)
+    scores = (
+        _scores_of(results)
+        if results
+        else scores_of_epoch(folder / "summary.csv", load(checkpoint)["epoch"], report.weights)
+    )
     details = {
         "Architecture": f"`{args.model}`, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
         "Weights": WEIGHTS[report.weights],
@@ -60,19 +65,18 @@ def read_run(folder: Path, results: Path | None = None, license: str | None = No
     return model, {"card": card, "label_names": labels, "data_config": data_config(args, model)}
 
 
-def best_scores(path: Path, weights: str) -> dict[str, Any]:
-    """Figures of the best epoch of a run for `raw` or `ema` weights.
+def scores_of_epoch(path: Path, epoch: int, weights: str) -> dict[str, Any]:
+    """Figures of an epoch of a run for `raw` or `ema` weights.
 
     Raises:
         UserError: The file has no such figures.
     """
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get(f"eval_{weights}_top1")]
-    if not rows:
-        raise UserError(f"{path} has no eval_{weights}_top1: no epoch was validated with these weights")
-    best = max(rows, key=lambda row: float(row[f"eval_{weights}_top1"]))
-    found = {name: float(best[f"eval_{weights}_{name}"]) for name in ("top1", "top5")}
-    return {**found, "details": {"Best epoch": int(best["epoch"])}}
+        for row in csv.DictReader(file):
+            if row["epoch"] == str(epoch) and row.get(f"eval_{weights}_top1"):
+                found = {name: float(row[f"eval_{weights}_{name}"]) for name in ("top1", "top5")}
+                return {**found, "details": {"Best epoch": epoch}}
+    raise UserError(f"{path} has no eval_{weights}_top1 of epoch {epoch}: give --results of validate.py")
 
 
 def _scores_of(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Arguments are named as in huggingface_hub's ``PyTorchModelHubMixin``; ``classifi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from timm.models import save_for_hf
 from torch import nn
+
+if "data_config" not in inspect.signature(save_for_hf).parameters:
+    raise ImportError("elfatt.hub needs timm 1.0.31 or newer: pip install --upgrade timm")
 
 BODY = """
 # {name}

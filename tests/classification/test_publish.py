@@ -67,4 +67,4 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, finished):
         finished, "--output", tmp_path / "out", "--results", tmp_path / "no.json"
     )
     (finished / "summary.csv").write_text("epoch,train_loss\n0,1\n")
-    assert "has no eval_ema_top1" in error(finished, "--output", tmp_path / "out")
+    assert "has no eval_ema_top1 of epoch" in error(finished, "--output", tmp_path / "out")
