@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 def build(name: str, size: tuple[int, int], device: str) -> nn.Module:
     """A model of timm for images of a size, with random weights, in evaluation mode."""
     with torch.device(device):
-        return timm.create_model(name, img_size=size, num_classes=0).eval()
+        return timm.create_model(name, img_size=size, num_classes=0).eval().requires_grad_(False)
 
 
 def convert(model: nn.Module, variant: str, plan: Plan | None, block: int) -> None:
@@ -152,7 +152,7 @@ def count(
     """Multiply-adds for one image, those of the attention layers, and the bytes alive in a pass."""
     model = build(name, size, "meta")
     convert(model, variant, plan, args.block)
-    with count_true() as read, torch.no_grad():
+    with count_true() as read:
         meter = Meter(adapter.vit_of(model).layers.values(), read)
         model(torch.empty(1, 3, *size, device="meta"))
         found = {"macs": read(), "attention_macs": total(meter.take())}

@@ -1,5 +1,7 @@
 """The command that measures pretrained ViTs."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -40,6 +42,12 @@ def test_a_size_that_no_budget_fits_is_said(tmp_path, capsys, small):
     options = ["--sizes", "32", "--budget", "0.01", "--variants", "ELFATT calibrated"]
     assert main(["pretrained", *TINY, *options, "--results", str(tmp_path / "r.json")]) == 0
     assert "ELFATT calibrated is not timed: cost=0.01 cannot be reached" in capsys.readouterr().err
+
+
+def test_models_that_pool_by_attention_are_counted():
+    args = argparse.Namespace(block=2, batch_size=1, device="cpu", precision="float32")
+    found = pretrained.count("vit_base_patch16_siglip_224", (32, 32), "unpatched", None, args)
+    assert found["macs"] > found["attention_macs"] > 0
 
 
 def test_no_attention_leaves_the_values():
