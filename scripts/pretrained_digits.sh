@@ -18,5 +18,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 runs=runs/pretrained_digits
 export NGPUS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
-.venv/bin/python scripts/quickstart/digits.py $runs/data
+.venv/bin/python scripts/quickstart/digits.py $runs/data --copies 0
 exec bash scripts/torchrun.sh scripts/pretrained/vit_digits.py $runs

@@ -45,11 +45,12 @@ def compose(rng: np.random.Generator, number: int, material: Material) -> np.nda
     return canvas.round().astype(np.uint8)
 
 
-def write_digits(root: Path) -> None:
+def write_digits(root: Path, copies: int = COPIES) -> None:
     """Write ``root/{train,val}/{0_zero,…}/{index}.png``, and ``{index}_{copy}.png`` of training digits in scenes.
 
     Args:
         root: Folder to make; one that is there already is kept as it is.
+        copies: Scenes of each training digit.
     """
     if root.exists():
         return
@@ -61,7 +62,7 @@ def write_digits(root: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray((digit * (255 / 16)).round().astype(np.uint8))
             image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.png")
-            for copy in range(COPIES if split == "train" else 0):
+            for copy in range(copies if split == "train" else 0):
                 scene = compose(np.random.default_rng((index, copy)), number, material)
                 Image.fromarray(scene).save(folder / f"{index:04d}_{copy}.png")
     unfinished.rename(root)
@@ -70,4 +71,8 @@ def write_digits(root: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="folder to write")
-    write_digits(parser.parse_args().root)
+    parser.add_argument(
+        "--copies", type=int, default=COPIES, help="scenes of each training digit (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    write_digits(args.root, args.copies)
