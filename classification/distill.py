@@ -1,22 +1,22 @@
 """Aligns a converted ViT with the model it was: `python classification/distill.py --plan FILE ...`.
 
 The teacher is the model of `--initial-checkpoint` with its own attention, the student the same weights with the plan's.
-In the first half of the epochs the outputs of the converted attention layers are matched, layer by layer; in the second
-half the logits. Labels are not used. All other options are those of `train.py`, `--resume auto` among them.
+In the first half of the epochs each converted attention layer gets the teacher's input and learns to give its output;
+in the second half the logits are matched. Labels are not used. All other options are those of `train.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from classification.config import parse_args
 from classification.runtime import build_model, load_weights, run_main
@@ -45,34 +45,42 @@ class Distiller(Trainer):
         teacher = build_model(argparse.Namespace(**{**vars(args), "plan": None}))
         load_weights(teacher, args.initial_checkpoint, use_ema=True)
         self.teacher = teacher.requires_grad_(False).eval().to(self.world.device, memory_format=self.memory_format)
-        layers = [name for name, layer in Plan.from_json(args.plan).layers.items() if not layer.is_exact]
-        self.outputs, self.targets = (_record(vit_of(m).layers, layers, m.training) for m in (self.model, teacher))
+        names = [name for name, layer in Plan.from_json(args.plan).layers.items() if not layer.is_exact]
+        self.inputs: dict[str, tuple] = {}  # of the teacher's layers: what they were called with
+        self.targets: dict[str, Tensor] = {}  # and what they gave
+        self.outputs: dict[str, Tensor] = {}  # of the student's
+        self.feeding = False  # the student's layers get the teacher's inputs
+        ours, theirs = vit_of(self.model).layers, vit_of(teacher).layers
+        for name in names:
+            theirs[name].register_forward_pre_hook(partial(self._keep_input, name), with_kwargs=True)
+            theirs[name].register_forward_hook(partial(_keep_output, self.targets, name))
+            ours[name].register_forward_pre_hook(partial(self._feed, name), with_kwargs=True)
+            ours[name].register_forward_hook(partial(_keep_output, self.outputs, name))
+
+    def _keep_input(self, name, layer, args, kwargs):
+        self.inputs[name] = args, kwargs
+
+    def _feed(self, name, layer, args, kwargs):
+        return self.inputs[name] if self.feeding else None
 
     def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Relative squared error of the attention layers' outputs, or Kullback-Leibler divergence of the logits."""
-        self.outputs.clear()
-        self.targets.clear()
         with torch.no_grad():
             wanted = self.teacher(images)
+        self.feeding = 2 * self.state.epoch < self.num_epochs
         found = self.net(images)
-        if 2 * self.state.epoch >= self.num_epochs:
+        if not self.feeding:
             return F.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True)
-        pairs = zip(self.outputs, self.targets, strict=True)
-        errors = [(out - target).float().square().sum() / target.float().square().sum() for out, target in pairs]
+        self.feeding = False
+        errors = [
+            (self.outputs[name] - target).float().square().sum() / target.float().square().sum()
+            for name, target in self.targets.items()
+        ]
         return torch.stack(errors).mean() + 0 * found.sum()  # DDP wants a gradient of every weight
 
 
-def _record(layers: dict[str, nn.Module], names: Iterable[str], training: bool) -> list[Tensor]:
-    """A list that takes the outputs of these layers in every forward pass in training mode, or in evaluation mode."""
-    outputs: list[Tensor] = []
-
-    def keep(layer, _, out):
-        if layer.training == training:
-            outputs.append(out)
-
-    for name in names:
-        layers[name].register_forward_hook(keep)
-    return outputs
+def _keep_output(outputs, name, layer, args, out):
+    outputs[name] = out
 
 
 def main(argv: list[str] | None = None) -> int:
