@@ -23,10 +23,11 @@ from classification.checkpoint import load
 from classification.config import parse_args
 from classification.data import data_config
 from classification.runtime import build_model, load_weights, run_main
+from elfatt.conversion import Plan
 from elfatt.data import UserError
 from elfatt.hub import Card, push_to_hub, save_pretrained
 
-SHOWN = ("model_kwargs", "plan", "img_size", "epochs", "batch_size", "opt", "lr", "weight_decay")
+SHOWN = ("model_kwargs", "img_size", "epochs", "batch_size", "opt", "lr", "weight_decay")
 WEIGHTS = {"ema": "averaged (EMA)", "raw": "raw"}
 
 
@@ -46,7 +47,7 @@ def read_run(folder: Path, results: Path | None = None, license: str | None = No
         if not path.is_file():
             raise UserError(f"{path} is missing: give the folder of a run of train.py that finished an epoch")
     args = parse_args(["--config", str(options)], train=True)
-    model = build_model(args)
+    model = build_model(argparse.Namespace(**{**vars(args), "plan": None}))
     report = load_weights(model, str(checkpoint), use_ema=True)
     labels = report.class_to_idx and sorted(report.class_to_idx, key=report.class_to_idx.get)
     scores = (
@@ -62,7 +63,8 @@ def read_run(folder: Path, results: Path | None = None, license: str | None = No
     }
     dataset = args.dataset or Path(args.data_dir).name
     card = Card(details=details, dataset=dataset, license=license, **scores)
-    return model, {"card": card, "label_names": labels, "data_config": data_config(args, model)}
+    plan = Plan.from_json(folder / "plan.json") if args.plan else None
+    return model, {"card": card, "label_names": labels, "data_config": data_config(args, model), "plan": plan}
 
 
 def scores_of_epoch(path: Path, epoch: int, weights: str) -> dict[str, Any]:

@@ -17,9 +17,12 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from timm.models import save_for_hf
 from torch import nn
 
+from elfatt.conversion import Plan
+
 if "data_config" not in inspect.signature(save_for_hf).parameters:
     raise ImportError("elfatt.hub needs timm 1.0.31 or newer: pip install --upgrade timm")
 
+PLAN = "plan.json"
 BODY = """
 # {name}
 
@@ -27,11 +30,11 @@ BODY = """
 
 ```python
 import timm
-
+{imports}
 import elfatt  # registers the architecture with timm
 
 model = timm.create_model("{source}", pretrained=True).eval()
-```
+{convert}```
 
 {details}
 ## Citation
@@ -67,12 +70,13 @@ class Card:
     top5: float | None = None
     license: str | None = None
 
-    def render(self, name: str, source: str) -> str:
+    def render(self, name: str, source: str, converted: bool = False) -> str:
         """The card as Markdown with the header that the Hub reads.
 
         Args:
             name: Of the model.
             source: What ``timm.create_model`` takes.
+            converted: The attention is that of the ``plan.json`` beside it.
         """
         scores = {"accuracy": ("Top-1 accuracy", self.top1), "top-5-accuracy": ("Top-5 accuracy", self.top5)}
         results = [
@@ -98,7 +102,13 @@ class Card:
         details = self.details | {title: f"{value:.3f} %" for title, value in scores.values() if value is not None}
         table = "\n".join(f"| {key} | {value} |" for key, value in details.items())
         table = f"| | |\n|---|---|\n{table}\n" if table else ""
-        body = BODY.format(name=name, description=self.description, source=source, details=table)
+        kind, _, place = source.partition(":")
+        plan = f'hf_hub_download("{place}", "{PLAN}")' if kind == "hf-hub" else f'"{place}/{PLAN}"'
+        convert = f"elfatt.convert(model, elfatt.conversion.Plan.from_json({plan}))\n" if converted else ""
+        imports = "from huggingface_hub import hf_hub_download\n" if converted and kind == "hf-hub" else ""
+        body = BODY.format(
+            name=name, description=self.description, source=source, imports=imports, convert=convert, details=table
+        )
         return f"---\n{header.to_yaml()}\n---\n{body}"
 
 
@@ -109,6 +119,7 @@ def save_pretrained(
     card: Card | None = None,
     label_names: Sequence[str] | None = None,
     data_config: dict[str, Any] | None = None,
+    plan: Plan | None = None,
     source: str | None = None,
 ) -> Path:
     """Write a model of ``timm.create_model`` for ``local-dir:`` or the Hub.
@@ -119,6 +130,7 @@ def save_pretrained(
         card: What the model card says.
         label_names: Of the classes, in order.
         data_config: How images were prepared, by timm's names, where it is not as the model's ``pretrained_cfg`` says.
+        plan: Of a model that was trained with converted attention; saved beside it, and the card applies it.
         source: Under which the card loads the model; by default ``local-dir:`` and the folder.
 
     Returns:
@@ -138,7 +150,9 @@ def save_pretrained(
     labels = {"label_names": list(label_names)} if label_names else {}
     save_for_hf(model, str(folder), model_config=labels, data_config=data_config, safe_serialization=True)
     name = (source or folder.name).rpartition("/")[2]
-    text = (card or Card()).render(name, source or f"local-dir:{folder}")
+    if plan:
+        plan.to_json(folder / PLAN)
+    text = (card or Card()).render(name, source or f"local-dir:{folder}", converted=plan is not None)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return folder
 
@@ -164,7 +178,7 @@ def push_to_hub(
         token: Of the Hub; by default that of ``hf auth login``.
         revision: Branch.
         create_pr: Open a pull request.
-        **options: ``card``, ``label_names`` and ``data_config`` of ``save_pretrained``.
+        **options: ``card``, ``label_names``, ``data_config`` and ``plan`` of ``save_pretrained``.
 
     Returns:
         Address of the commit.

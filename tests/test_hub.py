@@ -1,6 +1,7 @@
 """Models as timm keeps them: saved, pushed and built again, offline."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,11 @@ import torch
 import yaml
 from timm.models import _hub
 
-import elfatt  # noqa: F401
+import elfatt
 from elfatt import hub
+from elfatt.conversion import Head, LayerPlan, Plan
 from elfatt.hub import Card, push_to_hub, save_pretrained
+from elfatt.integrations.timm import vit_of
 
 NANO = {"img_size": 32, "num_classes": 3}
 MODELS = {
@@ -91,6 +94,21 @@ def test_the_card_says_what_it_was_given_and_no_more():
     assert "| Epochs | 3 |" in body and "| Top-1 accuracy | 99.167 % |" in body and "Top-5" not in text
     bare = Card().render("name", "hf-hub:me/name")
     assert "model-index" not in bare and "%" not in bare and "license" not in bare
+
+
+def test_a_converted_model_comes_with_its_plan(tmp_path):
+    model, images = build("of timm")
+    found = vit_of(model)
+    plan = Plan(found.name, {name: LayerPlan((Head("block", 2),) * heads) for name, heads in found.heads.items()})
+    folder = save_pretrained(model, tmp_path / "saved", plan=plan)
+    (example,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    names = {}
+    exec(example, names)
+    with torch.no_grad(), elfatt.convert(model, plan):
+        assert torch.equal(names["model"](images), model(images))
+    text = Card().render("name", "hf-hub:me/name", converted=True)
+    assert 'Plan.from_json(hf_hub_download("me/name", "plan.json"))' in text
+    assert "import timm\nfrom huggingface_hub import hf_hub_download\n" in text
 
 
 def test_labels_are_kept(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from classification import calibrate, distill, train, validate
+from classification import calibrate, distill, publish, train, validate
 from classification.checkpoint import load
 from classification.distill import Distiller
 from elfatt.conversion import Plan
@@ -88,6 +88,8 @@ def test_alignment_brings_the_student_closer_and_resumes_exactly(options, teache
     whole, stopped = (load(tmp_path / name / "last.pth.tar") for name in ("whole", "stopped"))
     for key in ("state_dict", "state_dict_ema"):
         assert all(torch.equal(value, stopped[key][name]) for name, value in whole[key].items())
+    assert publish.main([str(tmp_path / "whole"), "--output", str(tmp_path / "published")]) == 0
+    assert (tmp_path / "published" / "plan.json").read_text() == plan.read_text()
     first, *_, last = (line.split(",") for line in (tmp_path / "whole" / "summary.csv").read_text().splitlines()[1:])
     assert float(last[1]) < float(first[1])  # of another loss; both begin at the untrained student
 
