@@ -7,6 +7,7 @@ a share of attention's multiply-adds, or with `--uniform` the paper's ELFATT. Se
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,7 @@ def run(argv: list[str] | None) -> None:
     own.add_argument("--split", default="train", help="split that they are from")
     own.add_argument("--uniform", action="store_true", help="half the heads linear, half in blocks, without data")
     own.add_argument("--block", type=int, default=8, help="side of the uniform plan's blocks in tokens")
+    own.add_argument("--lepe", action="store_true", help="add a LePE to each replaced layer, for distill.py to train")
     if argv is None:
         argv = sys.argv[1:]
     if {"-h", "--help"} & set(argv):
@@ -71,6 +73,7 @@ def run(argv: list[str] | None) -> None:
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     options.save_plan.parent.mkdir(parents=True, exist_ok=True)
+    plan = dataclasses.replace(plan, lepe=options.lepe)
     plan.to_json(options.save_plan)
     print(plan)
 

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classification.config import parse_args
-from classification.runtime import build_model, load_weights, run_main
+from classification.runtime import build_model, load_weights, read_plan, run_main
 from classification.train import Trainer
-from elfatt.conversion import Plan
 from elfatt.data import UserError
 from elfatt.integrations.timm import vit_of
 
@@ -41,11 +40,14 @@ class Distiller(Trainer):
             raise UserError(
                 "give --plan FILE (classification/calibrate.py) and the teacher's --initial-checkpoint FILE"
             )
+        plan = read_plan(args.plan)
+        names = [name for name, layer in plan.layers.items() if not layer.is_exact]
+        if plan.lepe:  # which the teacher lacks
+            args.allow_mismatch = [*(args.allow_mismatch or ()), *(f"{name}.lepe." for name in names)]
         super().__init__(args)
         teacher = build_model(argparse.Namespace(**{**vars(args), "plan": None}))
         load_weights(teacher, args.initial_checkpoint, use_ema=True)
         self.teacher = teacher.requires_grad_(False).eval().to(self.world.device, memory_format=self.memory_format)
-        names = [name for name, layer in Plan.from_json(args.plan).layers.items() if not layer.is_exact]
         self.inputs: dict[str, tuple] = {}  # of the teacher's layers: what they were called with
         self.targets: dict[str, Tensor] = {}  # and what they gave
         self.outputs: dict[str, Tensor] = {}  # of the student's

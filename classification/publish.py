@@ -47,6 +47,11 @@ def read_run(folder: Path, results: Path | None = None, license: str | None = No
         if not path.is_file():
             raise UserError(f"{path} is missing: give the folder of a run of train.py that finished an epoch")
     args = parse_args(["--config", str(options)], train=True)
+    plan = Plan.from_json(folder / "plan.json") if args.plan else None
+    if plan and plan.lepe:
+        raise UserError(
+            f"{folder} has weights of LePE, for which timm's architecture has no place: it stays a checkpoint"
+        )
     model = build_model(argparse.Namespace(**{**vars(args), "plan": None}))
     report = load_weights(model, str(checkpoint), use_ema=True)
     labels = report.class_to_idx and sorted(report.class_to_idx, key=report.class_to_idx.get)
@@ -63,7 +68,6 @@ def read_run(folder: Path, results: Path | None = None, license: str | None = No
     }
     dataset = args.dataset or Path(args.data_dir).name
     card = Card(details=details, dataset=dataset, license=license, **scores)
-    plan = Plan.from_json(folder / "plan.json") if args.plan else None
     return model, {"card": card, "label_names": labels, "data_config": data_config(args, model), "plan": plan}
 
 

@@ -95,11 +95,26 @@ def build_model(args: argparse.Namespace, **kwargs) -> nn.Module:
     """
     model = _create_model(args, **kwargs)
     if args.plan:
+        plan = read_plan(args.plan)
         try:
-            elfatt.convert(model, Plan.from_json(args.plan))
-        except (OSError, TypeError, ValueError) as error:
+            elfatt.convert(model, plan)
+        except (TypeError, ValueError) as error:
             raise UserError(f"--plan {args.plan} does not fit {args.model}: {error}") from error
     return model
+
+
+def read_plan(path: str) -> Plan:
+    """Reads a plan.
+
+    Raises:
+        UserError: The file is missing or holds none.
+    """
+    try:
+        return Plan.from_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--plan {path} cannot be read ({error}): write one with classification/calibrate.py"
+        ) from error
 
 
 def _create_model(args, **kwargs):

@@ -87,10 +87,12 @@ class Plan:
     Attributes:
         model: The model that it was made for, as its adapter names it.
         layers: Plan of each layer, by name.
+        lepe: The replaced layers of a ViT get a LePE, zero at first, for training: weights of theirs in the state dict.
     """
 
     model: str
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
+    lepe: bool = False
 
     @classmethod
     def uniform(
@@ -150,6 +152,7 @@ class Plan:
                     name: LayerPlan(tuple(Head(**head) for head in layer["heads"]), layer["min_tokens"])
                     for name, layer in content["layers"].items()
                 },
+                bool(content["lepe"]),
             )
         except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} holds no plan ({type(error).__name__}: {error})") from error
@@ -157,7 +160,7 @@ class Plan:
     def __str__(self) -> str:
         """A table: a line per layer, equal heads counted."""
         width = max(map(len, self.layers), default=0)
-        lines = [f"plan for {self.model}: {len(self.layers)} layers"]
+        lines = [f"plan for {self.model}: {len(self.layers)} layers" + ", with LePE" * self.lepe]
         for name, layer in self.layers.items():
             kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(map(str, layer.heads)).items())
             lines.append(f"  {name:<{width}}  {kinds}" + f"  from {layer.min_tokens} tokens" * (layer.min_tokens > 0))

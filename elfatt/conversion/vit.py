@@ -8,12 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from elfatt.conversion.attention import run_plan
 from elfatt.conversion.calibrate import CANDIDATES, Attend, Calibration
 from elfatt.conversion.handle import Handle
 from elfatt.conversion.plan import Plan
+from elfatt.layers import LePE
 
 Images = torch.Tensor | Iterable[torch.Tensor]
 
@@ -33,12 +35,34 @@ class ViTHandle(Handle):
         self.attend, self.plan = attend, plan
         self.layers = {name: vit.layers[name] for name in layers}
         self.size, self.prefix = (0, 0), 0  # of the map in tokens, and the tokens before it
+        if plan and plan.lepe:
+            for layer in self.layers.values():
+                weight = next(layer.parameters())
+                layer.lepe = LePE(vit.width).to(weight.device, weight.dtype)
+                layer.lepe.weight.data.zero_()
+                layer.lepe.bias.data.zero_()
+
+    def _restore(self):
+        for layer in self.layers.values():
+            if hasattr(layer, "lepe"):
+                del layer.lepe
+        self.layers = {}
 
     def attention(
         self, layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
         """Attention of one layer, tensors ``[B, N, heads, d]``."""
-        return self.attend(layer, q, k, v, self.size, prefix=self.prefix, scale=scale)
+        out = self.attend(layer, q, k, v, self.size, prefix=self.prefix, scale=scale)
+        lepe = getattr(self.layers[layer], "lepe", None)
+        return out if lepe is None else out + _encode(lepe, v, self.size, self.prefix)
+
+
+def _encode(lepe: LePE, v: torch.Tensor, size: tuple[int, int], prefix: int) -> torch.Tensor:
+    """LePE of the map; 0 for the prefix, and for features behind those of V."""
+    heads = v.shape[2]
+    width = lepe.out_channels // heads
+    x = lepe(v[:, prefix:, :, :width].flatten(2).unflatten(1, size).movedim(-1, 1))
+    return F.pad(x.flatten(2).mT.unflatten(-1, (heads, width)), (0, v.shape[-1] - width, 0, 0, prefix, 0))
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,7 @@ class ViT:
         name: What plans call it.
         layers: Its self-attention layers, by name.
         heads: Number of heads of each.
+        width: Channels of the values of each.
         linear: Linear heads are sound: positions do not enter between queries and keys, by rotation or as a bias.
         features: From a batch of images to features.
         handle: Class of the adapter's handle.
@@ -59,6 +84,7 @@ class ViT:
     name: str
     layers: Mapping[str, nn.Module]
     heads: Mapping[str, int]
+    width: int
     linear: bool
     features: Callable[[torch.Tensor], torch.Tensor]
     handle: type[ViTHandle]

@@ -180,6 +180,8 @@ def apply(
     attend, layers, merge = plan, heads, getattr(plan, "merge", None)
     if isinstance(plan, Plan):
         plan.check(name_of(model), heads)
+        if plan.lepe:
+            raise ValueError("plans with LePE are for ViTs, where alignment trains it: calibrate one without")
         attend = partial(run_plan, plan)
         layers = {name for name, layer in plan.layers.items() if not layer.is_exact}
     if merge_ratio:

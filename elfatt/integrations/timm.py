@@ -100,6 +100,7 @@ def vit_of(model: nn.Module) -> vit.ViT:
         name=f"{kind}-{encoder.embed_dim}-{len(layers)}",
         layers=layers,
         heads={name: layer.num_heads for name, layer in layers.items()},
+        width=encoder.embed_dim,
         linear=not is_sam and getattr(encoder, "rope", None) is None,
         features=encoder.forward_features,
         handle=_Handle,
@@ -133,7 +134,7 @@ class _Handle(vit.ViTHandle):
         for name, layer in self.layers.items():
             layer.fused_attn = self._fused[name]
             del layer.forward
-        self.layers = {}
+        super()._restore()
 
 
 class _Forward:

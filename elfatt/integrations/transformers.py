@@ -148,6 +148,7 @@ def vit_of(model: nn.Module) -> vit.ViT:
         name=f"{type(encoder).__name__}-{config.hidden_size}-{len(layers)}",
         layers=layers,
         heads=dict.fromkeys(layers, config.num_attention_heads),
+        width=config.hidden_size,
         linear=attention_class not in ROTARY,
         features=partial(_features, encoder),
         handle=_Handle,
@@ -187,3 +188,4 @@ class _Handle(vit.ViTHandle):
         for layer in self._hooked:
             del layer.elfatt_attention
         self._hooked = []
+        super()._restore()

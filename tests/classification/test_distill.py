@@ -127,6 +127,21 @@ def test_the_loss_is_that_of_attention_then_of_logits(options, teacher, plan):
     assert run.compute_loss(images, None).item() == pytest.approx(wanted.item(), rel=1e-3)
 
 
+def test_a_lepe_begins_at_zero_and_is_trained(options, teacher, tmp_path, capsys):
+    path, common = tmp_path / "lepe.json", ("--checkpoint", teacher)
+    assert calibrate.main(data(options, *common, "--save-plan", path, "--uniform", "--block", 4, "--lepe")) == 0
+    assert Plan.from_json(path).lepe
+    assert distill.main(aligned(options, teacher, path, "--epochs", 2, experiment="lepe")) == 0
+    state = load(tmp_path / "lepe" / "last.pth.tar")["state_dict"]
+    added = set(state) - set(load(teacher)["state_dict"])
+    assert added == {f"blocks.{block}.attn.lepe.{name}" for block in (0, 1) for name in ("weight", "bias")}
+    assert all(state[name].any() for name in added)
+    found = data(options, "--checkpoint", tmp_path / "lepe" / "last.pth.tar", "--plan", path)
+    assert validate.run(found)["images"] == 15
+    assert publish.main([str(tmp_path / "lepe"), "--output", str(tmp_path / "out")]) == 1
+    assert "has weights of LePE" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_mistakes_end_in_one_line(options, teacher, plan, tmp_path, capsys):
     def error(program, argv):
         assert program.main([str(item) for item in argv]) == 1
@@ -135,6 +150,6 @@ def test_mistakes_end_in_one_line(options, teacher, plan, tmp_path, capsys):
     assert "give --plan FILE" in error(distill, options(*VIT))
     text = error(train, options("--plan", plan, experiment="swin"))
     assert "plan.json does not fit cswin_nano_elfatt: " in text and "holds no plain ViTs" in text
-    assert "missing.json does not fit" in error(train, options(*VIT, "--plan", tmp_path / "missing.json"))
+    assert "missing.json cannot be read" in error(train, options(*VIT, "--plan", tmp_path / "missing.json"))
     argv = data(options, "--checkpoint", teacher, "--save-plan", tmp_path / "p.json", "--budget", 0)
     assert "cost=0.0 in (0, 1]" in error(calibrate, argv)

@@ -16,6 +16,9 @@ PLAN = Plan(
 def test_a_plan_goes_through_a_file(tmp_path):
     PLAN.to_json(tmp_path / "plan.json")
     assert Plan.from_json(tmp_path / "plan.json") == PLAN
+    with_lepe = Plan("vit", {"a": LayerPlan((Head(),))}, lepe=True)
+    with_lepe.to_json(tmp_path / "plan.json")
+    assert Plan.from_json(tmp_path / "plan.json") == with_lepe and "1 layers, with LePE" in str(with_lepe)
 
 
 def test_a_plan_prints_as_a_table():

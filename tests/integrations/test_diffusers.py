@@ -1,6 +1,7 @@
 """Plans go into diffusion models and come out again without a trace."""
 
 import copy
+import dataclasses
 import gc
 import itertools
 import random
@@ -372,6 +373,8 @@ def test_what_cannot_be_done_is_named():
             adapter.apply(other)
     with pytest.raises(TypeError, match="Linear is not supported"):
         adapter.apply(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="plans with LePE are for ViTs"):
+        adapter.apply(model, dataclasses.replace(uniform(model), lepe=True))
     with pytest.raises(ValueError, match="the plan was made for UNet2DConditionModel-"):
         adapter.apply(dit()[0], uniform(model))
     for steps in ((0.5, 0.5), (-1, 1), (0, 2)):

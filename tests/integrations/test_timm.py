@@ -1,6 +1,7 @@
 """Plans go into ViTs of timm and come out again without a trace."""
 
 import copy
+import dataclasses
 import random
 import re
 from pathlib import Path
@@ -189,6 +190,31 @@ def test_calibration_keeps_to_its_budget(built):
         assert not run.positions or "linear" not in str(handle.plan)
         assert not torch.equal(run(), before)
     assert torch.equal(run(), before)
+
+
+def test_a_lepe_is_zero_at_first_and_adds_a_convolution_of_the_values(built):
+    model, run = built
+    clean, plan = state(model), plan_of(model, Head("block", 2))
+    with elfatt.convert(model, plan):
+        wanted = run()
+    handle = elfatt.convert(model, dataclasses.replace(plan, lepe=True))
+    assert torch.equal(run(), wanted)
+    torch.manual_seed(0)
+    layers = adapter.vit_of(model).layers
+    v = torch.randn(2, handle.prefix + 35, 4, 8)
+    handle.size = (5, 7)
+    for name, layer in layers.items():
+        torch.nn.init.normal_(layer.lepe.weight)
+        torch.nn.init.normal_(layer.lepe.bias)
+        with torch.no_grad():
+            out = handle.attention(name, v, v, v, None) - handle.attend(name, v, v, v, (5, 7), prefix=handle.prefix)
+            map = v[:, handle.prefix :].reshape(2, 5, 7, 32).permute(0, 3, 1, 2)
+            convolved = layer.lepe(map).permute(0, 2, 3, 1).reshape(2, 35, 4, 8)
+        torch.testing.assert_close(out[:, handle.prefix :], convolved, rtol=1e-4, atol=1e-4)
+        assert handle.prefix == 0 or out[:, : handle.prefix].abs().max() < 1e-5
+    assert (run() - wanted).abs().max() > 1e-4
+    handle.remove()
+    assert_same_state(state(model), clean)
 
 
 def test_plans_go_through_files_and_stay_with_their_model(tmp_path):
