@@ -152,7 +152,7 @@ class Plan:
                     name: LayerPlan(tuple(Head(**head) for head in layer["heads"]), layer["min_tokens"])
                     for name, layer in content["layers"].items()
                 },
-                bool(content["lepe"]),
+                bool(content.get("lepe", False)),
             )
         except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} holds no plan ({type(error).__name__}: {error})") from error
