@@ -63,7 +63,10 @@ class Distiller(Trainer):
         self.inputs[name] = args, kwargs
 
     def _feed(self, name, layer, args, kwargs):
-        return self.inputs[name] if self.feeding else None
+        if not self.feeding:
+            return None
+        (x, *rest), options = self.inputs[name]
+        return (x + 0 * args[0], *rest), options  # linked to what it replaces: DDP wants a gradient of every weight
 
     def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Relative squared error of the attention layers' outputs, or Kullback-Leibler divergence of the logits."""
@@ -78,7 +81,7 @@ class Distiller(Trainer):
             (self.outputs[name] - target).float().square().sum() / target.float().square().sum()
             for name, target in self.targets.items()
         ]
-        return torch.stack(errors).mean() + 0 * found.sum()  # DDP wants a gradient of every weight
+        return torch.stack(errors).mean() + 0 * found.sum()  # linked, for DDP
 
 
 def _keep_output(outputs, name, layer, args, out):
