@@ -1,5 +1,7 @@
 """From a trained ViT to a plan, and from a converted ViT back towards its teacher."""
 
+import subprocess
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -140,6 +142,14 @@ def test_a_lepe_begins_at_zero_and_is_trained(options, teacher, tmp_path, capsys
     assert validate.run(found)["images"] == 15
     assert publish.main([str(tmp_path / "lepe"), "--output", str(tmp_path / "out")]) == 1
     assert "has weights of LePE" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_two_processes_align_in_both_halves(options, teacher, plan, tmp_path, command):
+    argv = aligned(options, teacher, plan, "--epochs", 2, "--batch-size", 4, experiment="two")
+    run = command("scripts/torchrun.sh", "classification/distill.py", *argv, NGPUS="2")
+    assert subprocess.run(**run, capture_output=True).returncode == 0
+    assert load(tmp_path / "two" / "last.pth.tar")["position"]["updates"] == 6
 
 
 def test_mistakes_end_in_one_line(options, teacher, plan, tmp_path, capsys):
