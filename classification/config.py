@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -280,16 +280,21 @@ def _convert(action: argparse.Action, value: Any, path: str) -> Any:
     return value
 
 
-def parse_args(argv: Sequence[str] | None, train: bool) -> argparse.Namespace:
+def parse_args(
+    argv: Sequence[str] | None, train: bool, extend: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
     """Parses the command line over the YAML file that `--config` names, and checks the result.
 
-    A YAML file may serve both programs: `validate.py` passes over the keys that only `train.py` knows.
+    A YAML file may serve both programs: `validate.py` passes over the keys that only `train.py` knows. `extend` adds a
+    program's own options to the parser.
 
     Raises:
         UserError: An unknown key or a value that cannot be; the message names it and the remedy.
         SystemExit: With code 2, where the command line itself is wrong.
     """
     parser = build_parser(train)
+    if extend:
+        extend(parser)
     first, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]

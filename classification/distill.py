@@ -1,8 +1,8 @@
-"""Aligns a converted ViT with the model it was: `python classification/distill.py --plan FILE ...`.
+"""Distills a ViT into its converted copy: `python classification/distill.py --plan FILE --initial-checkpoint FILE ...`.
 
-The teacher is the model of `--initial-checkpoint` with its own attention, the student the same weights with the plan's.
-In the first half of the epochs each converted attention layer gets the teacher's input and learns to give its output;
-in the second half the logits are matched. Labels are not used. All other options are those of `train.py`.
+The student starts from the teacher's weights. For the first half of the epochs each converted attention layer is fed
+the teacher's input and trained to match its output; for the second half the logits are matched. Labels are not used.
+The other options are those of `train.py`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from elfatt.integrations.timm import vit_of
 
 
 class Distiller(Trainer):
-    """One alignment of a student with its teacher.
+    """A training run whose loss is the distance to a teacher.
 
     Args:
         args: Parsed options of `train.py`.
 
     Raises:
-        UserError: As `Trainer`; no plan, or no weights to start from.
+        UserError: As `Trainer`, or no plan or teacher was given.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         if not args.plan or not args.initial_checkpoint:
             raise UserError(
-                "give --plan FILE (classification/calibrate.py) and the teacher's --initial-checkpoint FILE"
+                "pass --plan FILE (see classification/calibrate.py) and the teacher's --initial-checkpoint FILE"
             )
         plan = read_plan(args.plan)
         names = [name for name, layer in plan.layers.items() if not layer.is_exact]
@@ -48,10 +48,10 @@ class Distiller(Trainer):
         teacher = build_model(argparse.Namespace(**{**vars(args), "plan": None}))
         load_weights(teacher, args.initial_checkpoint, use_ema=True)
         self.teacher = teacher.requires_grad_(False).eval().to(self.world.device, memory_format=self.memory_format)
-        self.inputs: dict[str, tuple] = {}  # of the teacher's layers: what they were called with
-        self.targets: dict[str, Tensor] = {}  # and what they gave
-        self.outputs: dict[str, Tensor] = {}  # of the student's
-        self.feeding = False  # the student's layers get the teacher's inputs
+        self.inputs: dict[str, tuple] = {}  # arguments of the teacher's layers
+        self.targets: dict[str, Tensor] = {}  # and their outputs
+        self.outputs: dict[str, Tensor] = {}  # of the student's layers
+        self.feeding = False  # whether the student's layers take the teacher's inputs
         ours, theirs = vit_of(self.model).layers, vit_of(teacher).layers
         for name in names:
             theirs[name].register_forward_pre_hook(partial(self._keep_input, name), with_kwargs=True)
@@ -66,7 +66,7 @@ class Distiller(Trainer):
         if not self.feeding:
             return None
         (x, *rest), options = self.inputs[name]
-        return (x + 0 * args[0], *rest), options  # linked to what it replaces: DDP wants a gradient of every weight
+        return (x + 0 * args[0], *rest), options  # DDP needs a gradient for every weight
 
     def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Relative squared error of the attention layers' outputs, or Kullback-Leibler divergence of the logits."""
@@ -81,7 +81,7 @@ class Distiller(Trainer):
             (self.outputs[name] - target).float().square().sum() / target.float().square().sum()
             for name, target in self.targets.items()
         ]
-        return torch.stack(errors).mean() + 0 * found.sum()  # linked, for DDP
+        return torch.stack(errors).mean() + 0 * found.sum()  # likewise
 
 
 def _keep_output(outputs, name, layer, args, out):
@@ -89,7 +89,7 @@ def _keep_output(outputs, name, layer, args, out):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs an alignment; returns the exit code."""
+    """Runs a distillation; returns the exit code."""
     return run_main("distill.py", lambda: Distiller(parse_args(argv, train=True)).fit())
 
 

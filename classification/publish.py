@@ -1,7 +1,7 @@
 """Publishes a run: `python classification/publish.py RUN_FOLDER --output FOLDER`, and `--push USER/NAME` to the Hub.
 
-Takes `model_best.pth.tar`, of it the averaged (EMA) weights where the run has them, and writes what timm loads as
-`local-dir:` and `hf-hub:`, with a model card whose figures are those of the run's own files.
+Exports `model_best.pth.tar` (the EMA weights, if any) in the format of timm's `local-dir:` and `hf-hub:`, with a model
+card generated from the run's own files.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import elfatt  # noqa: F401  registers the models with timm
 from classification.checkpoint import load
 from classification.config import parse_args
 from classification.data import data_config
-from classification.runtime import build_model, load_weights, run_main
-from elfatt.conversion import Plan
+from classification.runtime import build_model, load_weights, read_plan, run_main
 from elfatt.data import UserError
 from elfatt.hub import Card, push_to_hub, save_pretrained
 
@@ -32,25 +31,25 @@ WEIGHTS = {"ema": "averaged (EMA)", "raw": "raw"}
 
 
 def read_run(folder: Path, results: Path | None = None, license: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The best model of a run, and what `save_pretrained` takes beside it.
+    """The best model of a run and its keyword arguments for `save_pretrained`.
 
     Args:
-        folder: Of the run.
-        results: JSON of `validate.py --results-file`, whose figures stand in the place of the run's.
-        license: Of the weights.
+        folder: Folder of the run.
+        results: JSON of `validate.py --results-file`, in place of the run's own scores.
+        license: License of the weights.
 
     Raises:
-        UserError: A file is missing or is not what it should be.
+        UserError: A file is missing or invalid.
     """
     options, checkpoint = folder / "args.yaml", folder / "model_best.pth.tar"
     for path in (options, checkpoint):
         if not path.is_file():
-            raise UserError(f"{path} is missing: give the folder of a run of train.py that finished an epoch")
+            raise UserError(f"{path} is missing: pass the folder of a run that finished an epoch")
     args = parse_args(["--config", str(options)], train=True)
-    plan = Plan.from_json(folder / "plan.json") if args.plan else None
+    plan = read_plan(str(folder / "plan.json")) if args.plan else None
     if plan and plan.lepe:
         raise UserError(
-            f"{folder} has weights of LePE, for which timm's architecture has no place: it stays a checkpoint"
+            f"{folder} was trained with LePE, which timm's architecture cannot hold: publish a run without it"
         )
     model = build_model(argparse.Namespace(**{**vars(args), "plan": None}))
     report = load_weights(model, str(checkpoint), use_ema=True)
@@ -72,17 +71,17 @@ def read_run(folder: Path, results: Path | None = None, license: str | None = No
 
 
 def scores_of_epoch(path: Path, epoch: int, weights: str) -> dict[str, Any]:
-    """Figures of an epoch of a run for `raw` or `ema` weights.
+    """Scores of an epoch of a run for `raw` or `ema` weights.
 
     Raises:
-        UserError: The file has no such figures.
+        UserError: The file has no such scores.
     """
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             if row["epoch"] == str(epoch) and row.get(f"eval_{weights}_top1"):
                 found = {name: float(row[f"eval_{weights}_{name}"]) for name in ("top1", "top5")}
                 return {**found, "details": {"Best epoch": epoch}}
-    raise UserError(f"{path} has no eval_{weights}_top1 of epoch {epoch}: give --results of validate.py")
+    raise UserError(f"{path} has no eval_{weights}_top1 of epoch {epoch}: pass --results FILE of validate.py")
 
 
 def _scores_of(path: Path) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def _scores_of(path: Path) -> dict[str, Any]:
         return {"top1": float(values["top1"]), "top5": float(values["top5"]), "details": details}
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is no .json of validate.py --results-file ({type(error).__name__}: {error})"
+            f"{path} is not the .json of validate.py --results-file ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -112,7 +111,7 @@ def run(argv: list[str] | None) -> None:
     add("--license", help="of the weights, by the Hub's name, such as mit")
     args = parser.parse_args(argv)
     if not args.output and not args.push:
-        raise UserError("nothing to do: give --output FOLDER, --push USER/NAME or both")
+        raise UserError("nothing to do: pass --output FOLDER, --push USER/NAME or both")
     model, options = read_run(args.run, args.results, args.license)
     try:
         if args.output:

@@ -1,7 +1,7 @@
-"""Models as timm keeps them on the Hugging Face Hub or in a folder: safetensors, ``config.json``, a model card.
+"""Save models in timm's Hub format: safetensors, ``config.json`` and a model card, in a folder or on the Hub.
 
-``timm.create_model("hf-hub:USER/NAME", pretrained=True)`` and ``"local-dir:FOLDER"`` build them again with all options.
-Arguments are named as in huggingface_hub's ``PyTorchModelHubMixin``; ``classification/publish.py`` publishes a run.
+``timm.create_model`` loads them from ``hf-hub:USER/NAME`` or ``local-dir:FOLDER`` with all their options. Arguments
+follow huggingface_hub's ``PyTorchModelHubMixin``; ``classification/publish.py`` publishes a training run.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ model = timm.create_model("{source}", pretrained=True).eval()
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says beside how to load the model; nothing is said that is not given.
+    """Contents of a model card. Unset fields are left out.
 
     Attributes:
-        description: A sentence.
-        details: Lines of a table, by name.
-        dataset: What the model was trained and evaluated on.
-        top1: Accuracy in percent.
-        top5: Likewise.
-        license: Of the weights, by the Hub's name.
+        description: One sentence.
+        details: Rows of a table, by name.
+        dataset: Data set of training and evaluation.
+        top1: Top-1 accuracy in percent.
+        top5: Top-5 accuracy in percent.
+        license: License of the weights, as named on the Hub.
     """
 
     description: str = "An image classifier of [ELFATT](https://arxiv.org/abs/2501.06098)'s codebase."
@@ -71,12 +71,12 @@ class Card:
     license: str | None = None
 
     def render(self, name: str, source: str, converted: bool = False) -> str:
-        """The card as Markdown with the header that the Hub reads.
+        """The card as Markdown, with the Hub's metadata header.
 
         Args:
-            name: Of the model.
-            source: What ``timm.create_model`` takes.
-            converted: The attention is that of the ``plan.json`` beside it.
+            name: Name of the model.
+            source: Name under which ``timm.create_model`` loads it.
+            converted: Whether to apply the ``plan.json`` saved with the weights.
         """
         scores = {"accuracy": ("Top-1 accuracy", self.top1), "top-5-accuracy": ("Top-5 accuracy", self.top5)}
         results = [
@@ -125,28 +125,28 @@ def save_pretrained(
     """Write a model of ``timm.create_model`` for ``local-dir:`` or the Hub.
 
     Args:
-        model: Ours or any other of timm.
+        model: Any model created by timm.
         save_directory: A new or empty folder.
-        card: What the model card says.
-        label_names: Of the classes, in order.
-        data_config: How images were prepared, by timm's names, where it is not as the model's ``pretrained_cfg`` says.
-        plan: Of a model that was trained with converted attention; saved beside it, and the card applies it.
-        source: Under which the card loads the model; by default ``local-dir:`` and the folder.
+        card: Contents of the model card.
+        label_names: Class names, in order.
+        data_config: Preprocessing, in timm's terms, where it differs from the model's ``pretrained_cfg``.
+        plan: Plan that the model was trained with; saved along, and applied by the card's example.
+        source: Name under which the card's example loads the model (default: ``local-dir:`` and the folder).
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: A model that timm did not build.
-        ValueError: A folder with something in it, or another number of names than of classes.
+        TypeError: The model was not created by timm.
+        ValueError: The folder is not empty, or ``label_names`` does not match the number of classes.
     """
     folder = Path(save_directory)
     if not hasattr(model, "pretrained_cfg"):
-        raise TypeError(f"{type(model).__name__} was not built by timm.create_model, which alone could load it")
+        raise TypeError(f"{type(model).__name__} was not created by timm.create_model, which could not load it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there and not empty: choose another folder")
+        raise ValueError(f"{folder} is not an empty folder: choose another")
     if label_names is not None and len(label_names) != model.num_classes:
-        raise ValueError(f"{len(label_names)} label names are not the {model.num_classes} classes of the model")
+        raise ValueError(f"got {len(label_names)} label names for {model.num_classes} classes")
     labels = {"label_names": list(label_names)} if label_names else {}
     save_for_hf(model, str(folder), model_config=labels, data_config=data_config, safe_serialization=True)
     name = (source or folder.name).rpartition("/")[2]
@@ -168,23 +168,23 @@ def push_to_hub(
     create_pr: bool = False,
     **options: Any,
 ) -> str:
-    """Upload what ``save_pretrained`` writes; a card that is there is replaced.
+    """Upload a model in the format of ``save_pretrained``, replacing an existing card.
 
     Args:
         model: As in ``save_pretrained``.
-        repo_id: ``USER/NAME``; created where it is missing.
-        commit_message: Of the upload.
-        private: Of a new repository.
-        token: Of the Hub; by default that of ``hf auth login``.
-        revision: Branch.
+        repo_id: ``USER/NAME``; created if missing.
+        commit_message: Commit message.
+        private: Make a new repository private.
+        token: Hub token (default: that of ``hf auth login``).
+        revision: Branch to push to.
         create_pr: Open a pull request.
         **options: ``card``, ``label_names``, ``data_config`` and ``plan`` of ``save_pretrained``.
 
     Returns:
-        Address of the commit.
+        URL of the commit.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: The Hub refuses, such as without a token.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused, e.g. for want of a token.
     """
     api = HfApi(token=token, library_name="elfatt")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -122,9 +122,9 @@ def test_what_cannot_be_saved_is_named(tmp_path):
     model, _ = build("options")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ValueError, match="full is there and not empty: choose another folder"):
+    with pytest.raises(ValueError, match="full is not an empty folder: choose another"):
         save_pretrained(model, tmp_path / "full")
-    with pytest.raises(ValueError, match="2 label names are not the 3 classes"):
+    with pytest.raises(ValueError, match="got 2 label names for 3 classes"):
         save_pretrained(model, tmp_path / "new", label_names=["a", "b"])
-    with pytest.raises(TypeError, match="Linear was not built by timm.create_model"):
+    with pytest.raises(TypeError, match="Linear was not created by timm.create_model"):
         save_pretrained(torch.nn.Linear(1, 1), tmp_path / "new")

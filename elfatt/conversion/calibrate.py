@@ -155,8 +155,8 @@ class Calibration:
             cost: Largest share of exact attention's cost; the fewest steps that reach it.
 
         Raises:
-            ValueError: Not one of both, a value out of range, a cost that no choice reaches, or attention that was not
-                finite.
+            ValueError: Not one of both, a value out of range, a cost that no choice reaches, or non-finite attention
+                output.
         """
         if (error is None) == (cost is None):
             raise ValueError(f"error={error} and cost={cost}: give one of both")
@@ -212,7 +212,7 @@ class Calibration:
         for name, layer in self.layers.items():
             rest = layer.rest
             if not rest.isfinite().all():
-                raise ValueError(f"{name}: attention is not finite here: calibrate in float32 or bfloat16")
+                raise ValueError(f"{name}: non-finite attention output: calibrate in float32 or bfloat16")
             if self.shortcut:
                 rest = rest - layer.overlap**2 / layer.value.clamp_min(torch.finfo(torch.float64).tiny)
             weight = layer.effect / layer.probe if layer.probe else 1 / len(self.layers)

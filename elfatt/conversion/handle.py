@@ -1,4 +1,4 @@
-"""What an adapter changes in a model, one conversion at a time, and the way back."""
+"""Base class of the adapters' handles: one conversion per model, and its removal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _applied: WeakKeyDictionary[nn.Module, ref[Handle]] = WeakKeyDictionary()  # a h
 
 
 class Handle:
-    """Another attention within a model; ``remove`` takes it out, and so does leaving it as a context.
+    """A conversion applied to a model, undone by ``remove`` or on leaving the ``with`` block.
 
-    A model has one at most: the next one takes the former out. A deep copy of the model has a copy of its own.
+    A model has at most one handle; a new one replaces the old. Deep copies of the model get a handle of their own.
 
     Args:
-        model: Whose layers a subclass changes behind this, and puts back in ``_restore``.
+        model: The model. Subclasses change its layers after this constructor and undo that in ``_restore``.
     """
 
     def __init__(self, model: nn.Module):
@@ -30,7 +30,7 @@ class Handle:
         raise NotImplementedError
 
     def remove(self) -> None:
-        """Leaves the model as it was; a second call does nothing."""
+        """Restore the model. Safe to call twice."""
         self._restore()
         if handle_of(self.model) is self:
             del _applied[self.model]
@@ -50,5 +50,5 @@ class Handle:
 
 
 def handle_of(model: nn.Module) -> Handle | None:
-    """What is applied to a model."""
+    """The handle applied to a model, if any."""
     return _applied[model]() if model in _applied else None

@@ -87,7 +87,7 @@ class Plan:
     Attributes:
         model: The model that it was made for, as its adapter names it.
         layers: Plan of each layer, by name.
-        lepe: The replaced layers of a ViT get a LePE, zero at first, for training: weights of theirs in the state dict.
+        lepe: Add a zero-initialised LePE to the converted layers of a ViT, to be trained. Adds keys to the state dict.
     """
 
     model: str
@@ -111,12 +111,12 @@ class Plan:
             heads: Number of heads of each layer.
             block: Side of a block in tokens.
             min_tokens: Shorter inputs run exact attention.
-            global_branch: Of the first half; ``exact`` where linear heads are not sound.
+            global_branch: Branch of the first half; ``exact`` where linear heads are not supported.
         """
-        far, near = (Head(global_branch),), (Head("block", block),)
+        first, second = (Head(global_branch),), (Head("block", block),)
         return cls(
             model,
-            {name: LayerPlan(far * (n // 2) + near * (n - n // 2), min_tokens) for name, n in heads.items()},
+            {name: LayerPlan(first * (n // 2) + second * (n - n // 2), min_tokens) for name, n in heads.items()},
         )
 
     def check(self, model: str, heads: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Trained ViTs: converting and calibrating them, whichever library they come from."""
+"""Conversion and calibration of trained ViTs, shared by the adapters of timm and transformers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from elfatt.conversion.calibrate import CANDIDATES, Attend, Calibration
 from elfatt.conversion.handle import Handle
 from elfatt.conversion.plan import Plan
 from elfatt.layers import LePE
+from elfatt.ops import depthwise_conv
 
 Images = torch.Tensor | Iterable[torch.Tensor]
 
 
 class ViTHandle(Handle):
-    """Another attention within a ViT; an adapter's subclass hooks it in and keeps ``size`` and ``prefix`` up to date.
+    """A conversion applied to a ViT. Subclasses hook it in and keep ``size`` and ``prefix`` up to date.
 
     Args:
         vit: The ViT.
         attend: Computes the softmax attention of a layer.
-        layers: Names of the layers that call it.
-        plan: What ``attend`` follows, if a plan.
+        layers: Names of the layers to convert.
+        plan: The plan that ``attend`` runs, if any.
     """
 
     def __init__(self, vit: ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
@@ -58,26 +59,26 @@ class ViTHandle(Handle):
 
 
 def _encode(lepe: LePE, v: torch.Tensor, size: tuple[int, int], prefix: int) -> torch.Tensor:
-    """LePE of the map; 0 for the prefix, and for features behind those of V."""
+    """LePE of the map, padded with zeros for the prefix and for features appended to V."""
     heads = v.shape[2]
     width = lepe.out_channels // heads
-    x = lepe(v[:, prefix:, :, :width].flatten(2).unflatten(1, size).movedim(-1, 1))
-    return F.pad(x.flatten(2).mT.unflatten(-1, (heads, width)), (0, v.shape[-1] - width, 0, 0, prefix, 0))
+    x = depthwise_conv(v[:, prefix:, :, :width].flatten(2).unflatten(1, size), *lepe.kernel)
+    return F.pad(x.flatten(1, 2).unflatten(-1, (heads, width)), (0, v.shape[-1] - width, 0, 0, prefix, 0))
 
 
 @dataclass(frozen=True)
 class ViT:
-    """A trained ViT as an adapter finds it in a model.
+    """A trained ViT and what conversion needs to know about it.
 
     Attributes:
         model: The ViT itself.
-        name: What plans call it.
+        name: Its name in plans.
         layers: Its self-attention layers, by name.
         heads: Number of heads of each.
         width: Channels of the values of each.
-        linear: Linear heads are sound: positions do not enter between queries and keys, by rotation or as a bias.
-        features: From a batch of images to features.
-        handle: Class of the adapter's handle.
+        linear: Whether linear heads are supported; not with rotary embeddings or relative position biases.
+        features: Maps a batch of images to features.
+        handle: The adapter's handle class.
     """
 
     model: nn.Module
@@ -93,25 +94,27 @@ class ViT:
 def convert(
     vit: ViT, plan: Plan | None, *, images: Images | None, budget: float, block: int, min_tokens: int
 ) -> ViTHandle:
-    """As ``elfatt.convert``, for a ViT that was found."""
+    """Implementation of ``elfatt.convert``."""
     if plan is not None and images is not None:
-        raise ValueError("give a plan, or images to calibrate one on, not both")
+        raise ValueError("pass either a plan or images to calibrate one, not both")
     if plan is None and images is not None:
         plan = calibrate(vit, images, min_tokens=min_tokens).plan(cost=budget)
     elif plan is None:
-        far = "linear" if vit.linear else "exact"
-        plan = Plan.uniform(vit.name, vit.heads, block=block, min_tokens=min_tokens, global_branch=far)
+        branch = "linear" if vit.linear else "exact"
+        plan = Plan.uniform(vit.name, vit.heads, block=block, min_tokens=min_tokens, global_branch=branch)
     plan.check(vit.name, vit.heads)
     for name, layer in plan.layers.items():
         if not vit.linear and any(head.branch == "linear" for head in layer.heads):
-            raise ValueError(f"{name} has rotary or relative positions: no linear heads, use exact or block")
+            raise ValueError(
+                f"{name} has rotary or relative positions, which linear heads do not support: use exact or block"
+            )
     changed = [name for name, layer in plan.layers.items() if not layer.is_exact]
     return vit.handle(vit, partial(run_plan, plan), changed, plan)
 
 
 @torch.no_grad()
 def calibrate(vit: ViT, images: Images, *, weigh: bool = True, **options: Any) -> Calibration:
-    """As ``elfatt.integrations.timm.calibrate``, for a ViT that was found."""
+    """Implementation of ``elfatt.integrations.timm.calibrate``."""
     if not vit.linear:
         options.setdefault("candidates", [head for head in CANDIDATES if head.branch != "linear"])
     calibration = Calibration(vit.name, **options)

@@ -34,7 +34,7 @@ _TIMESTEP = {PixArtTransformer2DModel: 2}  # its place among the arguments of th
 
 
 class DiffusionHandle(Handle):
-    """Another attention within a diffusion model.
+    """A conversion applied to a diffusion model.
 
     Args:
         model: The UNet or transformer.
@@ -181,7 +181,7 @@ def apply(
     if isinstance(plan, Plan):
         plan.check(name_of(model), heads)
         if plan.lepe:
-            raise ValueError("plans with LePE are for ViTs, where alignment trains it: calibrate one without")
+            raise ValueError("plans with LePE are supported for ViTs only: use a plan without it")
         attend = partial(run_plan, plan)
         layers = {name for name, layer in plan.layers.items() if not layer.is_exact}
     if merge_ratio:

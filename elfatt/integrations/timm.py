@@ -21,6 +21,7 @@ from torch import nn
 
 from elfatt.conversion import Attend, Calibration, Plan, vit
 from elfatt.conversion.intercept import InterceptAttention
+from elfatt.conversion.positions import with_relative_positions
 
 ENCODERS = (VisionTransformer, Eva, VisionTransformerSAM)
 LAYERS = (Attention, AttentionRope, EvaAttention, ParallelScalingBlock)
@@ -35,11 +36,11 @@ def convert(
     block: int = 8,
     min_tokens: int = 0,
 ) -> vit.ViTHandle:
-    """Replace the self-attention of a trained ViT; converting again replaces what was there.
+    """Replace the self-attention of a trained ViT. Converting again replaces the previous conversion.
 
     Without a plan, one is calibrated on ``images``; without these it is the paper's ELFATT, ``Plan.uniform``: half the
-    heads linear, half in blocks. Where positions enter between queries and keys (EVA-02, DINOv3, SAM), linear heads are
-    not sound, and the first half stays exact instead.
+    heads linear, half in blocks. Models with rotary embeddings or relative position biases (EVA-02, DINOv3, SAM) do not
+    support linear heads; there the first half stays exact.
 
     Args:
         model: A ViT of timm, or a module with one in it, such as its ``features_only`` form.
@@ -53,8 +54,9 @@ def convert(
         A handle with the ``plan``; its ``remove()`` takes it out.
 
     Raises:
-        TypeError: A model without such layers.
-        ValueError: A plan of another model or one that its layers cannot run, or a budget out of range.
+        TypeError: The model contains no supported ViT.
+        ValueError: The plan was made for another model, has branches that this one does not support, or the budget is
+            out of range.
     """
     return vit.convert(vit_of(model), plan, images=images, budget=budget, block=block, min_tokens=min_tokens)
 
@@ -71,7 +73,7 @@ def calibrate(
         **options: Of ``elfatt.conversion.Calibration``.
 
     Raises:
-        TypeError: A model without such layers.
+        TypeError: The model contains no supported ViT.
     """
     return vit.calibrate(vit_of(model), images, weigh=weigh, **options)
 
@@ -85,13 +87,15 @@ def vit_of(model: nn.Module) -> vit.ViT:
     found = [module for module in model.modules() if isinstance(module, ENCODERS)]
     if len(found) != 1:
         names = ", ".join(encoder.__name__ for encoder in ENCODERS)
-        raise TypeError(f"{type(model).__name__} holds {len(found) or 'no'} plain ViTs: supported are timm's {names}")
+        raise TypeError(
+            f"{type(model).__name__} contains {len(found) or 'no'} supported ViTs, expected one of timm's {names}"
+        )
     (encoder,) = found
     kind = type(encoder).__name__
     is_sam = isinstance(encoder, VisionTransformerSAM)
     layers = _relative_layers(encoder) if is_sam else _plain_layers(encoder)
     if not layers:
-        raise TypeError(f"{kind} has no plain self-attention to replace")
+        raise TypeError(f"{kind} has no self-attention that can be converted")
     for name, layer in layers.items():
         if layer.attn_drop.p:
             raise TypeError(f"{name} has attn_drop={layer.attn_drop.p}: build the model with attn_drop_rate=0")
@@ -138,7 +142,7 @@ class _Handle(vit.ViTHandle):
 
 
 class _Forward:
-    """A layer's forward pass, within which a handle computes the softmax attention."""
+    """A layer's forward pass with its softmax attention computed by a handle."""
 
     def __init__(self, handle: _Handle, name: str, layer: nn.Module):
         self.handle, self.name, self.layer = handle, name, layer
@@ -152,40 +156,14 @@ class _Forward:
 
 
 class _RelativeForward(_Forward):
-    """The forward pass of a layer with decomposed relative positions, without their bias of ``N × N``."""
+    """The forward pass of a layer with decomposed relative positions, without materialising the ``N × N`` bias."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         layer, size = self.layer, x.shape[1:3]
         q, k, v = layer.qkv(x).flatten(1, 2).unflatten(-1, (3, layer.num_heads, -1)).unbind(2)
         q, k = layer.q_norm(q), layer.k_norm(k)
         width = v.shape[-1]
-        q, k = with_relative_positions(q, k, size, layer.rel_pos_h, layer.rel_pos_w)
+        tables = (get_rel_pos(n, n, table) for n, table in zip(size, (layer.rel_pos_h, layer.rel_pos_w), strict=True))
+        q, k = with_relative_positions(q, k, *tables)
         out = self._attend(q, k, F.pad(v, (0, q.shape[-1] - width)), 1.0)[..., :width]
         return layer.proj_drop(layer.proj(out.flatten(2))).unflatten(1, size)
-
-
-def with_relative_positions(
-    q: torch.Tensor, k: torch.Tensor, size: tuple[int, int], rel_pos_h: torch.Tensor, rel_pos_w: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys whose products are SAM's scores: ``q·k / √d + q·R_h[row − row'] + q·R_w[column − column']``.
-
-    A query gets its products with the position embeddings of all rows and columns as further features; a key gets a 1
-    at its own row and column.
-
-    Args:
-        q: ``[B, H · W, heads, d]``.
-        k: Alike.
-        size: H and W.
-        rel_pos_h: ``[2H − 1, d]``, or another length, resized.
-        rel_pos_w: ``[2W − 1, d]``, likewise.
-
-    Returns:
-        Both ``[B, H · W, heads, d + H + W]``.
-    """
-    height, width = size
-    grid = q.unflatten(1, size)
-    by_row = torch.einsum("bhwnc,hkc->bhwnk", grid, get_rel_pos(height, height, rel_pos_h))
-    by_column = torch.einsum("bhwnc,wkc->bhwnk", grid, get_rel_pos(width, width, rel_pos_w))
-    place = torch.cat([torch.eye(height).repeat_interleave(width, 0), torch.eye(width).repeat(height, 1)], dim=1).to(k)
-    q = torch.cat([q * q.shape[-1] ** -0.5, by_row.flatten(1, 2), by_column.flatten(1, 2)], dim=-1)
-    return q, torch.cat([k, place[:, None].expand(*k.shape[:3], -1)], dim=-1)

@@ -97,9 +97,13 @@ def attention(
     """
     kind = type(module).__name__
     if not isinstance(module, tuple(LAYERS.values())) or not hasattr(module.config, "patch_size"):
-        raise ValueError(f"{kind} is of no vision encoder that {NAME} supports: set its attention to 'sdpa'")
+        raise ValueError(
+            f"{kind} is not part of a vision encoder supported by {NAME}: use attn_implementation='sdpa' for it"
+        )
     if attention_mask is not None or is_causal or query.shape != key.shape or dropout:
-        raise ValueError(f"{kind} has a mask, is causal or drops attention, which {NAME} does not do: set it to 'sdpa'")
+        raise ValueError(
+            f"{kind}: {NAME} supports no masks, causal attention or dropout: use attn_implementation='sdpa'"
+        )
     attend = getattr(module, "elfatt_attention", partial(_uniform, module))
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
@@ -111,7 +115,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # else masks would be dropped 
 
 
 def _uniform(module, q, k, v, scale):
-    """The uniform plan at the configuration's image size: a layer on its own does not see the image."""
+    """The uniform plan at the configuration's image size, since a layer does not see the image."""
     config = module.config
     size = tuple(side // config.patch_size for side in _pair(config.image_size))
     prefix = 0 if isinstance(module, SiglipAttention) else 1 + getattr(config, "num_register_tokens", 0)
@@ -120,8 +124,8 @@ def _uniform(module, q, k, v, scale):
             f"{q.shape[1]} tokens are not the {prefix} + {size[0]} × {size[1]} of the configuration: "
             "elfatt.integrations.transformers.convert(model) takes images of any size"
         )
-    far = "exact" if isinstance(module, ROTARY) else "linear"
-    plan = Plan.uniform("", {"": q.shape[2]}, global_branch=far).layers[""]
+    branch = "exact" if isinstance(module, ROTARY) else "linear"
+    plan = Plan.uniform("", {"": q.shape[2]}, global_branch=branch).layers[""]
     return hybrid_attention(q, k, v, size, plan, prefix=prefix, scale=scale)
 
 
@@ -138,7 +142,9 @@ def vit_of(model: nn.Module) -> vit.ViT:
     found = [m for m in model.modules() if type(getattr(m, "embeddings", None)) in LAYERS]
     if len(found) != 1:
         names = ", ".join(kind.__name__.removesuffix("Attention") for kind in LAYERS.values())
-        raise TypeError(f"{type(model).__name__} holds {len(found) or 'no'} vision encoders: supported are {names}")
+        raise TypeError(
+            f"{type(model).__name__} contains {len(found) or 'no'} supported vision encoders, expected one of {names}"
+        )
     (encoder,) = found
     attention_class = LAYERS[type(encoder.embeddings)]
     layers = {name: module for name, module in encoder.named_modules() if isinstance(module, attention_class)}

@@ -141,7 +141,7 @@ def test_a_lepe_begins_at_zero_and_is_trained(options, teacher, tmp_path, capsys
     found = data(options, "--checkpoint", tmp_path / "lepe" / "last.pth.tar", "--plan", path)
     assert validate.run(found)["images"] == 15
     assert publish.main([str(tmp_path / "lepe"), "--output", str(tmp_path / "out")]) == 1
-    assert "has weights of LePE" in capsys.readouterr().err.splitlines()[-1]
+    assert "was trained with LePE" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -157,9 +157,9 @@ def test_mistakes_end_in_one_line(options, teacher, plan, tmp_path, capsys):
         assert program.main([str(item) for item in argv]) == 1
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "give --plan FILE" in error(distill, options(*VIT))
+    assert "pass --plan FILE" in error(distill, options(*VIT))
     text = error(train, options("--plan", plan, experiment="swin"))
-    assert "plan.json does not fit cswin_nano_elfatt: " in text and "holds no plain ViTs" in text
+    assert "plan.json does not fit cswin_nano_elfatt: " in text and "contains no supported ViTs" in text
     assert "missing.json cannot be read" in error(train, options(*VIT, "--plan", tmp_path / "missing.json"))
     argv = data(options, "--checkpoint", teacher, "--save-plan", tmp_path / "p.json", "--budget", 0)
     assert "cost=0.0 in (0, 1]" in error(calibrate, argv)

@@ -60,10 +60,10 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, finished):
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "no.json").write_text("[]")
-    assert "args.yaml is missing: give the folder of a run" in error(tmp_path / "empty", "--output", tmp_path / "out")
-    assert "nothing to do: give --output" in error(finished)
-    assert "is there and not empty: choose another" in error(finished, "--output", finished)
-    assert "no.json is no .json of validate.py" in error(
+    assert "args.yaml is missing: pass the folder of a run" in error(tmp_path / "empty", "--output", tmp_path / "out")
+    assert "nothing to do: pass --output" in error(finished)
+    assert "is not an empty folder: choose another" in error(finished, "--output", finished)
+    assert "no.json is not the .json of validate.py" in error(
         finished, "--output", tmp_path / "out", "--results", tmp_path / "no.json"
     )
     (finished / "summary.csv").write_text("epoch,train_loss\n0,1\n")

@@ -197,12 +197,12 @@ def test_a_budget_out_of_range_is_refused(budget, message):
         calibrated().plan(**budget)
 
 
-def test_attention_that_is_not_finite_is_named():
+def test_non_finite_attention_is_named():
     calibration = Calibration("made", (BLOCK,))
     q, k, v = made(LAYERS["a"], seed=0)
     v[0, 0] = torch.inf
     calibration.attend("a", q, k, v, SIZE)
-    with pytest.raises(ValueError, match="a: attention is not finite here: calibrate in float32 or bfloat16"):
+    with pytest.raises(ValueError, match="a: non-finite attention output: calibrate in float32 or bfloat16"):
         calibration.plan(cost=0.5)
 
 

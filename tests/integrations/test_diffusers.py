@@ -4,8 +4,8 @@ import copy
 import dataclasses
 import gc
 import itertools
-import random
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from elfatt.conversion import Head, LayerPlan, Plan  # noqa: E402
 from elfatt.integrations import diffusers as adapter  # noqa: E402
+from tests.integrations.reversal import check_orders  # noqa: E402
 
 SIZE = 8, 12
 
@@ -183,29 +184,9 @@ def test_a_deep_copy_keeps_a_plan_of_its_own(built):
 
 def test_twenty_orders_of_apply_and_remove(built):
     model, run = built
-    before, clean = run(), state(model)
-    kinds = [uniform(model, block=2), plan_of(model, Head("linear")), plan_of(model, Head("block", 3))]
-    wanted = []
-    for plan in kinds:
-        with adapter.apply(model, plan):
-            wanted.append(run())
-    generator = random.Random(0)
-    for _ in range(20):
-        handles, live = [], None
-        for _ in range(generator.randint(1, 5)):
-            if handles and generator.random() < 0.5:
-                gone = generator.choice(handles)
-                gone.remove()
-                live = None if live and live[0] is gone else live
-            else:
-                index = generator.randrange(len(kinds))
-                handles.append(adapter.apply(model, kinds[index]))
-                live = handles[-1], index
-        assert torch.equal(run(), wanted[live[1]] if live else before)  # the last plan alone: they do not nest
-        for handle in generator.sample(handles, len(handles)):
-            handle.remove()
-        assert torch.equal(run(), before)
-        assert_same_state(state(model), clean)
+    clean = state(model)
+    plans = [uniform(model, block=2), plan_of(model, Head("linear")), plan_of(model, Head("block", 3))]
+    check_orders(run, partial(adapter.apply, model), plans, lambda: assert_same_state(state(model), clean))
 
 
 def test_short_maps_and_other_steps_stay_exact(built):
@@ -265,47 +246,55 @@ def test_fused_projections_before_and_after():
         assert torch.equal(call(model, x, t), before)
 
 
-def test_lora_before_and_after():
-    peft = pytest.importorskip("peft")
+@pytest.fixture
+def noised():
+    """A UNet and a function that runs it."""
     torch.manual_seed(0)
     model, call = unet()
     x, t = torch.randn(2, 4, *SIZE), torch.tensor([500, 500])
-    with torch.no_grad():
-        before = call(model.eval(), x, t)
-        handle = adapter.apply(model, block=2, min_tokens=0)
-        replaced = call(model, x, t)
-        layers = ["to_q", "to_k", "to_v", "to_out.0"]
-        model.add_adapter(peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
-        both = call(model, x, t)
-        handle.remove()
-        adapted = call(model, x, t)
-        assert (both - replaced).abs().max() > 1e-2 and (adapted - before).abs().max() > 1e-2
-        with adapter.apply(model, block=2, min_tokens=0):
-            assert torch.equal(call(model, x, t), both)
-            model.delete_adapters("default")
-            assert torch.equal(call(model, x, t), replaced)
-        assert torch.equal(call(model, x, t), before)
+
+    def run():
+        with torch.no_grad():
+            return call(model.eval(), x, t)
+
+    return model, run
+
+
+def test_lora_before_and_after(noised):
+    peft = pytest.importorskip("peft")
+    model, run = noised
+    before = run()
+    handle = adapter.apply(model, block=2, min_tokens=0)
+    replaced = run()
+    layers = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
+    both = run()
+    handle.remove()
+    adapted = run()
+    assert (both - replaced).abs().max() > 1e-2 and (adapted - before).abs().max() > 1e-2
+    with adapter.apply(model, block=2, min_tokens=0):
+        assert torch.equal(run(), both)
+        model.delete_adapters("default")
+        assert torch.equal(run(), replaced)
+    assert torch.equal(run(), before)
 
 
 @pytest.mark.parametrize("first", ["offload", "apply"])
-def test_cpu_offload_before_and_after(first):
+def test_cpu_offload_before_and_after(noised, first):
     accelerate = pytest.importorskip("accelerate")
-    torch.manual_seed(0)
-    model, call = unet()
-    x, t = torch.randn(2, 4, *SIZE), torch.tensor([500, 500])
-    with torch.no_grad():
-        before = call(model.eval(), x, t)
-        handle = adapter.apply(model, block=2, min_tokens=0)
-        wanted = call(model, x, t)
-        if first == "offload":
-            handle.remove()
-        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}  # brought in at each call
-        if first == "offload":
-            handle = adapter.apply(model, block=2, min_tokens=0)
-        assert torch.equal(call(model, x, t), wanted)
+    model, run = noised
+    before = run()
+    handle = adapter.apply(model, block=2, min_tokens=0)
+    wanted = run()
+    if first == "offload":
         handle.remove()
-        assert torch.equal(call(model, x, t), before)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}  # loaded at each call
+    if first == "offload":
+        handle = adapter.apply(model, block=2, min_tokens=0)
+    assert torch.equal(run(), wanted)
+    handle.remove()
+    assert torch.equal(run(), before)
 
 
 def test_other_processors_keep_their_own_attention():
@@ -373,7 +362,7 @@ def test_what_cannot_be_done_is_named():
             adapter.apply(other)
     with pytest.raises(TypeError, match="Linear is not supported"):
         adapter.apply(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="plans with LePE are for ViTs"):
+    with pytest.raises(ValueError, match="plans with LePE are supported for ViTs only"):
         adapter.apply(model, dataclasses.replace(uniform(model), lepe=True))
     with pytest.raises(ValueError, match="the plan was made for UNet2DConditionModel-"):
         adapter.apply(dit()[0], uniform(model))
