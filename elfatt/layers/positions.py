@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from elfatt.ops.geometry import to_blocks
+from elfatt.ops.geometry import always, to_blocks
 
 
 def relative_position_index(window: int, device: torch.device | None = None) -> torch.Tensor:
@@ -48,7 +48,7 @@ def resize_positions(table: torch.Tensor, size: tuple[int, int], mode: str) -> t
         size: Height and width wanted, in tokens.
         mode: ``bilinear`` or ``bicubic``.
     """
-    if tuple(table.shape[-2:]) == tuple(size):
+    if all(always(have == want) for have, want in zip(table.shape[-2:], size, strict=True)):
         return table
     wide = torch.promote_types(table.dtype, torch.float32)
     return F.interpolate(table.to(wide), size=tuple(size), mode=mode).to(table.dtype)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from timm.models._features_fx import register_notrace_module
 from torch import nn
 
+from elfatt.ops.geometry import count_blocks
+
 KINDS = {"patch": (4, 0), "conv": (7, 2)}  # kernel and padding in pixels; the stride is 4
 
 
@@ -38,7 +40,7 @@ class Stem(nn.Module):
         """Embed an image ``[B, in_chans, H, W]`` as ``[B, H', W', dim]``."""
         height, width = x.shape[-2:]
         if self.pads_image:
-            x = F.pad(x, (0, -width % 4, 0, -height % 4))
+            x = F.pad(x, (0, count_blocks(width, 4) * 4 - width, 0, count_blocks(height, 4) * 4 - height))
         elif min(height, width) < 3:
             raise ValueError(f"an image of {height}x{width} pixels gives no token: use at least 3x3")
         return self.norm(self.conv(x).permute(0, 2, 3, 1))

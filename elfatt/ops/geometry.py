@@ -7,8 +7,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Kernel = tuple[torch.Tensor, torch.Tensor | None]  # of a depthwise convolution: weight [C, 1, k, k] and bias [C]
+
+
+def always(condition: bool | torch.SymBool) -> bool:
+    """The condition itself; in a graph exported for a range of sizes, whether it holds for all of them."""
+    return statically_known_true(condition) if isinstance(condition, torch.SymBool) else condition
+
+
+def count_blocks(side: int, block: int) -> int:
+    """Blocks that cover a side; ``-(-side // block)`` would be rounded towards zero in ONNX."""
+    return 1 if always(block == side) else (side + block - 1) // block
 
 
 def fit_block(block: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -18,13 +29,15 @@ def fit_block(block: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
         block: Height and width in tokens; 0 stands for the whole side.
         size: Height and width of the map in tokens.
     """
-    return tuple(min(b, s) if b else s for b, s in zip(block, size, strict=True))
+    return tuple(b if b and always(b <= s) else min(b or s, s) for b, s in zip(block, size, strict=True))
 
 
 def pad_to_multiple(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """Zero-pad ``[B, H, W, ...]`` on the right and at the bottom to whole blocks; untouched when nothing is missing."""
-    bottom, right = -x.shape[1] % block[0], -x.shape[2] % block[1]
-    return F.pad(x, (0, 0) * (x.ndim - 3) + (0, right, 0, bottom)) if bottom or right else x
+    bottom, right = (count_blocks(side, b) * b - side for side, b in zip(x.shape[1:3], block, strict=True))
+    if always(bottom == 0) and always(right == 0):
+        return x
+    return F.pad(x, (0, 0) * (x.ndim - 3) + (0, right, 0, bottom))
 
 
 def to_blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
@@ -58,7 +71,7 @@ def cat_with_blocks(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     h, w = x.shape[1:3]
     local = _in_place(blocks, (h, w))
     _, rows, bh, columns, bw, _ = local.shape
-    if (rows * bh, columns * bw) != (h, w):
+    if not (always(rows * bh == h) and always(columns * bw == w)):
         return torch.cat([x, from_blocks(blocks, (h, w))], dim=-1)
     x = x.unflatten(2, (columns, bw)).unflatten(1, (rows, bh))
     return torch.cat([x, local], dim=-1).view(-1, h, w, x.shape[-1] + blocks.shape[-1])
@@ -67,4 +80,4 @@ def cat_with_blocks(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 def _in_place(blocks, size):
     """View of blocks in the order of the padded map: ``[B, rows, bh, columns, bw, C]``."""
     _, bh, bw, c = blocks.shape
-    return blocks.view(-1, -(-size[0] // bh), -(-size[1] // bw), bh, bw, c).transpose(2, 3)
+    return blocks.view(-1, count_blocks(size[0], bh), count_blocks(size[1], bw), bh, bw, c).transpose(2, 3)

@@ -69,6 +69,11 @@ class PyTorchBackend:
 
     def pool(self, q: torch.Tensor, side: int) -> torch.Tensor:
         """Average a map ``[B, H, W, C]`` over a grid of cells: ``[B, side², C]``."""
+        if isinstance(q.shape[1], torch.SymInt) or isinstance(
+            q.shape[2], torch.SymInt
+        ):  # runtimes pool fixed sizes only
+            rows, columns = (_averages(side, n, q) for n in q.shape[1:3])
+            return (columns @ (rows @ q.flatten(2)).unflatten(2, q.shape[2:])).flatten(1, 2)
         return F.adaptive_avg_pool2d(q.permute(0, 3, 1, 2), side).flatten(2).transpose(1, 2)
 
     def depthwise_conv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -192,6 +197,14 @@ def _has_flash_attn() -> bool:
 def _convolve(x, weight, bias):
     x = x.permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[1]).permute(0, 2, 3, 1)
+
+
+def _averages(cells: int, length: int, like: torch.Tensor) -> torch.Tensor:
+    """Adaptive average pooling of ``length`` tokens as a matrix ``[cells, length]``."""
+    cell = torch.arange(cells, device=like.device)[:, None]
+    token = torch.arange(length, device=like.device)
+    inside = (token >= cell * length // cells) & (token < ((cell + 1) * length + cells - 1) // cells)
+    return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
 
 
 def _attend_explicitly(q, k, v, bias):
