@@ -12,7 +12,6 @@ from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
 from elfatt.layers.lepe import LePE, kernel_of
 from elfatt.ops import block_attention
-from elfatt.ops.geometry import always, count_blocks
 
 ROWS, COLUMNS = 1, 2  # axes of a map [B, H, W, ...]
 
@@ -54,9 +53,9 @@ class CSWinAttention(QKVAttention):
     def _attend_stripes(self, qkv: torch.Tensor, axis: int, lepe: LePE | None) -> torch.Tensor:
         """From ``[B, H, W, 3, C / 2]`` to ``[B, H, W, C / 2]``, in stripes that lie side by side along the axis."""
         side = qkv.shape[axis]
-        missing = count_blocks(side, self.stripe) * self.stripe - side
-        before = (self.stripe - side % self.stripe) % self.stripe // 2  # missing // 2, of positive numbers for ONNX
-        if not always(missing == 0):
+        missing = -side % self.stripe
+        before = missing // 2
+        if missing:
             qkv = F.pad(qkv, (0, 0) * (qkv.ndim - 1 - axis) + (before, missing - before))
         out = block_attention(
             qkv,

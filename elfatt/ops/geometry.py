@@ -13,12 +13,12 @@ Kernel = tuple[torch.Tensor, torch.Tensor | None]  # of a depthwise convolution:
 
 
 def always(condition: bool | torch.SymBool) -> bool:
-    """The condition itself; in a graph exported for a range of sizes, whether it holds for all of them."""
+    """Whether a condition on sizes holds; on symbolic ones (``torch.export``), whether it holds for all of them."""
     return statically_known_true(condition) if isinstance(condition, torch.SymBool) else condition
 
 
 def count_blocks(side: int, block: int) -> int:
-    """Blocks that cover a side; ``-(-side // block)`` would be rounded towards zero in ONNX."""
+    """Number of blocks that cover a side; not ``-(-side // block)``, which ONNX rounds towards zero."""
     return 1 if always(block == side) else (side + block - 1) // block
 
 
@@ -29,6 +29,7 @@ def fit_block(block: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
         block: Height and width in tokens; 0 stands for the whole side.
         size: Height and width of the map in tokens.
     """
+    # min() of a symbolic side would stay in the graph, even where the outcome is known
     return tuple(b if b and always(b <= s) else min(b or s, s) for b, s in zip(block, size, strict=True))
 
 

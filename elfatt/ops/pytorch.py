@@ -69,9 +69,7 @@ class PyTorchBackend:
 
     def pool(self, q: torch.Tensor, side: int) -> torch.Tensor:
         """Average a map ``[B, H, W, C]`` over a grid of cells: ``[B, side², C]``."""
-        if isinstance(q.shape[1], torch.SymInt) or isinstance(
-            q.shape[2], torch.SymInt
-        ):  # runtimes pool fixed sizes only
+        if any(isinstance(n, torch.SymInt) for n in q.shape[1:3]):  # ONNX has no adaptive pooling of dynamic sizes
             rows, columns = (_averages(side, n, q) for n in q.shape[1:3])
             return (columns @ (rows @ q.flatten(2)).unflatten(2, q.shape[2:])).flatten(1, 2)
         return F.adaptive_avg_pool2d(q.permute(0, 3, 1, 2), side).flatten(2).transpose(1, 2)
@@ -200,7 +198,7 @@ def _convolve(x, weight, bias):
 
 
 def _averages(cells: int, length: int, like: torch.Tensor) -> torch.Tensor:
-    """Adaptive average pooling of ``length`` tokens as a matrix ``[cells, length]``."""
+    """Matrix ``[cells, length]`` of adaptive average pooling along one side."""
     cell = torch.arange(cells, device=like.device)[:, None]
     token = torch.arange(length, device=like.device)
     inside = (token >= cell * length // cells) & (token < ((cell + 1) * length + cells - 1) // cells)
