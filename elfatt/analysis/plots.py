@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from elfatt.analysis.results import RESULTS, load_runs
+from elfatt.analysis.rivals import RIVALS, published_top1
 from elfatt.analysis.rows import TITLES, Row, select_rows
 
 STYLES = {"nfa": (":", "o"), "fa": ("-", "s"), "sdpa": ("--", "^"), "fp32": ("-", "o"), "amp": ("--", "s")}
 MECHANISMS = ("elfatt", "global", "local", "effatt", "agent", "flatten")  # a colour each, the same in every figure
+RIVAL_COLOURS = dict(zip(RIVALS, ("black", "dimgrey", "darkgrey", "saddlebrown", "olive", "teal"), strict=True))
 ACCURACY = {1: "top1_percent", 6: "ap_box", 7: "miou_percent"}
 
 ACCURACY_LABELS = {1: "top-1, %", 6: "box AP", 7: "mIoU, %"}
@@ -59,6 +61,7 @@ def draw_scaling(rows: list[dict[str, Any]], path: Path) -> bool:
         for (model, attention), members in groupby(rows_by_model(rows), lambda row: (row["model"], row["attention"])):
             points = sorted((_pixels(row), row[key]) for row in members if row.get(key))
             line, marker = STYLES[attention]
+            line = "-." if ":" in model else line
             label = f"{model} {_kind(attention)}"
             axis.loglog(*zip(*points, strict=True), line, marker=marker, ms=4, color=_colour(model), label=label)
         sizes = {_pixels(row): f"{row['height']}×{row['width']}" for row in rows}
@@ -67,6 +70,35 @@ def draw_scaling(rows: list[dict[str, Any]], path: Path) -> bool:
         axis.set(xlabel="image, pixels", ylabel=quantities[key])
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=7)
+    return _save(figure, path)
+
+
+def draw_rivals(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Images per second against published top-1 accuracy, a panel an image size; a line where none was published."""
+    timed = [row for row in rows if "images_per_s" in row]
+    if not any(row["model"] in RIVALS for row in timed):
+        return False
+    sizes = sorted({(row["height"], row["width"]) for row in timed}, key=lambda size: size[0] * size[1])
+    figure, axes = _pyplot().subplots(
+        1, len(sizes), figsize=(3.6 * len(sizes), 4.4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, size in zip(axes[0], sizes, strict=True):
+        for row in rows_by_model(timed):
+            if (row["height"], row["width"]) != size:
+                continue
+            model, speed = row["model"], row["images_per_s"]
+            style, label = {"color": _colour(model)}, f"{model} {_kind(row['attention'])}".removesuffix(" FA")
+            top1 = published_top1(model)
+            if top1 is None:
+                axis.axvline(speed, ls="-.", label=f"{label} (no published accuracy)", **style)
+            else:
+                marker = "s" if model in RIVALS else "D" if model.startswith("swin") else "o"
+                axis.plot(speed, top1, marker, ms=7, ls="", label=label, **style)
+        axis.set(title=f"{size[0]}×{size[1]}", xlabel="images/s", xscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel("published top-1 at 224×224, %")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     return _save(figure, path)
 
 
@@ -126,7 +158,7 @@ def draw_edge(rows: list[dict[str, Any]], path: Path) -> bool:
 
 
 FIGURES = {
-    "scaling": {"scaling": draw_scaling},
+    "scaling": {"scaling": draw_scaling, "rivals": draw_rivals},
     "tables": {"tradeoff": draw_tradeoff},
     "edge": {"edge": draw_edge},
 }
@@ -153,7 +185,9 @@ def _kind(attention: str) -> str:
 
 
 def _colour(name: str) -> str:
-    parts = name.lower().replace("-", "_").split("_")
+    if name in RIVAL_COLOURS:
+        return RIVAL_COLOURS[name]
+    parts = name.partition(":")[0].lower().replace("-", "_").split("_")
     known = next((i for i, mechanism in enumerate(MECHANISMS) if mechanism in parts), len(MECHANISMS))
     return f"C{known}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import sys
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ import elfatt  # noqa: F401  registers the models
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
 from elfatt.analysis.results import RESULTS, figure, save_rows, to_markdown
+from elfatt.analysis.rivals import RIVALS
 from elfatt.analysis.tables import (
     KINDS,
     REFUSALS,
@@ -43,7 +45,9 @@ KEY = ("model", "attention", "height", "width")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the ``scaling`` command."""
     add = parser.add_argument
-    add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", help="of timm (default: CSWin-T's attentions)")
+    text = "of timm, with options as in cswin_tiny_elfatt:levels=EEEE (default: CSWin-T's attentions)"
+    add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", help=text)
+    add("--rivals", action="store_true", help="also time timm's models that people would use instead")
     add("--baseline", metavar="NAME", help="over which speed-ups are given (default: vanilla attention, or the first)")
     add("--sizes", nargs="+", default=DEFAULT_SIZES, metavar="SIZE", help="side or HEIGHTxWIDTH in pixels")
     add("--attention", nargs="+", choices=WAYS, default=list(KINDS), help=HELP)
@@ -58,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every model at every size; the models of one size take turns."""
-    check_models(args.models)
+    if args.rivals:
+        args.models = [*args.models, *RIVALS]
+    check_models(parse_model(text)[0] for text in args.models)
     baseline = args.baseline or next((name for name in args.models if name.endswith("_global")), args.models[0])
     if baseline not in args.models:
         raise ValueError(f"--baseline {baseline} is none of the models {', '.join(args.models)}")
@@ -94,6 +100,25 @@ def check_models(names: Iterable[str]) -> None:
             raise ValueError(f"unknown model {name!r}: did you mean {close[0]!r}?")
 
 
+def parse_model(text: str) -> tuple[str, dict[str, Any]]:
+    """``NAME:KEY=VALUE:…`` as a name of timm and its options.
+
+    Raises:
+        ValueError: An option without a value.
+    """
+    name, *options = text.split(":")
+    found = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not (key and equals):
+            raise ValueError(f"model {text!r} must be NAME:KEY=VALUE, such as cswin_tiny_elfatt:levels=EEEE")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return name, found
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """``224`` or ``512x2048`` as height and width.
 
@@ -123,7 +148,8 @@ def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace)
                 row["counted_memory_mib"] = needed / 2**20
                 if args.count_only:
                     continue
-                check_numerics(label, model, numerics_shape(size), how)
+                if name not in RIVALS:  # theirs does not depend on the backend
+                    check_numerics(label, model, numerics_shape(size), how)
                 batch, passes[name, attention] = fit_batch(label, needed, args.batch_size, size, how, model)
                 row["batch_size"] = batch
                 if args.memory:
@@ -175,9 +201,12 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
     return to_markdown(header, lines)
 
 
-def _build(name: str, size: tuple[int, int], device: str) -> torch.nn.Module:
+def _build(text: str, size: tuple[int, int], device: str) -> torch.nn.Module:
+    name, options = parse_model(text)
     with torch.device(device):
-        return timm.create_model(name).eval()
+        if name in RIVALS and "window" in name:  # timm's Swin is built for one size
+            options["img_size"] = size
+        return timm.create_model(name, **options).eval()
 
 
 def _prepare(build, how: Inference, shape: tuple[int, ...]):

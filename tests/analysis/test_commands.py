@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 
-from elfatt.analysis import edge, report
+from elfatt.analysis import edge, report, scaling
 from elfatt.analysis.__main__ import COMMANDS, main
 from elfatt.analysis.results import load_runs
+from elfatt.analysis.rivals import RIVALS, published_top1
+from elfatt.attention.elfatt import ELFATT
 from elfatt.ops import active_backend
 from elfatt.ops.plain import PlainBackend
 
@@ -43,6 +46,24 @@ def test_scaling_measures_every_model_size_and_attention(tmp_path, capsys):
         assert row["images_per_s"] == pytest.approx(1e3 / row["latency_ms"]) and row["counted_memory_mib"] > 0
     assert is_drawn(tmp_path / "curves.png")
     assert capsys.readouterr().out.count("| 64×96 |") == 4
+
+
+def test_rivals_are_timed_and_drawn_beside_models_with_options(tmp_path):
+    models, path = ["cswin_tiny_elfatt", "cswin_nano_elfatt:levels=EEEE"], tmp_path / "m.json"
+    argv = ["scaling", "--models", *models, "--rivals", "--sizes", "32", "--attention", "fa", "--results", str(path)]
+    assert main([*argv, *FAST]) == 0
+    rows = rows_of(path)
+    assert [row["model"] for row in rows] == [*models, *RIVALS] and all(row["images_per_s"] > 0 for row in rows)
+    assert [published_top1(model) for model in models] == [83.1, None]
+    assert main(["plot", str(path)]) == 0
+    assert is_drawn(tmp_path / "m-1-rivals.png")
+
+
+def test_options_of_a_model_reach_it():
+    name, options = scaling.parse_model("cswin_nano_elfatt:levels=EEEE:block_size=7")
+    assert (name, options) == ("cswin_nano_elfatt", {"levels": "EEEE", "block_size": 7})
+    attention = [m for m in timm.create_model(name, **options).modules() if isinstance(m, ELFATT)]
+    assert len(attention) == 5 and {m.block_size for m in attention} == {7}
 
 
 def test_scaling_runs_training_as_well(tmp_path):

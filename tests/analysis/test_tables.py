@@ -179,6 +179,7 @@ def test_what_does_not_fit_says_what_it_needs(tmp_path, monkeypatch, capsys):
         (["op", "--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["scaling", "--plot", "x.xyz"], "--plot x.xyz must end in .png, .svg or .pdf"),
         (["scaling", "--models", "cswin_tiny_elfat"], "did you mean 'cswin_tiny_elfatt'?"),
+        (["scaling", "--models", "cswin_nano_elfatt:levels"], "must be NAME:KEY=VALUE"),
         (["scaling", "--sizes", "224x"], "size '224x' must be a side or HEIGHTxWIDTH"),
         (["edge", "9", "--modes", "0"], "needs a Jetson's nvpmodel"),
         (["plot", "nowhere.json"], "nowhere.json has nothing to draw"),
