@@ -160,7 +160,7 @@ def record_graph(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     with torch.cuda.graph(graph):
         out = run()
 
-    def replay():
+    def replay(_alive=run):  # the graph reads the memory of its weights and images, but does not own it
         graph.replay()
         return out
 
