@@ -39,7 +39,12 @@ def run(args: argparse.Namespace) -> None:
     for file in files:
         folder = args.folder or file.parent
         folder.mkdir(parents=True, exist_ok=True)
-        for number, run in enumerate(load_runs(file), start=1):
+        runs = load_runs(file)
+        for number, rows in enumerate(_join_sizes(runs), start=1):
+            path = folder / f"{file.stem}-rivals-{number}.png"
+            if draw_rivals(rows, path):
+                drawn.append(path)
+        for number, run in enumerate(runs, start=1):
             for name, draw in FIGURES.get(run["kind"], {}).items():
                 path = folder / f"{file.stem}-{number}-{name}.png"
                 if draw(run["rows"], path):
@@ -64,6 +69,7 @@ def draw_scaling(rows: list[dict[str, Any]], path: Path) -> bool:
             line = "-." if ":" in model else line
             label = f"{model} {_kind(attention)}"
             axis.loglog(*zip(*points, strict=True), line, marker=marker, ms=4, color=_colour(model), label=label)
+            axis.lines[-1].set_markerfacecolor("white" if model.startswith("swin") else _colour(model))
         sizes = {_pixels(row): f"{row['height']}×{row['width']}" for row in rows}
         axis.set_xticks(list(sizes), list(sizes.values()), rotation=45)
         axis.minorticks_off()
@@ -80,7 +86,7 @@ def draw_rivals(rows: list[dict[str, Any]], path: Path) -> bool:
         return False
     sizes = sorted({(row["height"], row["width"]) for row in timed}, key=lambda size: size[0] * size[1])
     figure, axes = _pyplot().subplots(
-        1, len(sizes), figsize=(3.6 * len(sizes), 4.4), layout="constrained", sharey=True, squeeze=False
+        1, len(sizes), figsize=(3.4 * len(sizes) + 3, 4), layout="constrained", sharey=True, squeeze=False
     )
     for axis, size in zip(axes[0], sizes, strict=True):
         for row in rows_by_model(timed):
@@ -94,11 +100,12 @@ def draw_rivals(rows: list[dict[str, Any]], path: Path) -> bool:
             else:
                 marker = "s" if model in RIVALS else "D" if model.startswith("swin") else "o"
                 axis.plot(speed, top1, marker, ms=7, ls="", label=label, **style)
-        axis.set(title=f"{size[0]}×{size[1]}", xlabel="images/s", xscale="log")
-        axis.grid(alpha=0.3, which="both")
+        axis.set(title=f"{size[0]}×{size[1]}", xlabel="images/s")
+        axis.margins(x=0.1)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("published top-1 at 224×224, %")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return _save(figure, path)
 
 
@@ -158,10 +165,20 @@ def draw_edge(rows: list[dict[str, Any]], path: Path) -> bool:
 
 
 FIGURES = {
-    "scaling": {"scaling": draw_scaling, "rivals": draw_rivals},
+    "scaling": {"scaling": draw_scaling},
     "tables": {"tradeoff": draw_tradeoff},
     "edge": {"edge": draw_edge},
 }
+
+
+def _join_sizes(runs: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of the scaling runs that differ in batch and turns alone, as large images may need."""
+    found: dict[str, list] = {}
+    for run in runs:
+        if run["kind"] == "scaling":
+            settings = {k: v for k, v in run["settings"].items() if k not in ("batch_size", "repeats", "warm_up")}
+            found.setdefault(repr((settings, run["environment"])), []).extend(run["rows"])
+    return list(found.values())
 
 
 def paired(rows: Iterable[dict[str, Any]]) -> list[tuple[Row, dict[str, Any]]]:

@@ -56,7 +56,7 @@ def test_rivals_are_timed_and_drawn_beside_models_with_options(tmp_path):
     assert [row["model"] for row in rows] == [*models, *RIVALS] and all(row["images_per_s"] > 0 for row in rows)
     assert [published_top1(model) for model in models] == [83.1, None]
     assert main(["plot", str(path)]) == 0
-    assert is_drawn(tmp_path / "m-1-rivals.png")
+    assert is_drawn(tmp_path / "m-rivals-1.png")
 
 
 def test_options_of_a_model_reach_it():
