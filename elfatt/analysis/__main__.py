@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 
-from elfatt.analysis import diffusion, edge, error, op, plots, pretrained, report, scaling, tables
+from elfatt.analysis import diffusion, edge, error, maps, op, plots, pretrained, report, scaling, tables
 
 COMMANDS = {
     "tables": tables,
@@ -14,6 +14,7 @@ COMMANDS = {
     "edge": edge,
     "op": op,
     "error": error,
+    "maps": maps,
     "diffusion": diffusion,
     "pretrained": pretrained,
     "plot": plots,

@@ -82,10 +82,7 @@ def attention_map(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor) -> 
         ValueError: A shape does not fit.
     """
     _check_shapes(attention, q, k)
-    attention = copy.deepcopy(attention).to(q.device, torch.float64)
-    for lepe in (module for module in attention.modules() if isinstance(module, LePE)):
-        for parameter in lepe.parameters():
-            nn.init.zeros_(parameter)
+    attention = _without_lepe(attention).to(q.device)
     q, k = q.double(), k.double()
     tokens = q.shape[1] * q.shape[2]
     widths = _head_widths(attention)
@@ -95,9 +92,40 @@ def attention_map(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor) -> 
     for i in range(-(-tokens // min(widths))):
         # a head of d channels takes d columns at a time; beyond the last column V is zero
         v = torch.arange(tokens)[:, None] == i * width + channel
-        out = _attend(attention, q, k, v.to(q).view(1, *q.shape[1:]).expand_as(q))
+        with torch.no_grad():
+            out = _attend(attention, q, k, v.to(q).view(1, *q.shape[1:]).expand_as(q))
         parts.append(out.flatten(1, 2).split(widths, dim=-1))
     return torch.stack([torch.cat(head, dim=-1)[..., :tokens] for head in zip(*parts, strict=True)], dim=1)
+
+
+def received_attention(
+    attention: QKVAttention, q: torch.Tensor, k: torch.Tensor, query: int | None = None
+) -> torch.Tensor:
+    """One row of ``attention_map``, or the sum of all rows, at the cost of one backward pass: any map size fits.
+
+    The output is linear in V, so its derivatives with respect to V are the weights.
+
+    Args:
+        attention: A mechanism.
+        q: Queries ``[B, H, W, C]``.
+        k: Keys ``[B, H, W, C]``.
+        query: Token whose row is wanted; None sums over all.
+
+    Returns:
+        ``[B, heads, N]`` in float64: the weight each token receives.
+
+    Raises:
+        ValueError: A shape does not fit.
+    """
+    _check_shapes(attention, q, k)
+    attention = _without_lepe(attention).to(q.device)
+    v = torch.zeros_like(q, dtype=torch.float64, requires_grad=True)
+    widths = _head_widths(attention)
+    first = torch.tensor([sum(widths[:i]) for i in range(len(widths))], device=q.device)  # one channel per head
+    with torch.enable_grad():
+        out = _attend(attention, q.double(), k.double(), v).flatten(1, 2)[..., first]
+        (weights,) = torch.autograd.grad((out if query is None else out[:, query]).sum(), v)
+    return weights.flatten(1, 2)[..., first].transpose(1, 2)
 
 
 def softmax_map(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -261,8 +289,16 @@ def _head_widths(attention: QKVAttention) -> list[int]:
     return [width // heads for width, heads in _branches(attention) for _ in range(heads)]
 
 
+def _without_lepe(attention: QKVAttention) -> QKVAttention:
+    attention = copy.deepcopy(attention).double()
+    for lepe in (module for module in attention.modules() if isinstance(module, LePE)):
+        for parameter in lepe.parameters():
+            nn.init.zeros_(parameter)
+    return attention
+
+
 def _attend(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     side = getattr(attention, "window_size", 1)  # Swin's forward pads to whole windows before attend
     qkv = pad_to_multiple(torch.cat([q, k, v], dim=-1), (side, side))
-    with torch.no_grad(), use_backend("math"):
+    with use_backend("math"):
         return attention.attend(qkv)[:, : q.shape[1], : q.shape[2]]

@@ -16,6 +16,7 @@ from timm.utils import ParseKwargs
 import elfatt  # noqa: F401  registers the models with timm
 from elfatt.analysis.approximation import COLUMNS, MECHANISMS, compare, layer_qkv, random_qkv, sweep
 from elfatt.analysis.environment import describe_environment
+from elfatt.analysis.plots import pyplot
 from elfatt.analysis.results import save_rows, to_markdown
 from elfatt.attention.base import QKVAttention
 from elfatt.backbones.zoo import list_models
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compare, print as Markdown, and keep what is asked for."""
     if args.plot:
-        _pyplot()  # a missing package shows before the work
+        pyplot()  # a missing package shows before the work
     if args.model:
         layer, (q, k, v) = _load_layer(args)
         heads, names = layer.num_heads, ("model", "model_kwargs", "checkpoint", "layer", "image", "img_size", "seed")
@@ -89,7 +90,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = pyplot()
     splits = sorted({row["channel_split"] for row in rows if row["mechanism"] == "elfatt"})
     softmax = next(row for row in rows if row["mechanism"] == "vanilla")
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
@@ -112,17 +113,6 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError("a plot needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def _load_layer(args: argparse.Namespace) -> tuple[QKVAttention, tuple[torch.Tensor, ...]]:

@@ -61,7 +61,7 @@ def draw_scaling(rows: list[dict[str, Any]], path: Path) -> bool:
     shown = [key for key in quantities if len({_pixels(row) for row in rows if row.get(key)}) > 1]
     if not shown:
         return False
-    figure, axes = _pyplot().subplots(1, len(shown), figsize=(6 * len(shown), 4.5), layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(1, len(shown), figsize=(6 * len(shown), 4.5), layout="constrained", squeeze=False)
     for axis, key in zip(axes[0], shown, strict=True):
         for (model, attention), members in groupby(rows_by_model(rows), lambda row: (row["model"], row["attention"])):
             points = sorted((_pixels(row), row[key]) for row in members if row.get(key))
@@ -85,7 +85,7 @@ def draw_rivals(rows: list[dict[str, Any]], path: Path) -> bool:
     if not any(row["model"] in RIVALS for row in timed):
         return False
     sizes = sorted({(row["height"], row["width"]) for row in timed}, key=lambda size: size[0] * size[1])
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         1, len(sizes), figsize=(3.4 * len(sizes) + 3, 4), layout="constrained", sharey=True, squeeze=False
     )
     for axis, size in zip(axes[0], sizes, strict=True):
@@ -118,7 +118,7 @@ def draw_tradeoff(rows: list[dict[str, Any]], path: Path) -> bool:
     groups = {title: members for title, members in groups.items() if len(members) > 1}
     if not groups:
         return False
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         1, len(groups), figsize=(5 * len(groups), 4.2), layout="constrained", squeeze=False
     )
     for axis, (title, members) in zip(axes[0], groups.items(), strict=True):
@@ -143,7 +143,7 @@ def draw_edge(rows: list[dict[str, Any]], path: Path) -> bool:
     kinds = [kind for kind in ("fp32", "amp") if any(f"images_per_s_{kind}" in row for row in rows)]
     if not kinds:
         return False
-    figure, axes = _pyplot().subplots(2, len(kinds), figsize=(5.5 * len(kinds), 7), layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(2, len(kinds), figsize=(5.5 * len(kinds), 7), layout="constrained", squeeze=False)
     powered = all(row.get("watts") for row in rows)
     for column, kind in zip(axes.T, kinds, strict=True):
         for axis, key, label in zip(
@@ -209,7 +209,8 @@ def _colour(name: str) -> str:
     return f"C{known}"
 
 
-def _pyplot():
+def pyplot():
+    """Matplotlib's pyplot, drawing to files."""
     try:
         import matplotlib
     except ImportError as error:
@@ -223,5 +224,5 @@ def _pyplot():
 def _save(figure, path: Path) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return True
