@@ -256,8 +256,15 @@ def draw_sheet(sheet: Sheet, names: list[str], path: Path) -> None:
     """All pictures in one file: a row an image and model."""
     columns = 1 + max(len(row) for _, _, rows in sheet for row in rows)
     lines = [(title, image, name, row) for title, image, rows in sheet for name, row in zip(names, rows, strict=True)]
-    size = (2.6 * columns, 2.9 * len(lines))
-    figure, axes = pyplot().subplots(len(lines), columns, figsize=size, layout="constrained", squeeze=False)
+    heights = [2 * image.height / image.width + 0.7 for _, image, _, _ in lines]  # inches
+    figure, axes = pyplot().subplots(
+        len(lines),
+        columns,
+        figsize=(2.6 * columns, sum(heights)),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+    )
     for line, (title, image, name, row) in zip(axes, lines, strict=True):
         for axis in line:
             axis.set_axis_off()

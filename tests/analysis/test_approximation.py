@@ -21,6 +21,7 @@ from elfatt.analysis.approximation import (
     entropy,
     layer_qkv,
     random_qkv,
+    received_attention,
     softmax_map,
     sweep,
 )
@@ -83,6 +84,17 @@ def test_maps_times_values_are_the_output_and_rows_are_averages(name, options, q
     with torch.no_grad():
         expected = attention.double().attend(torch.cat(qkv, -1))
     torch.testing.assert_close(found, expected.flatten(1, 2), atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "options"), [*CASES, ("elfatt", {"block_size": 5}), ("swin", {"window_size": 5})])
+def test_received_attention_is_a_row_of_the_map_or_their_sum(name, options, qkv):
+    attention = bare_attention(name, DIM, HEADS, **options)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.normal_(std=0.1)
+    exact = attention_map(attention, *qkv[:2])
+    torch.testing.assert_close(received_attention(attention, *qkv[:2], query=7), exact[:, :, 7])
+    torch.testing.assert_close(received_attention(attention, *qkv[:2]), exact.sum(2))
 
 
 def test_maps_of_vanilla_and_efficient_attention_are_their_formulas(qkv):
