@@ -1,0 +1,129 @@
+"""``python -m elfatt.export``: a model as a file for another runtime, checked against PyTorch before it is kept."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import ImageDataset, create_transform, resolve_data_config
+from timm.utils import ParseKwargs
+from torch import nn
+from tqdm import tqdm
+
+from elfatt.backbones.zoo import check_model
+from elfatt.checkpoints import load_checkpoint
+from elfatt.data.images import list_images, read_image
+from elfatt.export import LARGEST, PRECISIONS, RUNTIMES, export, size_limit
+
+BATCH = 16  # images a pass of the evaluation
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m elfatt.export", description=__doc__.split(": ", 1)[1])
+    add = parser.add_argument
+    add("model", help="a model of elfatt.list_models(), or with --size any of timm")
+    add("--to", required=True, choices=RUNTIMES, help="the runtime")
+    add("--checkpoint", type=Path, help="weights; random ones without it")
+    add("--output", type=Path, help="the file (default: the model's name)")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fixed image size (default: dynamic)")
+    add("--num-classes", type=int, default=1000, help="classes (default: %(default)s)")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="such as block_size=7")
+    add("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
+    add("--calibration", type=Path, metavar="FOLDER", help="images that int8 is calibrated on")
+    add("--images", type=int, default=128, help="at most so many of them (default: %(default)s)")
+    add("--evaluate", type=Path, metavar="FOLDER", help="a folder of images per class: accuracy before and after")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export, check and evaluate.
+
+    Raises:
+        ValueError: Arguments that do not fit the model or each other.
+        RuntimeError: The file would differ from PyTorch's model.
+    """
+    check_model(args.model)
+    model = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs).eval()
+    labels = load_checkpoint(model, args.checkpoint).class_to_idx if args.checkpoint else None
+    size = tuple(args.size) if args.size else None
+    transform, side = _transform(model, size)
+    if (args.calibration or args.evaluate) and size is None and side < (limit := size_limit(model)):
+        raise ValueError(f"images of {side} pixels are below the limit of {limit}: pass --size {side} {side}")
+    data = args.evaluate and labelled_images(args.evaluate, transform, labels, args.num_classes)
+    images = calibration_images(args.calibration, transform, args.images) if args.calibration else []
+    path = args.output or Path(args.model + RUNTIMES[args.to].suffix)
+    for shape, difference in export(model, args.to, path, size, args.precision, images):
+        print(f"{'×'.join(map(str, shape))}: differs from PyTorch by {difference:.1e}")
+    sizes = f"{size[0]}×{size[1]} pixels" if size else f"{size_limit(model)} to {LARGEST} pixels a side"
+    print(f"wrote {path}: any batch of images of {sizes}")
+    if data:
+        run_file = RUNTIMES[args.to].load(path)
+        before = accuracy(torch.inference_mode()(model), data)
+        after = accuracy(lambda batch: torch.from_numpy(run_file(batch)), data)
+        print(f"top-1 on {len(data)} images: PyTorch {before:.2%}, {args.to} {args.precision} {after:.2%}")
+
+
+def _transform(model: nn.Module, size: tuple[int, int] | None) -> tuple[Callable, int]:
+    """The transform of timm's evaluation, and the shorter side of what it makes."""
+    config = resolve_data_config({"input_size": (3, *size)} if size else {}, model=model)
+    return create_transform(**config), min(config["input_size"][1:])
+
+
+def calibration_images(folder: Path, transform: Callable, limit: int) -> list[torch.Tensor]:
+    """Normalised images ``[1, 3, H, W]``, at most ``limit``, spread over the folder.
+
+    Raises:
+        ValueError: No images.
+    """
+    files = list(list_images(folder)[0].values())
+    if not files or limit < 1:
+        raise ValueError(f"--calibration {folder} holds no images, or --images {limit} asks for none")
+    chosen = files[:: max(1, len(files) // limit)][:limit]
+    return [transform(read_image(file))[None] for file in chosen]
+
+
+def labelled_images(folder: Path, transform: Callable, labels: dict[str, int] | None, num_classes: int) -> ImageDataset:
+    """A folder of images per class, labelled as the checkpoint was trained.
+
+    Raises:
+        ValueError: Its classes are not the model's.
+    """
+    data = ImageDataset(str(folder), class_map=labels or "", transform=transform)
+    count = len(labels or data.reader.class_to_idx)
+    if count != num_classes:
+        raise ValueError(f"{folder} has {count} classes, the model {num_classes}: pass --num-classes {count}")
+    return data
+
+
+def accuracy(run: Callable[[torch.Tensor], torch.Tensor], data: ImageDataset) -> float:
+    """Share of the images whose highest output is their class."""
+    hits = 0
+    for images, labels in tqdm(_batches(data), "images", total=-(-len(data) // BATCH), disable=None, leave=False):
+        hits += (run(images).argmax(1) == labels).sum().item()
+    return hits / len(data)
+
+
+def _batches(data: ImageDataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for start in range(0, len(data), BATCH):
+        images, labels = zip(*(data[i] for i in range(start, min(start + BATCH, len(data)))), strict=True)
+        yield torch.stack(images), torch.tensor(labels)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

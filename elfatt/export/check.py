@@ -1,0 +1,103 @@
+"""Export with a check: a file is kept only if it gives PyTorch's outputs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from elfatt.export.runtimes import RUNTIMES, Run, Runtime
+from elfatt.export.trace import example_size, export_model, size_limit
+from elfatt.ops import use_backend
+
+# largest difference allowed, relative to the largest output or to 1; int8 is judged by accuracy instead
+PRECISIONS = {"fp32": 1e-4, "fp16": 2e-2, "int8": float("inf")}
+
+
+def export(
+    model: nn.Module,
+    runtime: str,
+    path: str | Path,
+    size: tuple[int, int] | None = None,
+    precision: str = "fp32",
+    images: Sequence[torch.Tensor] = (),
+) -> list[tuple[tuple[int, ...], float]]:
+    """Write a model for a runtime after comparing its outputs with PyTorch's on three shapes.
+
+    Args:
+        model: A model of the package; with ``size``, any classifier.
+        runtime: One of ``RUNTIMES``.
+        path: The file; OpenVINO puts its weights beside it.
+        size: Fixed height and width in pixels; None for dynamic ones from ``size_limit`` up.
+        precision: One of ``PRECISIONS``.
+        images: Normalised images ``[1, 3, H, W]`` for int8 to be calibrated on.
+
+    Returns:
+        Input shapes and the largest difference on each, relative to the largest output or to 1.
+
+    Raises:
+        ValueError: An unknown runtime, a precision it does not have, a path with another ending, no calibration images,
+            or a model that cannot be exported.
+        RuntimeError: A package is missing, or an output differs too much or is not finite; nothing is written.
+    """
+    path = Path(path)
+    chosen = _check(runtime, path, precision, images)
+    if size is None and not chosen.dynamic:
+        raise ValueError(f"{runtime} supports a fixed image size only: pass size (--size)")
+    program = export_model(model, size)
+    sizes = [size] * 3
+    if size is None:
+        limit = size_limit(model)
+        sizes = [(limit, limit), example_size(model)[::-1], (limit + 32, limit + 95)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        draft = Path(folder, path.name)
+        chosen.write(program, draft, precision, images)
+        run, found = chosen.load(draft), []
+        for batch, wanted in enumerate(sizes, start=1):
+            shape = (batch, 3, *wanted)
+            difference = _difference(model, run, shape)
+            if not difference <= PRECISIONS[precision]:
+                raise RuntimeError(
+                    f"{runtime} differs from PyTorch by {difference:.1e} on {shape}, more than "
+                    f"{PRECISIONS[precision]}: {path} was not written"
+                )
+            found.append((shape, difference))
+        del run
+        for file in Path(folder).iterdir():
+            file.replace(path.parent / file.name)
+    return found
+
+
+def _check(runtime: str, path: Path, precision: str, images: Sequence[torch.Tensor]) -> Runtime:
+    """The runtime, if everything it needs is there."""
+    if runtime not in RUNTIMES:
+        raise ValueError(f"unknown runtime {runtime!r}: choose one of {', '.join(RUNTIMES)}")
+    packages, suffix = RUNTIMES[runtime].packages, RUNTIMES[runtime].suffix
+    if path.suffix != suffix:
+        raise ValueError(f"{path} must end in {suffix} for {runtime}")
+    if precision not in packages:
+        raise ValueError(f"{runtime} has no {precision} here: choose one of {', '.join(packages)}")
+    if precision == "int8" and not images:
+        raise ValueError("int8 needs images to calibrate on: pass images (--calibration FOLDER)")
+    for package in packages[precision]:
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise RuntimeError(f"{runtime} in {precision} needs {package}: pip install {package}") from error
+    return RUNTIMES[runtime]
+
+
+def _difference(model: nn.Module, run: Run, shape: tuple[int, ...]) -> float:
+    """Largest difference on random images, relative to the largest output or to 1; infinite if one is not finite."""
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
+    with torch.inference_mode(), use_backend("math"):
+        expected = model(images).numpy()
+    found = run(images)
+    if not np.isfinite(found).all():
+        return float("inf") if np.isfinite(expected).all() else float("nan")
+    return float(np.abs(found - expected).max() / max(1, np.abs(expected).max()))

@@ -1,0 +1,212 @@
+"""Files of each runtime: how they are written, and run for the check.
+
+A writer takes a program, the path, a precision and calibration images; a loader gives a function from images
+``[B, 3, H, W]`` to outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+
+OPSET = 20
+TENSORRT_BATCH, TENSORRT_SIDE = 128, 1024  # an engine reserves memory for its largest input
+Run = Callable[[torch.Tensor], np.ndarray]
+
+
+def write_torch_export(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
+    """Write a ``.pt2`` file."""
+    torch.export.save(program, path)
+
+
+def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
+    """Write a single ``.onnx`` file with float32 inputs and outputs; int8 by onnxruntime's static quantiser."""
+    names = {"input_names": ["image"], "output_names": ["output"]}
+    torch.onnx.export(program, (), path, dynamo=True, external_data=False, opset_version=OPSET, verbose=False, **names)
+    if precision == "fp16":
+        import onnx
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+    elif precision == "int8":
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        with tempfile.TemporaryDirectory() as folder:
+            prepared = Path(folder, "model.onnx")
+            quant_pre_process(path, prepared, skip_symbolic_shape=True)
+            types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+            reader = _CalibrationReader(images)
+            quantize_static(prepared, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, **types)
+
+
+class _CalibrationReader:
+    """Images as onnxruntime's quantiser asks for them."""
+
+    def __init__(self, images: Sequence[torch.Tensor]):
+        self.images = iter(images)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        image = next(self.images, None)
+        return None if image is None else {"image": image.numpy()}
+
+    def __iter__(self):
+        return iter(self.get_next, None)
+
+
+def write_openvino(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
+    """Write an ``.xml`` file and its weights, ``.bin``: fp16 halves the weights, int8 is NNCF's."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_onnx(program, Path(folder, "model.onnx"))
+        model = openvino.convert_model(Path(folder, "model.onnx"))
+        if precision == "int8":
+            import nncf
+            from nncf.quantization.advanced_parameters import QuantizationParameters
+
+            # per-channel activations and SmoothQuant fix the size of the maps
+            options = nncf.AdvancedQuantizationParameters(
+                activations_quantization_params=QuantizationParameters(per_channel=False),
+                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(-1, -1),
+            )
+            data = nncf.Dataset([image.numpy() for image in images])
+            kind = nncf.ModelType.TRANSFORMER
+            model = nncf.quantize(model, data, subset_size=len(images), model_type=kind, advanced_parameters=options)
+        openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
+
+
+def write_executorch(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
+    """Write a ``.pte`` file for the XNNPACK backend."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    path.write_bytes(lowered.to_executorch().buffer)
+
+
+def write_tensorrt(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
+    """Build an engine for this device's GPU with ``trtexec``."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "model.onnx")
+        write_onnx(program, source)
+        command = [f"--onnx={source}", f"--saveEngine={path}", *(["--fp16"] if precision == "fp16" else [])]
+        (image,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+        batch, _, *sides = image.meta["val"].shape
+        low = [side if isinstance(side, int) else _range(program, side).lower for side in sides]
+        high = [side if isinstance(side, int) else TENSORRT_SIDE for side in sides]
+        for name, count, (height, width) in (("min", 1, low), ("opt", 1, low), ("max", TENSORRT_BATCH, high)):
+            command.append(f"--{name}Shapes=image:{count}x3x{height}x{width}")
+        _trtexec(command)
+
+
+def _range(program: ExportedProgram, side: torch.SymInt):
+    return program.range_constraints[side.node.expr]
+
+
+def load_torch_export(path: Path) -> Run:
+    """Runner of a ``.pt2`` file."""
+    module = torch.export.load(path).module()
+    return lambda images: module(images).numpy()
+
+
+def load_onnx(path: Path) -> Run:
+    """Runner of an ``.onnx`` file: onnxruntime on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"image": images.numpy()})[0]
+
+
+def load_openvino(path: Path) -> Run:
+    """Runner of an ``.xml`` file: OpenVINO on the CPU, in float32."""
+    import openvino
+
+    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda images: model(images.numpy())[0]
+
+
+def load_executorch(path: Path) -> Run:
+    """Runner of a ``.pte`` file: ExecuTorch on the CPU."""
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda images: method.execute([images])[0].numpy()
+
+
+def load_tensorrt(path: Path) -> Run:
+    """Runner of an engine: ``trtexec``, which reads and writes files."""
+
+    def run(images: torch.Tensor) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder, "image.bin"), Path(folder, "output.json")
+            images.contiguous().numpy().tofile(source)
+            shape = "x".join(map(str, images.shape))
+            _trtexec(
+                [
+                    f"--loadEngine={path}",
+                    f"--shapes=image:{shape}",
+                    f"--loadInputs=image:{source}",
+                    f"--exportOutput={target}",
+                    "--iterations=1",
+                    "--warmUp=0",
+                    "--duration=0",
+                ]
+            )
+            (output,) = json.loads(target.read_text())
+            return np.array(output["values"], np.float32).reshape([int(n) for n in output["dimensions"].split("x")])
+
+    return run
+
+
+def _trtexec(options: list[str]) -> None:
+    if not shutil.which("trtexec"):
+        raise RuntimeError("tensorrt needs trtexec: install TensorRT and put its bin folder on PATH")
+    done = subprocess.run(["trtexec", *options], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() + done.stderr.splitlines() if "[E]" in line] or [
+            "no message"
+        ]
+        raise RuntimeError(f"trtexec failed: {lines[-1]}")
+
+
+class Runtime(NamedTuple):
+    """How models reach a runtime.
+
+    Attributes:
+        packages: What must be installed, by precision.
+        suffix: Of its files.
+        write: Writer.
+        load: Loader.
+        dynamic: Whether height and width can be dynamic.
+    """
+
+    packages: dict[str, tuple[str, ...]]
+    suffix: str
+    write: Callable[[ExportedProgram, Path, str, Sequence[torch.Tensor]], None]
+    load: Callable[[Path], Run]
+    dynamic: bool = True
+
+
+_ONNX = ("onnx", "onnxscript")
+RUNTIMES = {
+    "torch-export": Runtime({"fp32": ()}, ".pt2", write_torch_export, load_torch_export),
+    "onnx": Runtime(dict.fromkeys(("fp32", "fp16", "int8"), (*_ONNX, "onnxruntime")), ".onnx", write_onnx, load_onnx),
+    "openvino": Runtime(
+        {"fp32": (*_ONNX, "openvino"), "fp16": (*_ONNX, "openvino"), "int8": (*_ONNX, "openvino", "nncf")},
+        ".xml",
+        write_openvino,
+        load_openvino,
+    ),
+    "executorch": Runtime({"fp32": ("executorch",)}, ".pte", write_executorch, load_executorch, dynamic=False),
+    "tensorrt": Runtime(dict.fromkeys(("fp32", "fp16"), _ONNX), ".engine", write_tensorrt, load_tensorrt),
+}

@@ -1,0 +1,83 @@
+"""Models as ``torch.export`` programs with dynamic batch, height and width."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from elfatt.attention.cswin import CSWinAttention
+from elfatt.attention.elfatt import ELFATT
+from elfatt.attention.swin import SwinAttention
+from elfatt.backbones.hierarchical import HierarchicalTransformer
+from elfatt.ops import use_backend
+
+LARGEST = 4096  # pixels
+
+
+def size_limit(model: HierarchicalTransformer) -> int:
+    """Smallest height and width in pixels that a dynamic graph accepts.
+
+    On a smaller image a block or window covers the whole map and is computed differently: pass ``size``.
+    """
+    sides = [(needed - 1) * 4 * 2**stage + 1 for stage, _, needed in _cuts(model)]
+    return max([64, *sides])  # torch.export takes a side of one token for a constant
+
+
+def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> ExportedProgram:
+    """Trace a model with dynamic batch, height and width.
+
+    Args:
+        model: A model of the package; with ``size``, any classifier.
+        size: Fixed height and width in pixels; None for dynamic ones.
+
+    Raises:
+        ValueError: Without ``size``, another kind of model, or one with stripes.
+    """
+    model = model.eval().requires_grad_(False)
+    shape = {0: Dim("batch", min=1, max=LARGEST)}
+    if size is None:
+        if not isinstance(model, HierarchicalTransformer):
+            raise ValueError(f"{type(model).__name__} supports a fixed image size only: pass size (--size)")
+        if any(isinstance(module, CSWinAttention) and module.stripe > 1 for module in model.modules()):
+            raise ValueError("CSWin's stripes support a fixed image size only: pass size (--size)")
+        size = example_size(model)
+        sides = {"min": size_limit(model), "max": LARGEST}
+        shape |= {2: Dim("height", **sides), 3: Dim("width", **sides)}
+    image = torch.zeros(3, 3, *size, device=next(model.parameters()).device)
+    with use_backend("math"):
+        program = torch.export.export(
+            model, (image,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True
+        )
+    # they only assert that other sizes have the example's strides, which export() checks by its outputs
+    for node in [n for n in program.graph.nodes if n.target is torch.ops.aten._assert_scalar.default]:
+        program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def _cuts(model: nn.Module) -> list[tuple[int, int, int]]:
+    """For each attention that cuts its map: stage, side of the cut, and the side that the map must have, in tokens."""
+    cuts = set()
+    for stage, blocks in enumerate(model.stages):
+        for module in blocks.modules():
+            if isinstance(module, ELFATT) and module.global_channels < module.dim:
+                cuts.add((stage, module.block_size, module.block_size))
+            elif isinstance(module, SwinAttention):
+                cuts.add((stage, module.window_size, module.window_size + 1))  # a single window is not shifted
+    return sorted(cuts)
+
+
+def example_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width at which every map is odd and padded, so that the trace takes no shortcut."""
+    divisors = {(stage, side) for stage, side, _ in _cuts(model)} | {(stage, 2) for stage in range(len(model.stages))}
+    sides = (
+        side
+        for side in itertools.count(size_limit(model))
+        if side % 4 and all(-(-side // (4 * 2**stage)) % divisor for stage, divisor in divisors if divisor > 1)
+    )
+    height = next(sides)
+    return height, next(side for side in sides if side > height + 32)

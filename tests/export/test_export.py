@@ -1,0 +1,188 @@
+"""Exported graphs give PyTorch's outputs, for every mechanism on both backbones and sizes they were not traced at."""
+
+import functools
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from elfatt.backbones.zoo import ATTENTIONS
+from elfatt.export import check, export, export_model, runtimes, size_limit
+from elfatt.export.__main__ import main
+
+SHELLS = ("swin", "cswin")
+STRIPED = {("cswin", "local"), ("cswin", "agent"), ("cswin", "flatten")}  # for one size only
+MODELS = [(shell, mechanism) for shell in SHELLS for mechanism in ATTENTIONS]
+
+
+def build(shell: str, mechanism: str) -> torch.nn.Module:
+    options = ATTENTIONS[mechanism]
+    torch.manual_seed(0)
+    model = timm.create_model(
+        f"{shell}_nano_elfatt",
+        attention=options["attention"],
+        levels=options[shell],
+        stem="conv" if shell == "cswin" or mechanism == "elfatt" else "patch",
+        block_size=7,
+        agents=(3, 4, 7, 7),
+        window_size=7 if shell == "swin" else (1, 2, 7, 7),
+        num_classes=10,
+    )
+    for parameter in model.parameters():  # large outputs, in which a wrong path shows
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim < 2 else torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shell", "mechanism"), MODELS)
+def test_every_mechanism_in_onnx_and_torch_export(shell, mechanism, tmp_path, monkeypatch):
+    model = build(shell, mechanism)
+    size = (96, 120) if (shell, mechanism) in STRIPED else None
+    monkeypatch.setattr(check, "export_model", functools.cache(export_model))
+    for runtime, name in (("torch-export", "model.pt2"), ("onnx", "model.onnx")):
+        found = export(model, runtime, tmp_path / name, size)
+        assert len({shape for shape, _ in found}) == 3  # batches, and sizes where they are dynamic
+        assert max(difference for _, difference in found) <= 1e-4
+        assert [file.name for file in tmp_path.iterdir() if file.suffix == (tmp_path / name).suffix] == [name]
+
+
+def test_the_graph_is_plain(tmp_path):
+    import onnx
+
+    runtimes.write_onnx(export_model(build("cswin", "elfatt")), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx")
+    assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}
+    assert not graph.functions
+    attention = [node for node in graph.graph.node if node.op_type == "Softmax"]
+    assert len(attention) == 3 * 3 + 2  # two softmaxes of the global branch and one of the local; two vanilla blocks
+
+
+def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
+    chosen = runtimes.RUNTIMES["torch-export"]
+    broken = lambda path: lambda images: chosen.load(path)(images) + 1  # noqa: E731
+    monkeypatch.setitem(runtimes.RUNTIMES, "torch-export", chosen._replace(load=broken))
+    with pytest.raises(RuntimeError, match="was not written"):
+        export(build("cswin", "effatt"), "torch-export", tmp_path / "model.pt2", (64, 64))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_limit_follows_the_blocks():
+    assert size_limit(timm.create_model("cswin_tiny_elfatt")) == 13 * 16 + 1
+    assert size_limit(timm.create_model("swin_tiny_local")) == 7 * 32 + 1
+    assert size_limit(timm.create_model("cswin_tiny_effatt")) == 64
+
+
+def test_command(tmp_path, capsys):
+    path = tmp_path / "model.xml"
+    command = ["cswin_nano_elfatt", "--to", "openvino", "--num-classes", "3", "--size", "64", "96"]
+    assert main([*command, "--output", str(path)]) == 0
+    assert "1×3×64×96: differs" in capsys.readouterr().out
+    assert path.with_suffix(".bin").exists()
+    assert runtimes.load_openvino(path)(torch.zeros(2, 3, 64, 96)).shape == (2, 3)
+    assert main(["cswin_nano_elfat", "--to", "onnx"]) == 1
+    assert "did you mean" in capsys.readouterr().err
+    assert main(["cswin_tiny_local", "--to", "onnx"]) == 1
+    assert "fixed image size" in capsys.readouterr().err
+    assert main(["resnet18", "--to", "onnx"]) == 1
+    assert "fixed image size" in capsys.readouterr().err
+
+
+def write_classes(folder, count=6):
+    """Two classes: images brighter on the left, and on the right."""
+    generator = np.random.default_rng(0)
+    for label in ("left", "right"):
+        (folder / label).mkdir(parents=True)
+        for i in range(count):
+            pixels = generator.integers(0, 60, (64, 64, 3))
+            pixels[:, :32] += 150 * (label == "left")
+            pixels[:, 32:] += 150 * (label == "right")
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / label / f"{i}.png")
+    return folder
+
+
+def train_a_little(data):
+    model = timm.create_model("cswin_nano_elfatt", num_classes=2)
+    transform = create_transform((3, 64, 64), crop_pct=1.0)
+    files = [(transform(Image.open(f)), int(f.parent.name == "right")) for f in sorted(data.rglob("*.png"))]
+    images, labels = torch.stack([image for image, _ in files]), torch.tensor([label for _, label in files])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(8):
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_smaller_precisions_keep_the_accuracy(runtime, precision, tmp_path, capsys):
+    data = write_classes(tmp_path / "data")
+    torch.save(train_a_little(data).state_dict(), tmp_path / "model.pt")
+    path = tmp_path / f"model{runtimes.RUNTIMES[runtime].suffix}"
+    command = ["cswin_nano_elfatt", "--num-classes", "2", "--checkpoint", str(tmp_path / "model.pt"), "--to", runtime]
+    options = ["--size", "64", "64", "--precision", precision, "--evaluate", str(data), "--output", str(path)]
+    calibration = ["--calibration", str(data), "--images", "8"] if precision == "int8" else []
+    assert main([*command, *options, *calibration]) == 0
+    assert f"top-1 on 12 images: PyTorch 100.00%, {runtime} {precision} 100.00%" in capsys.readouterr().out
+    assert main([*command, "--size", "64", "64", "--output", str(tmp_path / ("full" + path.suffix))]) == 0
+    weights = path.with_suffix(".bin" if runtime == "openvino" else ".onnx"), "full.bin", "full.onnx"
+    full = tmp_path / (weights[1] if runtime == "openvino" else weights[2])
+    assert weights[0].stat().st_size < {"fp16": 0.65, "int8": 0.5}[precision] * full.stat().st_size
+
+
+STAND_IN = """#!{python}
+import json, shutil, sys
+import numpy as np, onnxruntime
+options = dict(option.lstrip("-").partition("=")[::2] for option in sys.argv[1:])
+if "onnx" in options:
+    assert options["minShapes"] == "image:1x3x64x64" and options["maxShapes"] == "image:128x3x64x64"
+    shutil.copy(options["onnx"], options["saveEngine"])
+else:
+    shape = [int(n) for n in options["shapes"].split(":")[1].split("x")]
+    image = np.fromfile(options["loadInputs"].split(":")[1], np.float32).reshape(shape)
+    (out,) = onnxruntime.InferenceSession(options["loadEngine"]).run(None, {{"image": image}})
+    values = {{"name": "output", "dimensions": "x".join(map(str, out.shape)), "values": out.ravel().tolist()}}
+    json.dump([values], open(options["exportOutput"], "w"))
+"""
+
+
+def test_tensorrt_is_asked_for_an_engine_and_its_outputs(tmp_path, monkeypatch):
+    program = tmp_path / "trtexec"
+    program.write_text(STAND_IN.format(python=sys.executable))
+    program.chmod(0o755)
+    model = timm.create_model("cswin_nano_elfatt", num_classes=2)
+    with pytest.raises(RuntimeError, match="tensorrt needs trtexec"):
+        export(model, "tensorrt", tmp_path / "model.engine", (64, 64))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert max(difference for _, difference in export(model, "tensorrt", tmp_path / "model.engine", (64, 64))) < 1e-5
+    with pytest.raises(RuntimeError, match="trtexec failed"):  # the stand-in takes one size alone
+        export(model, "tensorrt", tmp_path / "other.engine", (96, 64))
+    assert not (tmp_path / "other.engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "torch-export", "--precision", "int8"], "torch-export has no int8 here: choose one of fp32"),
+        (["--to", "onnx", "--precision", "int8"], "int8 needs images to calibrate on"),
+        (["--to", "executorch"], "executorch in fp32 needs executorch: pip install executorch"),
+        (["--to", "onnx", "--calibration", "{data}", "--images", "0"], "--images 0 asks for none"),
+        (["--to", "onnx", "--evaluate", "{data}"], "{data} has 2 classes, the model 1000: pass --num-classes 2"),
+    ],
+)
+def test_command_names_what_is_wrong(options, message, tmp_path, capsys):
+    data = write_classes(tmp_path / "data", count=1)
+    options = [option.format(data=data) for option in options]
+    assert main(["cswin_nano_elfatt", "--size", "64", "64", *options]) == 1
+    assert message.format(data=data) in capsys.readouterr().err
+
+
+def test_images_below_the_limit_are_refused_before_the_work(tmp_path, capsys):
+    data = write_classes(tmp_path / "data", count=1)
+    assert main(["swin_nano_elfatt", "--to", "onnx", "--evaluate", str(data), "--model-kwargs", "block_size=28"]) == 1
+    assert "images of 224 pixels are below the limit of 433: pass --size 224 224" in capsys.readouterr().err
