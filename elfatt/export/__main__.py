@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m elfatt.export", description=__doc__.split(": ", 1)[1])
     add = parser.add_argument
-    add("model", help="a model of elfatt.list_models(), or with --size any of timm")
+    add("model", help="a model of elfatt.list_models(); with --size any of timm, or a config of a segmentor")
     add("--to", required=True, choices=RUNTIMES, help="the runtime")
     add("--checkpoint", type=Path, help="weights; random ones without it")
     add("--output", type=Path, help="the file (default: the model's name)")
@@ -58,16 +58,23 @@ def run(args: argparse.Namespace) -> None:
         ValueError: Arguments that do not fit the model or each other.
         RuntimeError: The file would differ from PyTorch's model.
     """
-    check_model(args.model)
-    model = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs).eval()
-    labels = load_checkpoint(model, args.checkpoint).class_to_idx if args.checkpoint else None
+    is_dense = args.model.endswith(".py")
+    if is_dense:
+        if args.evaluate or args.size is None:
+            raise ValueError(f"{args.model} is exported for one size and not evaluated: pass --size, no --evaluate")
+        model = dense_model(Path(args.model))
+    else:
+        check_model(args.model)
+        model = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs).eval()
+    allow = ("auxiliary_head.",) if is_dense else ()
+    labels = load_checkpoint(model, args.checkpoint, allow=allow).class_to_idx if args.checkpoint else None
     size = tuple(args.size) if args.size else None
     transform, side = _transform(model, size)
     if (args.calibration or args.evaluate) and size is None and side < (limit := size_limit(model)):
         raise ValueError(f"images of {side} pixels are below the limit of {limit}: pass --size {side} {side}")
     data = args.evaluate and labelled_images(args.evaluate, transform, labels, args.num_classes)
     images = calibration_images(args.calibration, transform, args.images) if args.calibration else []
-    path = args.output or Path(args.model + RUNTIMES[args.to].suffix)
+    path = args.output or Path((Path(args.model).stem if is_dense else args.model) + RUNTIMES[args.to].suffix)
     for shape, difference in export(model, args.to, path, size, args.precision, images):
         print(f"{'×'.join(map(str, shape))}: differs from PyTorch by {difference:.1e}")
     sizes = f"{size[0]}×{size[1]} pixels" if size else f"{size_limit(model)} to {LARGEST} pixels a side"
@@ -77,6 +84,38 @@ def run(args: argparse.Namespace) -> None:
         before = accuracy(torch.inference_mode()(model), data)
         after = accuracy(lambda batch: torch.from_numpy(run_file(batch)), data)
         print(f"top-1 on {len(data)} images: PyTorch {before:.2%}, {args.to} {args.precision} {after:.2%}")
+
+
+def dense_model(config: Path) -> nn.Module:
+    """A segmentor of mmsegmentation as a model from normalised images to logits at a quarter of their size.
+
+    Raises:
+        ValueError: A detector, whose number of boxes depends on the image.
+    """
+    from elfatt.integrations.mm_models import load_model
+
+    model = load_model(config, "cpu")
+    if hasattr(model, "rpn_head"):
+        raise ValueError(
+            f"{config} is a detector: torch.export cannot trace a number of boxes that depends on the image"
+        )
+    return Segmentor(model)
+
+
+class Segmentor(nn.Module):
+    """Images to logits, with the parameter names of the segmentor.
+
+    Args:
+        model: Of mmsegmentation.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.backbone, self.decode_head = model.backbone, model.decode_head
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Normalised images ``[B, 3, H, W]`` to ``[B, classes, H/4, W/4]``."""
+        return self.decode_head(self.backbone(image))
 
 
 def _transform(model: nn.Module, size: tuple[int, int] | None) -> tuple[Callable, int]:

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from timm.data import create_transform
 from elfatt.backbones.zoo import ATTENTIONS
 from elfatt.export import check, export, export_model, runtimes, size_limit
 from elfatt.export.__main__ import main
+from elfatt.integrations.mm_models import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SHELLS = ("swin", "cswin")
 STRIPED = {("cswin", "local"), ("cswin", "agent"), ("cswin", "flatten")}  # for one size only
@@ -89,6 +93,22 @@ def test_command(tmp_path, capsys):
     assert "fixed image size" in capsys.readouterr().err
     assert main(["resnet18", "--to", "onnx"]) == 1
     assert "fixed image size" in capsys.readouterr().err
+
+
+def test_a_segmentor(tmp_path, capsys):
+    config = str(ROOT / "configs" / "segmentation" / "scenes_nano.py")
+    model = load_model(Path(config), "cpu")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pth")
+    path, size = tmp_path / "model.onnx", ["--size", "64", "96"]
+    argv = [config, "--to", "onnx", "--checkpoint", str(tmp_path / "model.pth"), "--output", str(path)]
+    assert main([*argv, *size]) == 0
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(image, None, mode="tensor").numpy()
+    np.testing.assert_allclose(runtimes.load_onnx(path)(image), expected, atol=1e-4)
+    assert main(argv) == 1 and "pass --size" in capsys.readouterr().err
+    assert main([str(ROOT / "configs" / "detection" / "scenes_nano.py"), "--to", "onnx", *size]) == 1
+    assert "is a detector" in capsys.readouterr().err
 
 
 def write_classes(folder, count=6):
