@@ -6,12 +6,13 @@ import argparse
 import subprocess
 import sys
 
-from elfatt.analysis import diffusion, edge, error, maps, op, plots, pretrained, report, scaling, tables
+from elfatt.analysis import diffusion, edge, error, maps, op, plots, pretrained, report, runtimes, scaling, tables
 
 COMMANDS = {
     "tables": tables,
     "scaling": scaling,
     "edge": edge,
+    "runtimes": runtimes,
     "op": op,
     "error": error,
     "maps": maps,

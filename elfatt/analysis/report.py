@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from elfatt.analysis import diffusion, edge, op, pretrained, scaling
+from elfatt.analysis import diffusion, edge, op, pretrained, runtimes, scaling
 from elfatt.analysis.plots import paired
 from elfatt.analysis.results import RESULTS, load_runs, to_markdown
 from elfatt.analysis.tables import Entry, format_tables
@@ -74,6 +74,7 @@ FORMATS = {
     "scaling": scaling.format_rows,
     "edge": edge.format_rows,
     "op": op.format_rows,
+    "runtimes": runtimes.format_rows,
     "diffusion": diffusion.format_rows,
     "pretrained": pretrained.format_rows,
 }

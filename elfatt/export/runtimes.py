@@ -120,18 +120,21 @@ def load_torch_export(path: Path) -> Run:
 
 
 def load_onnx(path: Path) -> Run:
-    """Runner of an ``.onnx`` file: onnxruntime on the CPU."""
+    """Runner of an ``.onnx`` file: onnxruntime on the CPU, with PyTorch's number of threads."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"image": images.numpy()})[0]
 
 
 def load_openvino(path: Path) -> Run:
-    """Runner of an ``.xml`` file: OpenVINO on the CPU, in float32."""
+    """Runner of an ``.xml`` file: OpenVINO on the CPU, in float32, with PyTorch's number of threads."""
     import openvino
 
-    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    model = openvino.Core().compile_model(path, "CPU", options)
     return lambda images: model(images.numpy())[0]
 
 

@@ -33,6 +33,7 @@ def commands_of(script, folder, *options, gpu=0, **environment):
     [
         ("reproduce_tables.sh", ["--batch-size", "4", "--compile"], {}),
         ("reproduce_tables.sh", [], {"TABLES": "1 9", "CHECKPOINTS": "a b", "IMAGENET": "c", "PRECISION": "float32"}),
+        ("edge_benchmark.sh", ["--repeats", "2"], {"BATCH": "4", "ROWS": "*-ELFATT *-GLOBAL"}),
         ("gpu_suite.sh", [], {"gpu": 0}),
         ("gpu_suite.sh", [], {"gpu": 1, "BATCH": "64", "REPEATS": "3"}),
     ],
@@ -44,7 +45,14 @@ def test_every_command_is_understood(script, options, settings, tmp_path, monkey
     for call in calls:
         assert main(call) == 0
     names = [name for name, _ in understood]
-    assert len(names) == len(calls) and names[-2:] == ["plot", "report"]
+    assert len(names) == len(calls)
+    if script == "edge_benchmark.sh":
+        assert names == ["runtimes", "runtimes", "report"]
+        assert [(args.table, args.batch_size, args.rows) for _, args in understood[:2]] == [
+            (table, 4, ["*-ELFATT", "*-GLOBAL"]) for table in (8, 9)
+        ]
+        return
+    assert names[-2:] == ["plot", "report"]
     if script == "gpu_suite.sh":
         assert {"op", "tables", "scaling"} <= set(names)
         assert any(args.cuda_graphs for name, args in understood if name == "op") == bool(settings["gpu"])

@@ -1,0 +1,155 @@
+"""The models of Tables VIII and IX exported to other runtimes, beside PyTorch eager and compiled.
+
+All of them take turns in float32 with the same number of threads, TensorRT excepted, whose figure is ``trtexec``'s own.
+Speed-ups are over GLOBAL in the same runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elfatt.analysis.edge import set_mode
+from elfatt.analysis.environment import describe_environment, machine_name
+from elfatt.analysis.results import RESULTS, figure, save_rows, to_markdown
+from elfatt.analysis.rows import Row, select_rows
+from elfatt.analysis.tables import REFUSALS, add_speed_arguments, apply_speed_arguments, numerics_shape
+from elfatt.analysis.timing import Inference, check_numerics, random_images, time_in_turns
+from elfatt.export import RUNTIMES, export
+
+KEY = ("table", "name", "runtime", "mode")
+PYTORCH = {  # eager PyTorch operators, our kernels, and both compiled
+    "eager": {"backend": "sdpa"},
+    "kernels": {},
+    "compiled": {"backend": "sdpa", "compile": True},
+    "compiled kernels": {"compile": True},
+}
+EXPORTED = ("onnx", "openvino", "tensorrt")
+TRT_MEDIAN = re.compile(r"GPU Compute Time:.*?median = ([\d.]+) ms")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the ``runtimes`` command."""
+    add = parser.add_argument
+    add("table", type=int, choices=(8, 9), help="8: batch 128; 9: batch 1")
+    add("--rows", nargs="+", metavar="PATTERN", help="models, such as '*-ELFATT' (default: all)")
+    add("--runtimes", nargs="+", choices=(*PYTORCH, *EXPORTED), help="default: all that this device has")
+    add("--modes", nargs="+", type=int, help="nvpmodel modes of a Jetson (default: the one that is set)")
+    add("--folder", type=Path, default=Path("runs/exports"), help="exported files, reused (default: %(default)s)")
+    add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json)")
+    add_speed_arguments(parser, precision=False)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export the models, then time every runtime at every mode.
+
+    Raises:
+        ValueError: Modes of a Jetson elsewhere.
+    """
+    if args.modes and not shutil.which("nvpmodel"):
+        raise ValueError(f"--modes {args.modes} needs a Jetson's nvpmodel: leave it out")
+    settings = {**apply_speed_arguments(args), "table": args.table}
+    path = args.results or RESULTS / f"{machine_name(args.device)}.json"
+    chosen = args.runtimes or [*PYTORCH, *EXPORTED]
+    rows: list[dict[str, Any]] = []
+    for mode in args.modes or [None]:
+        name = set_mode(mode, bool(args.modes))
+        done = measure(select_rows([args.table], args.rows), chosen, name, args)
+        head = {"kind": "runtimes", "settings": settings, "environment": describe_environment(args.device)}
+        save_rows(path, head, done, KEY)
+        rows += done
+    print(format_rows(rows))
+    print(f"\nadded to {path}", file=sys.stderr)
+
+
+def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Images per second of every model in every runtime; what cannot run has the reason instead."""
+    rows, passes, said = {}, {}, set()
+    for model in models:
+        batch = args.batch_size or model.batch_size
+        for runtime in runtimes:
+            key = model.name, runtime
+            rows[key] = {
+                "table": model.table,
+                "name": model.name,
+                "runtime": runtime,
+                "mode": mode,
+                "batch_size": batch,
+            }
+            try:
+                passes[key] = prepare(model, runtime, batch, args)
+                passes[key]()
+            except (ValueError, *REFUSALS) as error:
+                rows[key]["refused"] = str(error)
+                passes.pop(key, None)
+                if str(error) not in said:  # a device without a runtime gets one line
+                    print(f"{runtime}: {error}", file=sys.stderr)
+                    said.add(str(error))
+    engines = {key: passes.pop(key) for key in list(passes) if key[1] == "tensorrt"}
+    timings = time_in_turns(passes, args.repeats, args.warm_up, args.device)
+    for key, timing in timings.items():
+        batch = rows[key]["batch_size"]
+        rows[key]["images_per_s"] = batch / timing.median
+        rows[key]["images_per_s_quartiles"] = [batch / timing.high, batch / timing.low]
+    for key, engine in engines.items():
+        rows[key]["images_per_s"] = rows[key]["batch_size"] / engine()
+    for (_, runtime), row in rows.items():
+        vanilla = next((rows[m.name, runtime] for m in models if m.is_vanilla), {})
+        if "images_per_s" in row and "images_per_s" in vanilla:
+            row["speedup"] = row["images_per_s"] / vanilla["images_per_s"]
+    return list(rows.values())
+
+
+def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> Callable[[], object]:
+    """A call that runs a model once; TensorRT's returns the seconds of a pass."""
+    shape = (batch, 3, *model.img_size)
+    if runtime in PYTORCH:
+        how = Inference(args.device, **PYTORCH[runtime])
+        module = model.build(args.device)
+        check_numerics(model.name, module, numerics_shape(model.img_size), how)
+        return how.prepare(module, shape)
+    if args.device == "cuda" and runtime in ("onnx", "openvino"):
+        raise ValueError(f"{runtime} runs on the CPU: pass --device cpu")
+    path = args.folder / f"{model.config}{RUNTIMES[runtime].suffix}"
+    if not path.exists():
+        torch.manual_seed(0)
+        export(model.build("cpu"), runtime, path, model.img_size)
+    if runtime == "tensorrt":
+        return partial(engine_seconds, path, shape)
+    return partial(RUNTIMES[runtime].load(path), random_images(shape, "cpu", torch.float32))
+
+
+def engine_seconds(path: Path, shape: tuple[int, ...]) -> float:
+    """Median seconds of a pass of a TensorRT engine, as ``trtexec`` measures it."""
+    command = ["trtexec", f"--loadEngine={path}", f"--shapes=image:{'x'.join(map(str, shape))}"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    return float(TRT_MEDIAN.search(out)[1]) / 1e3
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line a model and mode, a column a runtime: images/s and the speed-up over GLOBAL."""
+    runtimes = list(dict.fromkeys(row["runtime"] for row in rows if "images_per_s" in row))
+    cells = {(row["name"], row["mode"], row["runtime"]): row for row in rows}
+    lines = []
+    for name, mode in dict.fromkeys((row["name"], row["mode"]) for row in rows):
+        found = [cells.get((name, mode, runtime), {}) for runtime in runtimes]
+        lines.append([name, mode, *map(_cell, found)])
+    return to_markdown(["model, images/s", "mode", *runtimes], lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if "images_per_s" not in row:
+        return ""
+    low, high = row.get("images_per_s_quartiles", (None, None))
+    spread = f" ({figure(low)}–{figure(high)})" if low else ""
+    return figure(row["images_per_s"]) + spread + (f", {row['speedup']:.2f}×" if "speedup" in row else "")
