@@ -44,8 +44,8 @@ class ViTHandle(Handle):
                 layer.lepe.bias.data.zero_()
 
     def _restore(self):
-        for layer in self.layers.values():
-            if hasattr(layer, "lepe"):
+        if self.plan and self.plan.lepe:
+            for layer in self.layers.values():
                 del layer.lepe
         self.layers = {}
 

@@ -2,6 +2,7 @@
 
 Each attention layer keeps its forward pass with its projections, norms and rotary embeddings; the plan computes its
 softmax attention only. SAM's windows stay, and the biases of its other layers enter as features of queries and keys.
+In this package's models the vanilla layers are converted, which makes them linear in the pixels; LePE stays.
 State dicts do not change.
 """
 
@@ -19,11 +20,15 @@ from timm.models.vision_transformer_sam import Block as SAMBlock
 from timm.models.vision_transformer_sam import VisionTransformerSAM, get_rel_pos
 from torch import nn
 
+from elfatt.attention.vanilla import VanillaAttention
+from elfatt.backbones.hierarchical import HierarchicalBackbone
 from elfatt.conversion import Attend, Calibration, Plan, vit
 from elfatt.conversion.intercept import InterceptAttention
 from elfatt.conversion.positions import with_relative_positions
+from elfatt.layers.lepe import kernel_of
+from elfatt.ops import depthwise_conv
 
-ENCODERS = (VisionTransformer, Eva, VisionTransformerSAM)
+ENCODERS = (VisionTransformer, Eva, VisionTransformerSAM, HierarchicalBackbone)
 LAYERS = (Attention, AttentionRope, EvaAttention, ParallelScalingBlock)
 
 
@@ -43,7 +48,8 @@ def convert(
     support linear heads; there the first half stays exact.
 
     Args:
-        model: A ViT of timm, or a module with one in it, such as its ``features_only`` form.
+        model: A ViT of timm, a model of this package, or a module with one in it, such as its ``features_only`` form or
+            a segmentor.
         plan: What each layer runs.
         images: A batch ``[B, C, H, W]``, normalised as the model wants it, or several.
         budget: Share of attention's multiply-adds that calibration leaves, at most.
@@ -91,6 +97,8 @@ def vit_of(model: nn.Module) -> vit.ViT:
             f"{type(model).__name__} contains {len(found) or 'no'} supported ViTs, expected one of timm's {names}"
         )
     (encoder,) = found
+    if isinstance(encoder, HierarchicalBackbone):
+        return _own(encoder)
     kind = type(encoder).__name__
     is_sam = isinstance(encoder, VisionTransformerSAM)
     layers = _relative_layers(encoder) if is_sam else _plain_layers(encoder)
@@ -109,6 +117,53 @@ def vit_of(model: nn.Module) -> vit.ViT:
         features=encoder.forward_features,
         handle=_Handle,
     )
+
+
+def _own(model: HierarchicalBackbone) -> vit.ViT:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, VanillaAttention)}
+    if not layers:
+        raise TypeError(f"{type(model).__name__} has no vanilla attention that can be converted")
+    dims = "-".join(str(dim) for dim in dict.fromkeys(layer.dim for layer in layers.values()))
+    return vit.ViT(
+        model=model,
+        name=f"{type(model).__name__}-{dims}-{len(layers)}",
+        layers=layers,
+        heads={name: layer.num_heads for name, layer in layers.items()},
+        width=0,
+        linear=True,
+        features=model.forward_features,
+        handle=_OwnHandle,
+    )
+
+
+class _OwnHandle(vit.ViTHandle):
+    """Vanilla layers of this package's models, whose maps have a size of their own per stage."""
+
+    def __init__(self, found: vit.ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
+        if plan and plan.lepe:
+            raise ValueError(f"{found.name} has its own LePE: leave the plan's out")
+        super().__init__(found, attend, layers, plan)
+        for name, layer in self.layers.items():
+            layer.attend = _OwnAttend(self, name, layer)
+
+    def _restore(self):
+        for layer in self.layers.values():
+            del layer.attend
+        super()._restore()
+
+
+class _OwnAttend:
+    """``VanillaAttention.attend`` with its softmax attention computed by a handle."""
+
+    def __init__(self, handle: _OwnHandle, name: str, layer: VanillaAttention):
+        self.handle, self.name, self.layer = handle, name, layer
+
+    def __call__(self, qkv: torch.Tensor) -> torch.Tensor:
+        size = qkv.shape[1:3]
+        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.layer.num_heads, -1)).unbind(2)
+        out = self.handle.attend(self.name, q, k, v, tuple(size)).flatten(2).unflatten(1, size)
+        kernel = kernel_of(self.layer.lepe)
+        return out if kernel is None else out + depthwise_conv(qkv[..., 2 * self.layer.dim :], *kernel)
 
 
 def _plain_layers(encoder):
