@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     add("--calibration", type=Path, metavar="FOLDER", help="images that int8 is calibrated on")
     add("--images", type=int, default=128, help="at most so many of them (default: %(default)s)")
+    add("--crop-pct", type=float, help="share of the resized image that is kept (default: the model's)")
     add("--evaluate", type=Path, metavar="FOLDER", help="a folder of images per class: accuracy before and after")
     return parser
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     allow = ("auxiliary_head.",) if is_dense else ()
     labels = load_checkpoint(model, args.checkpoint, allow=allow).class_to_idx if args.checkpoint else None
     size = tuple(args.size) if args.size else None
-    transform, side = _transform(model, size)
+    transform, side = _transform(model, size, args.crop_pct)
     if (args.calibration or args.evaluate) and size is None and side < (limit := size_limit(model)):
         raise ValueError(f"images of {side} pixels are below the limit of {limit}: pass --size {side} {side}")
     data = args.evaluate and labelled_images(args.evaluate, transform, labels, args.num_classes)
@@ -118,9 +119,10 @@ class Segmentor(nn.Module):
         return self.decode_head(self.backbone(image))
 
 
-def _transform(model: nn.Module, size: tuple[int, int] | None) -> tuple[Callable, int]:
+def _transform(model: nn.Module, size: tuple[int, int] | None, crop_pct: float | None) -> tuple[Callable, int]:
     """The transform of timm's evaluation, and the shorter side of what it makes."""
-    config = resolve_data_config({"input_size": (3, *size)} if size else {}, model=model)
+    options = {"crop_pct": crop_pct} | ({"input_size": (3, *size)} if size else {})
+    config = resolve_data_config(options, model=model)
     return create_transform(**config), min(config["input_size"][1:])
 
 

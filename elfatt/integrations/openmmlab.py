@@ -18,7 +18,9 @@ from torch import nn
 
 from elfatt.backbones import check_model
 from elfatt.checkpoints import load_checkpoint
+from elfatt.conversion import Plan
 from elfatt.integrations import mm_transforms, mmcv_ops  # noqa: F401  the first registers
+from elfatt.integrations.timm import convert
 
 mmcv_ops.install()
 
@@ -36,13 +38,14 @@ class TimmBackbone(BaseModule):
         out_indices: Levels to return, from 0; level i has stride ``4 * 2**i``. Stages behind the last are not built.
         frozen_stages: Parts that do not train: 0 freezes the stem, n the first n stages as well, -1 nothing.
         with_cp: Recompute activations in the backward pass instead of keeping them.
+        plan: JSON file of a ``Plan`` for the vanilla layers, as ``classification/calibrate.py`` writes it.
         pretrained: Checkpoint file of a classification or dense model, ours or an official one; short for ``init_cfg``.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``; without it the weights are random.
         **options: Keywords of the model, such as ``block_size``, ``img_size`` or ``drop_path_rate``.
 
     Raises:
-        ValueError: An unknown model, both ``pretrained`` and ``init_cfg``, another ``init_cfg``, or ``frozen_stages``
-            out of range or for a model without ``stem`` and ``stages``.
+        ValueError: An unknown model, a plan that does not fit, both ``pretrained`` and ``init_cfg``, another ``init_cfg``,
+            or ``frozen_stages`` out of range or for a model without ``stem`` and ``stages``.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class TimmBackbone(BaseModule):
         out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         with_cp: bool = False,
+        plan: str | None = None,
         pretrained: str | None = None,
         init_cfg: dict | None = None,
         **options,
@@ -72,6 +76,8 @@ class TimmBackbone(BaseModule):
         self.features = timm.create_model(
             name, features_only=True, feature_cls="getter", out_indices=tuple(out_indices), **options
         )
+        if plan:
+            convert(self.features, Plan.from_json(plan))
         if frozen_stages >= 0 and not {"stem", "stages"} <= dict(self.features.model.named_children()).keys():
             raise ValueError(f"frozen_stages={frozen_stages}: {name} has no 'stem' and 'stages', leave it at -1")
         eps = next((m.eps for m in self.features.model.modules() if isinstance(m, nn.LayerNorm)), 1e-5)

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from mmengine.config import Config
 
 import elfatt
 from elfatt.analysis.complexity import measure_complexity
 from elfatt.conversion import Head, LayerPlan, Plan
 from elfatt.integrations import timm as adapter
-from elfatt.integrations.mm_models import load_model
+from elfatt.integrations.mm_models import build_model, load_model
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "segmentation" / "scenes_nano.py"
 MODELS = {
@@ -90,6 +91,22 @@ def test_the_backbone_of_a_segmentor():
         with elfatt.convert(model, block=2):
             assert not torch.equal(model(image, None, mode="tensor"), before)
         assert torch.equal(model(image, None, mode="tensor"), before)
+
+
+def test_a_plan_of_the_classifier_fits_the_backbone_of_a_config(tmp_path):
+    classifier = timm.create_model("cswin_nano_elfatt", block_size=4)
+    plan_of(classifier, Head("linear")).to_json(tmp_path / "plan.json")
+    config = Config.fromfile(CONFIG)
+    exact = build_model(config, "cpu")
+    config.model.backbone.plan = str(tmp_path / "plan.json")
+    model = build_model(config, "cpu")
+    model.load_state_dict(exact.state_dict())
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = exact(image, None, mode="tensor")
+        assert not torch.equal(model(image, None, mode="tensor"), expected)
+        elfatt.convert(exact, plan_of(classifier, Head("linear")))
+        assert torch.equal(model(image, None, mode="tensor"), exact(image, None, mode="tensor"))
 
 
 def test_what_cannot_be_converted_is_named():
