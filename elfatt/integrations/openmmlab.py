@@ -44,8 +44,8 @@ class TimmBackbone(BaseModule):
         **options: Keywords of the model, such as ``block_size``, ``img_size`` or ``drop_path_rate``.
 
     Raises:
-        ValueError: An unknown model, a plan that does not fit, both ``pretrained`` and ``init_cfg``, another ``init_cfg``,
-            or ``frozen_stages`` out of range or for a model without ``stem`` and ``stages``.
+        ValueError: An unknown model, a plan that does not fit it, both ``pretrained`` and ``init_cfg``, another
+            ``init_cfg``, or ``frozen_stages`` out of range or for a model without ``stem`` and ``stages``.
     """
 
     def __init__(
