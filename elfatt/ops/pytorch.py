@@ -179,8 +179,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:
-    """Disable autocast on the device of ``x``."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    """Disable autocast on the device of ``x``, where it is enabled: exported graphs hold no region for it."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def is_slow_half(x: torch.Tensor) -> bool:
