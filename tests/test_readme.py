@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from elfatt.analysis.paper import load_table
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -23,10 +25,20 @@ def test_every_file_it_names_is_there():
 
 
 def test_its_model_table_is_the_papers():
-    from elfatt.analysis.paper import load_table
+    rows = {(r["backbone"], r["attention"]): r for r in load_table(1) if r["resolution"] == "224"}
+    header = re.search(r"^\| Mechanism \| (.*) \|$", README, re.M)[1]
+    shells = re.findall(r"`(\w+)`", header)
+    found = re.findall(r"^\| `(\w+)` \| (.* · .*) \|$", README, re.M)
+    assert len(shells) == 4 and len(found) == 6
+    for name, cells in found:
+        expected = [rows[shell, name] for shell in shells]
+        assert cells.split(" | ") == [f"{row['top1_percent']} · {row['gmacs_nfa']}" for row in expected]
 
+
+def test_the_table_of_all_models_is_the_papers():
     rows = {(f"{r['backbone']}_{r['attention']}", r["resolution"]): r for r in load_table(1)}
-    found = re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.M)
+    found = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "models.md").read_text(), re.M)
+    found = [(name, cells) for name, cells in found if (name, "224") in rows]
     assert len(found) == 24
     for name, cells in found:
         small, large = rows[name, "224"], rows.get((name, "384"))
