@@ -1,9 +1,12 @@
 """The package as a whole: imports run downward, stay light, and work without the optional libraries."""
 
 import ast
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import elfatt
 
 PACKAGE = Path(elfatt.__file__).parent
 ORDER = ["data", "processes", "ops", "layers", "attention", "backbones", "checkpoints", "conversion"]
-ORDER += ["integrations", "hub", "analysis"]
+ORDER += ["integrations", "hub", "export", "analysis"]
 OPTIONAL = {
     "mmengine",
     "mmcv",
@@ -26,7 +29,18 @@ OPTIONAL = {
     "triton",
     "matplotlib",
     "sklearn",
+    "pytorch_grad_cam",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "executorch",
 }
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "onedl-mmcv", "pytorch_grad_cam": "grad-cam"}
+DISTRIBUTIONS |= {name: f"onedl-{name}" for name in ("mmengine", "mmcv")}
+DISTRIBUTIONS |= {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
+# with torch, or only where users have them; an error names what is missing
+UNDECLARED = {"triton", "flash_attn", "mamba_ssm", "executorch", "lpips", "torchmetrics"}
 
 
 def imports_of(path):
@@ -55,9 +69,17 @@ def test_no_optional_library_is_imported():
     assert not light
 
 
+def test_every_import_is_declared():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
+    declared = {re.match(r"[\w-]+", line)[0] for line in wanted}
+    roots = {name.split(".")[0] for path in PACKAGE.rglob("*.py") for name in imports_of(path)}
+    roots -= {"", "elfatt", *sys.stdlib_module_names, *UNDECLARED}
+    assert {DISTRIBUTIONS.get(name, name) for name in roots} <= declared
+
+
 def test_version_is_the_one_of_the_project():
-    text = (PACKAGE.parent / "pyproject.toml").read_text()
-    assert f'version = "{elfatt.__version__}"' in text
+    assert importlib.metadata.version("elfatt") == elfatt.__version__
 
 
 def test_an_impossible_backend_in_the_environment_stops_the_import():

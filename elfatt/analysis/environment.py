@@ -27,6 +27,8 @@ PACKAGES = (
     "onedl-mmdetection",
     "diffusers",
     "tomesd",
+    "onnxruntime",
+    "openvino",
 )
 
 
