@@ -1,4 +1,4 @@
-"""Processes of a program: a data loader's workers, and those that train together."""
+"""Helpers for data loader workers and process groups."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _hand_over(queue: Queue, error: Exception, batch: tuple) -> None:
 
 
 def leave_process_group() -> None:
-    """Last call of a program that trained or evaluated with others; does nothing where it was alone.
+    """Destroy the process group, if there is one.
 
     A thread of gloo that still holds a tensor when the interpreter goes aborts the process. The group joins its threads
     when it is freed, and models wrapped in DDP, which hold it, are in reference cycles.

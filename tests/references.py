@@ -85,12 +85,12 @@ def elfatt(w, x, *, num_heads, block_size, channel_split=0.5):
     heads = num_heads if channel_split in (0, 1) else max(1, num_heads // 2)
     parts = []
     if c1:
-        bar = [t[..., :c1] for t in (q, k, v)]
-        out = efficient_heads(*(t.flatten(0, 1) for t in bar), heads).view(bar[2].shape)
-        parts.append(out + (convolve(w, "lepe_global", bar[2]) if "lepe_global.weight" in w else 0))
+        qkv_global = [t[..., :c1] for t in (q, k, v)]
+        out = efficient_heads(*(t.flatten(0, 1) for t in qkv_global), heads).view(qkv_global[2].shape)
+        parts.append(out + (convolve(w, "lepe_global", qkv_global[2]) if "lepe_global.weight" in w else 0))
     if c1 < x.shape[-1]:
-        tilde = [t[..., c1:] for t in (q, k, v)]
-        parts.append(in_blocks(*tilde, heads, (block_size, block_size), w, "lepe_local"))
+        qkv_local = [t[..., c1:] for t in (q, k, v)]
+        parts.append(in_blocks(*qkv_local, heads, (block_size, block_size), w, "lepe_local"))
     return linear(w, "proj", torch.cat(parts, -1))
 
 

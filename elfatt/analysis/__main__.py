@@ -1,4 +1,4 @@
-"""``python -m elfatt.analysis``: what the models cost, how fast they are, and how they compare with the paper."""
+"""``python -m elfatt.analysis``: cost and speed of the models, beside the paper's figures."""
 
 from __future__ import annotations
 

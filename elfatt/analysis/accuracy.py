@@ -1,4 +1,4 @@
-"""Accuracy of checkpoints, by the task folders' own programs."""
+"""Evaluate checkpoints with the task folders' programs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METRICS = {  # metric of the program: column of the published tables
 
 
 def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: str) -> dict[str, float | str]:
-    """Metrics of a row in percent, named as the columns of its table, and the file's name.
+    """Metrics of a row in percent, keyed by table column, and the checkpoint's file name.
 
     Nothing where the checkpoint or the data set is missing.
 

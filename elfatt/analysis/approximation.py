@@ -47,7 +47,7 @@ MECHANISMS = {  # with what is compared beside ELFATT
 
 
 def bare_attention(name: str, dim: int, num_heads: int, **options: Any) -> QKVAttention:
-    """A mechanism that has learned nothing: projections, convolutions and position terms are zero.
+    """A mechanism with all parameters set to zero: projections, convolutions and position terms.
 
     Args:
         name: A mechanism of ``elfatt.attention``.
@@ -157,7 +157,7 @@ def concentration(weights: torch.Tensor, share: float = 0.1) -> torch.Tensor:
 def compare(
     attention: QKVAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exact: torch.Tensor | None = None
 ) -> dict[str, float]:
-    """What the mechanism's map and output are to softmax attention's.
+    """Compare a mechanism's map and output with softmax attention's.
 
     Args:
         attention: A mechanism, such as one of ``bare_attention``.
@@ -245,7 +245,7 @@ def random_qkv(
 
 
 def layer_qkv(model: nn.Module, layer: str, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What one attention layer of a model makes of images: q, k, v, each ``[B, H, W, C]``.
+    """Queries, keys and values of one attention layer for given images, each ``[B, H, W, C]``.
 
     Args:
         model: A model of the package.

@@ -77,7 +77,7 @@ def measure_complexity(model: nn.Module, img_size: tuple[int, int], in_chans: in
 
 @contextmanager
 def count_true() -> Iterator[Callable[[], int]]:
-    """Counts the multiply-adds of all that runs inside, as ``Complexity.macs_true`` does.
+    """Context manager that counts multiply-adds like ``Complexity.macs_true``.
 
     Yields:
         A function that gives the count so far.
@@ -94,7 +94,7 @@ def _count():
 
 
 class FusedAttention(TorchFunctionMode):
-    """Keeps the fused operator out of torch's count, which would see into it, and counts it apart."""
+    """Count the fused attention operator separately from torch's FLOP counter."""
 
     def __init__(self):
         super().__init__()

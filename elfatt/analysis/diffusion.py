@@ -22,10 +22,10 @@ from elfatt.analysis.complexity import count_parameters, count_true
 from elfatt.analysis.diffusion_models import CONFIGS, Meter, Source, Step, denoiser_folder, share_weights, total
 from elfatt.analysis.environment import available_bytes, describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, measure_memory
-from elfatt.analysis.results import RESULTS, figure, save_rows, to_markdown
+from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
 from elfatt.analysis.scaling import parse_size
 from elfatt.analysis.tables import REFUSALS, add_speed_arguments, apply_speed_arguments
-from elfatt.analysis.timing import Inference, Timing, summarize, time_in_turns
+from elfatt.analysis.timing import RunSpec, Timing, summarize, time_in_turns
 from elfatt.conversion import Agent, Plan
 from elfatt.conversion.agent import EARLY
 
@@ -35,7 +35,7 @@ NO_ATTENTION = "no attention"  # what is left of a step and of its layers, and s
 
 
 class Plans:
-    """What the variants need of a model.
+    """Attention plans shared by the variants of one model.
 
     Args:
         model: It, or its pipeline.
@@ -54,7 +54,7 @@ class Plans:
 
     @property
     def exact(self) -> Plan:
-        """Nothing is replaced."""
+        """Leave the model unpatched."""
         from elfatt.integrations.diffusers import denoiser, name_of
 
         return Plan(name_of(denoiser(self.model)[0]))
@@ -75,7 +75,7 @@ class Plans:
 
 @dataclass(frozen=True)
 class Variant:
-    """What replaces attention.
+    """One replacement of attention.
 
     Attributes:
         plan: Chooses the plan, or the function that takes its place; by default ELFATT's uniform one.
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for name in [str(args.model)] if args.model else args.config:
         for size in map(parse_size, args.sizes):
-            source = Source(name, size, Inference(args.device, args.precision).dtype)
+            source = Source(name, size, RunSpec(args.device, args.precision).dtype)
             for done in measure(source, prompts, plan, args):
                 save_rows(path, head, done, KEY)
                 rows += done
@@ -198,7 +198,7 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
     """What was measured of a step, or of a layer, by variant."""
     from elfatt.integrations import diffusers as adapter
 
-    how = Inference(args.device, args.precision, compile=args.compile, cuda_graph=args.cuda_graphs)
+    how = RunSpec(args.device, args.precision, compile=args.compile, cuda_graph=args.cuda_graphs)
     empty = source.build("meta")
     shape = (args.batch_size, empty.config.in_channels, *source.latent)
     weights = count_parameters(empty) * source.dtype.itemsize
@@ -258,7 +258,7 @@ def add_times(what: str, timings: dict[str, Timing], rows: dict[str, dict[str, A
 
 
 def count(
-    source: Source, variant: Variant, options: dict[str, Any], shape: tuple[int, ...], how: Inference
+    source: Source, variant: Variant, options: dict[str, Any], shape: tuple[int, ...], how: RunSpec
 ) -> dict[str, float]:
     """Multiply-adds of a call and of its self-attention layers, and the bytes alive, on the meta device."""
     from elfatt.integrations import diffusers as adapter
@@ -297,7 +297,7 @@ def log_call(call: Callable[[], object], meter: Meter, log: list) -> None:
 
 
 def _prepare(source, options, timestep, how, shape):
-    """For fresh processes, which measure memory."""
+    """Build and prepare in a fresh process, for memory measurement."""
     from elfatt.integrations import diffusers as adapter
 
     model = source.build(how.device)
@@ -316,7 +316,7 @@ def format_times(row: dict[str, Any], what: str) -> str:
     if f"{what}_ms" not in row:
         return ""
     low, high = row[f"{what}_ms_quartiles"]
-    return f"{figure(row[f'{what}_ms'])} ({figure(low)}–{figure(high)})"
+    return f"{format_number(row[f'{what}_ms'])} ({format_number(low)}–{format_number(high)})"
 
 
 def _ratio(row, key):
@@ -328,18 +328,18 @@ COLUMNS = {
     "speed-up": lambda row: _ratio(row, "step_speedup"),
     "self-attention layers, ms (quartiles)": lambda row: format_times(row, "attention"),
     "speed-up of them": lambda row: _ratio(row, "attention_speedup"),
-    "GMACs": lambda row: figure(row["macs"] / 1e9) if "macs" in row else "",
-    "GMACs of them": lambda row: figure(row["attention_macs"] / 1e9) if "macs" in row else "",
-    "peak memory, MiB": lambda row: figure(row.get("peak_memory_mib")),
-    "counted, MiB": lambda row: figure(row.get("counted_memory_mib")),
+    "GMACs": lambda row: format_number(row["macs"] / 1e9) if "macs" in row else "",
+    "GMACs of them": lambda row: format_number(row["attention_macs"] / 1e9) if "macs" in row else "",
+    "peak memory, MiB": lambda row: format_number(row.get("peak_memory_mib")),
+    "counted, MiB": lambda row: format_number(row.get("counted_memory_mib")),
 }
 PICTURES = {
     "a picture, ms (quartiles)": lambda row: format_times(row, "picture"),
     "speed-up": lambda row: _ratio(row, "picture_speedup"),
-    "PSNR, dB": lambda row: figure(row.get("psnr_db"), 1),
-    "LPIPS": lambda row: figure(row.get("lpips"), 3),
-    "CLIP score": lambda row: figure(row.get("clip_score"), 2),
-    "FID to unpatched": lambda row: figure(row.get("fid"), 1),
+    "PSNR, dB": lambda row: format_number(row.get("psnr_db"), 1),
+    "LPIPS": lambda row: format_number(row.get("lpips"), 3),
+    "CLIP score": lambda row: format_number(row.get("clip_score"), 2),
+    "FID to unpatched": lambda row: format_number(row.get("fid"), 1),
 }
 
 

@@ -213,12 +213,12 @@ def denoiser_folder(pipeline: str) -> Path:
 
 
 def share_weights(model: nn.Module) -> nn.Module:
-    """A second model with the same weights, each held once."""
+    """Copy a model, sharing its weights."""
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 class Meter:
-    """Sums what passes between start and end of every self-attention layer of a model.
+    """Accumulate a quantity over every self-attention layer of a model.
 
     Args:
         layers: The layers.
@@ -232,7 +232,7 @@ class Meter:
             layer.register_forward_hook(lambda *_: self.spans[-1].append(read()))
 
     def take(self) -> list[list[Any]]:
-        """The spans so far, which are forgotten."""
+        """Return the spans so far and reset."""
         taken, self.spans = self.spans, []
         return taken
 

@@ -1,4 +1,4 @@
-"""What a measurement was made on: hardware, versions and the switches that decide disputes about speed."""
+"""Hardware, versions and flags recorded with every measurement."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def machine_name(device: str) -> str:
 
 
 def available_bytes(device: str) -> int:
-    """Memory that can be taken now, in bytes."""
+    """Free memory in bytes."""
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from elfatt.analysis.complexity import FusedAttention
 from elfatt.analysis.environment import available_bytes
-from elfatt.analysis.timing import Inference
+from elfatt.analysis.timing import RunSpec
 from elfatt.ops import use_backend
 
 
 class LiveTensors(TorchDispatchMode):
-    """Follows the bytes of all tensors that operations make, until they are freed.
+    """Track the bytes of live intermediate tensors.
 
     What an operation takes for itself while it runs is not seen.
 
@@ -60,7 +60,7 @@ def _storages(values) -> list[torch.UntypedStorage]:
 def count_memory(
     model: torch.nn.Module, shape: tuple[int, ...], backend: str, dtype: torch.dtype, backward: bool = False
 ) -> int:
-    """Bytes alive at the worst moment of a forward pass, beside weights and images, without running it.
+    """Peak bytes of intermediate tensors in a forward pass, counted without running it.
 
     Args:
         model: On the ``meta`` device, in evaluation mode.
@@ -79,9 +79,9 @@ def count_memory(
 
 
 def fit_batch(
-    name: str, needed: int, batch: int, size: tuple[int, int], how: Inference, model: torch.nn.Module | None = None
+    name: str, needed: int, batch: int, size: tuple[int, int], how: RunSpec, model: torch.nn.Module | None = None
 ) -> tuple[int, Callable[[], torch.Tensor] | None]:
-    """The largest batch that memory holds, halving from what is asked for, and the pass that runs it.
+    """Halve the batch until it fits in memory; return it with a prepared pass.
 
     Args:
         name: For the message.
@@ -118,7 +118,7 @@ def fit_batch(
 
 
 def measure_memory(build: Callable[[], Callable[[], object]], device: str) -> float:
-    """MiB that a forward pass takes beyond what is there before it.
+    """Memory in MiB that a forward pass adds.
 
     Args:
         build: Makes what is to be run; picklable, since on a CPU each of three fresh processes calls it.

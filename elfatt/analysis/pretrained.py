@@ -23,10 +23,10 @@ from elfatt.analysis.diffusion import UNPATCHED, add_times, clock_of, format_tim
 from elfatt.analysis.diffusion_models import Meter, share_weights, total
 from elfatt.analysis.environment import available_bytes, describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, measure_memory
-from elfatt.analysis.results import RESULTS, figure, save_rows, to_markdown
+from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
 from elfatt.analysis.scaling import check_models, parse_size
 from elfatt.analysis.tables import REFUSALS, add_speed_arguments, apply_speed_arguments
-from elfatt.analysis.timing import Inference, summarize, time_in_turns
+from elfatt.analysis.timing import RunSpec, summarize, time_in_turns
 from elfatt.conversion import Plan
 from elfatt.integrations import timm as adapter
 
@@ -85,7 +85,7 @@ def build(name: str, size: tuple[int, int], device: str) -> nn.Module:
 
 
 def convert(model: nn.Module, variant: str, plan: Plan | None, block: int) -> None:
-    """Put a variant into a model."""
+    """Apply a variant to a model."""
     if variant == NO_ATTENTION:
         found = adapter.vit_of(model)
         found.handle(found, _values, found.layers)
@@ -105,8 +105,8 @@ def _values(layer, q, k, v, size, **_):
 
 
 def measure(name: str, size: tuple[int, int], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What was measured of a model at a size, by variant."""
-    how = Inference(args.device, args.precision, compile=args.compile, cuda_graph=args.cuda_graphs)
+    """Measurements of a model at one size, by variant."""
+    how = RunSpec(args.device, args.precision, compile=args.compile, cuda_graph=args.cuda_graphs)
     shape = (args.batch_size, 3, *size)
     needed = count_memory(build(name, size, "meta"), shape, how.backend, how.dtype)
     if needed > (free := available_bytes(args.device)):
@@ -131,7 +131,7 @@ def measure(name: str, size: tuple[int, int], args: argparse.Namespace) -> dict[
             logs[variant] = []
             passes[variant] = partial(log_call, call, meter, logs[variant])
             if args.memory:
-                one = partial(_prepare, name, size, variant, plan, args.block, Inference(args.device, args.precision))
+                one = partial(_prepare, name, size, variant, plan, args.block, RunSpec(args.device, args.precision))
                 row["peak_memory_mib"] = measure_memory(partial(one, shape), args.device)
         except (ValueError, *REFUSALS) as error:
             print(f"{variant} is not timed: {error}", file=sys.stderr)
@@ -156,7 +156,7 @@ def count(
         meter = Meter(adapter.vit_of(model).layers.values(), read)
         model(torch.empty(1, 3, *size, device="meta"))
         found = {"macs": read(), "attention_macs": total(meter.take())}
-    how = Inference(args.device, args.precision)
+    how = RunSpec(args.device, args.precision)
     model = build(name, size, "meta")
     convert(model, variant, plan, args.block)
     memory = count_memory(model, (args.batch_size, 3, *size), how.backend, how.dtype)
@@ -164,21 +164,21 @@ def count(
 
 
 def _prepare(name, size, variant, plan, block, how, shape):
-    """For fresh processes, which measure memory."""
+    """Build and prepare in a fresh process, for memory measurement."""
     model = build(name, size, how.device)
     convert(model, variant, plan, block)
     return how.prepare(model, shape)
 
 
 COLUMNS = {
-    "images/s": lambda row: figure(row.get("images_per_s")),
+    "images/s": lambda row: format_number(row.get("images_per_s")),
     "ms (quartiles)": lambda row: format_times(row, "forward"),
     "speed-up": lambda row: f"{row['forward_speedup']:.2f}×" if "forward_speedup" in row else "",
     "attention layers, ms (quartiles)": lambda row: format_times(row, "attention"),
     "speed-up of them": lambda row: f"{row['attention_speedup']:.2f}×" if "attention_speedup" in row else "",
-    "GMACs": lambda row: figure(row["macs"] / 1e9) if "macs" in row else "",
-    "peak memory, MiB": lambda row: figure(row.get("peak_memory_mib")),
-    "counted, MiB": lambda row: figure(row.get("counted_memory_mib")),
+    "GMACs": lambda row: format_number(row["macs"] / 1e9) if "macs" in row else "",
+    "peak memory, MiB": lambda row: format_number(row.get("peak_memory_mib")),
+    "counted, MiB": lambda row: format_number(row.get("counted_memory_mib")),
 }
 
 

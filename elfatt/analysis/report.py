@@ -1,4 +1,4 @@
-"""docs/results.md from the results files: every machine, every run, with its environment."""
+"""Write docs/results.md from the results files: every run of every machine, with its environment."""
 
 from __future__ import annotations
 

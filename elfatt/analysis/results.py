@@ -1,4 +1,4 @@
-"""Results files: what was measured on one machine, with its environment, in ``results/MACHINE.json``.
+"""Results files: measurements of one machine with their environment, ``results/MACHINE.json``.
 
 A file holds runs; a run is one command's settings, the environment and its rows. The same settings in the same
 environment add to a run and replace equal rows; with other versions or code they replace the run.
@@ -17,7 +17,7 @@ RESULTS = Path("results")
 
 
 def load_runs(path: Path) -> list[dict[str, Any]]:
-    """Runs of a results file; none where there is no file.
+    """Runs of a results file; empty if the file does not exist.
 
     Raises:
         ValueError: The file is no results file.
@@ -42,7 +42,7 @@ def save_rows(
 ) -> None:
     """Add rows to the run that has this head; the file is replaced in one step.
 
-    What an equal row held of the same measurements goes: no figure stands beside another of a different time.
+    An equal row's fields of the same measurement are replaced, so figures from different times never mix.
 
     Args:
         path: Results file.
@@ -82,7 +82,7 @@ def _backend(environment: dict[str, dict]) -> str:
 
 
 def to_markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
+    """Format a Markdown table: the first column is text, the others are numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -96,8 +96,8 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         writer.writerows(lines)
 
 
-def figure(value: float | None, decimals: int | None = None) -> str:
-    """A figure for a table: with these decimals, or three significant digits; nothing for None."""
+def format_number(value: float | None, decimals: int | None = None) -> str:
+    """Format a number for a table, with given decimals or three significant digits; None gives ''."""
     if value is None:
         return ""
     if decimals is not None:

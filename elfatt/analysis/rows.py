@@ -1,4 +1,4 @@
-"""Rows of the paper's tables: what each is called here, how its model is built and what it is measured with."""
+"""Rows of the paper's tables: names, models and measurement settings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The model, and what else tells it from the other rows of its table."""
+        """The model with its resolution and schedule, unique within its table."""
         return " ".join(filter(None, (self.model, self.published.get("resolution"), self.published.get("schedule"))))
 
     @property
@@ -75,7 +75,7 @@ class Row:
 
     @property
     def is_edge(self) -> bool:
-        """Whether it is of an edge device's table, which has speeds alone."""
+        """Whether its table is of an edge device and has speeds only."""
         return self.table in (8, 9)
 
     @property
@@ -86,7 +86,7 @@ class Row:
 
     @property
     def batch_size(self) -> int:
-        """Images a pass in the paper's speeds."""
+        """Batch size of the paper's speed measurements."""
         if self.table in (6, 7, 9):
             return 1
         if self.table == 8:

@@ -20,10 +20,10 @@ import torch
 
 from elfatt.analysis.edge import set_mode
 from elfatt.analysis.environment import describe_environment, machine_name
-from elfatt.analysis.results import RESULTS, figure, save_rows, to_markdown
+from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
 from elfatt.analysis.rows import Row, select_rows
 from elfatt.analysis.tables import REFUSALS, add_speed_arguments, apply_speed_arguments, numerics_shape
-from elfatt.analysis.timing import Inference, check_numerics, random_images, time_in_turns
+from elfatt.analysis.timing import RunSpec, check_numerics, random_images, time_in_turns
 from elfatt.export import RUNTIMES, export
 
 KEY = ("table", "name", "runtime", "mode")
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Images per second of every model in every runtime; what cannot run has the reason instead."""
+    """Measure every model in every runtime; those that cannot run carry the reason instead."""
     rows, passes, said = {}, {}, set()
     for model in models:
         batch = args.batch_size or model.batch_size
@@ -114,7 +114,7 @@ def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> C
     """A call that runs a model once; TensorRT's returns the seconds of a pass."""
     shape = (batch, 3, *model.img_size)
     if runtime in PYTORCH:
-        how = Inference(args.device, **PYTORCH[runtime])
+        how = RunSpec(args.device, **PYTORCH[runtime])
         module = model.build(args.device)
         check_numerics(model.name, module, numerics_shape(model.img_size), how)
         return how.prepare(module, shape)
@@ -151,5 +151,5 @@ def _cell(row: dict[str, Any]) -> str:
     if "images_per_s" not in row:
         return ""
     low, high = row.get("images_per_s_quartiles", (None, None))
-    spread = f" ({figure(low)}–{figure(high)})" if low else ""
-    return figure(row["images_per_s"]) + spread + (f", {row['speedup']:.2f}×" if "speedup" in row else "")
+    spread = f" ({format_number(low)}–{format_number(high)})" if low else ""
+    return format_number(row["images_per_s"]) + spread + (f", {row['speedup']:.2f}×" if "speedup" in row else "")

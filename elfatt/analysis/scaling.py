@@ -1,4 +1,4 @@
-"""Latency and peak memory of any models against the resolution: linear against quadratic at a glance."""
+"""Latency and peak memory of any models over the resolution."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 import elfatt  # noqa: F401  registers the models
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
-from elfatt.analysis.results import RESULTS, figure, save_rows, to_markdown
+from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
 from elfatt.analysis.rivals import RIVALS
 from elfatt.analysis.tables import (
     KINDS,
@@ -27,7 +27,7 @@ from elfatt.analysis.tables import (
     apply_speed_arguments,
     numerics_shape,
 )
-from elfatt.analysis.timing import Inference, check_numerics, time_in_turns
+from elfatt.analysis.timing import RunSpec, check_numerics, time_in_turns
 from elfatt.backbones.zoo import ATTENTIONS
 
 DEFAULT_MODELS = [f"cswin_tiny_{name}" for name in ATTENTIONS]
@@ -132,14 +132,14 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a model and attention; what memory does not hold has no latency but the reason."""
+    """Measure every model and attention at one size; refused ones carry the reason instead of a latency."""
     rows, passes = [], {}
     for name in args.models:
         build = partial(_build, name, size)
         model = None if args.count_only else build(args.device)
         for attention in args.attention:
             options = {"compile": args.compile, "cuda_graph": args.cuda_graphs, "backward": args.backward}
-            how = Inference(args.device, args.precision, **options | WAYS[attention])
+            how = RunSpec(args.device, args.precision, **options | WAYS[attention])
             row = {"model": name, "attention": attention, "height": size[0], "width": size[1]}
             rows.append(row)
             label = f"{name} ({attention})"
@@ -189,13 +189,13 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
             [
                 f"{row['model']} {row['attention'].upper().replace('NFA', 'nFA')}",
                 f"{row['height']}×{row['width']}",
-                figure(row.get("latency_ms")),
-                f"{figure(low)}–{figure(high)}" if low else "",
-                figure(row.get("images_per_s")),
+                format_number(row.get("latency_ms")),
+                f"{format_number(low)}–{format_number(high)}" if low else "",
+                format_number(row.get("images_per_s")),
                 f"{row['speedup']:.2f}" if "speedup" in row else "",
                 *(f"{row['over_plain']:.2f}" if "over_plain" in row else "" for _ in over_plain),
-                figure(row.get("peak_memory_mib")),
-                figure(row.get("counted_memory_mib")),
+                format_number(row.get("peak_memory_mib")),
+                format_number(row.get("counted_memory_mib")),
             ]
         )
     return to_markdown(header, lines)
@@ -209,5 +209,5 @@ def _build(text: str, size: tuple[int, int], device: str) -> torch.nn.Module:
         return timm.create_model(name, **options).eval()
 
 
-def _prepare(build, how: Inference, shape: tuple[int, ...]):
+def _prepare(build, how: RunSpec, shape: tuple[int, ...]):
     return how.prepare(build(how.device), shape)

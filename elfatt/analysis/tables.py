@@ -1,4 +1,4 @@
-"""Tables I to IX: what the paper prints beside what this machine measures."""
+"""Tables I to IX: the paper's figures beside this machine's."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tqdm import tqdm
 from elfatt.analysis.accuracy import evaluate
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
-from elfatt.analysis.results import RESULTS, figure, save_rows, to_markdown, write_csv
+from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown, write_csv
 from elfatt.analysis.rows import TITLES, Row, select_rows
-from elfatt.analysis.timing import PRECISIONS, Inference, WrongOutput, check_numerics, time_in_turns
+from elfatt.analysis.timing import PRECISIONS, RunSpec, WrongOutput, check_numerics, time_in_turns
 from elfatt.ops import BACKENDS, active_backend, set_default_backend
 
 # the paper's names: softmax attention as two products, or fused, by the backend that is chosen
@@ -87,7 +87,7 @@ COLUMNS = (
 
 @dataclass
 class Entry:
-    """A row and what was measured of it."""
+    """A row with its measurements."""
 
     row: Row
     values: dict[str, Any] = field(default_factory=dict)
@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser, precision: bool = True) -> None:
-    """Options that say how speed is measured; without ``precision`` that is not one of them."""
+    """Options of speed measurement, with or without ``--precision``."""
     add = parser.add_argument_group("speed").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--threads", type=int, help="of the CPU")
@@ -168,7 +168,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure what is asked for and print it beside what is published."""
+    """Run the requested measurements and print them beside the published figures."""
     for file in args.output:
         if file.suffix not in (".md", ".csv"):
             raise ValueError(f"--output {file} must end in .md or .csv")
@@ -284,17 +284,17 @@ def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[lis
         yield [entry]
 
 
-def _fit(row: Row, how: Inference, args: argparse.Namespace, model: torch.nn.Module | None = None):
+def _fit(row: Row, how: RunSpec, args: argparse.Namespace, model: torch.nn.Module | None = None):
     needed = count_memory(row.build(), (1, 3, *row.img_size), how.backend, how.dtype)
     return fit_batch(row.name, needed, args.batch_size or row.batch_size, row.img_size, how, model)
 
 
-def _build_pass(row: Row, how: Inference, batch: int):
+def _build_pass(row: Row, how: RunSpec, batch: int):
     return how.prepare(row.build(how.device), (batch, 3, *row.img_size))
 
 
 def measure_accuracy(entries: list[Entry], args: argparse.Namespace) -> Iterator[list[Entry]]:
-    """The metrics of the checkpoints that are there."""
+    """Metrics of the checkpoints found."""
     folders = {"classification": args.imagenet, "segmentation": args.ade20k, "detection": args.coco}
     if not args.checkpoints or not args.checkpoints.is_dir():
         raise ValueError(f"--checkpoints {args.checkpoints} is no folder: accuracy needs checkpoints and a data set")
@@ -314,13 +314,13 @@ FIELDS = {  # how what each of them writes begins
 }
 
 
-def variants(row: Row, args: argparse.Namespace) -> dict[str, Inference]:
-    """The ways in which a row is measured, named as the columns of its table."""
+def variants(row: Row, args: argparse.Namespace) -> dict[str, RunSpec]:
+    """How a row is measured, by column of its table."""
     common = {"device": args.device, "compile": args.compile, "cuda_graph": args.cuda_graphs}
     if row.is_edge:
-        return {kind: Inference(precision=precision, **common) for kind, precision in EDGE.items()}
+        return {kind: RunSpec(precision=precision, **common) for kind, precision in EDGE.items()}
     return {
-        kind: Inference(precision=args.precision, **backend, **common)
+        kind: RunSpec(precision=args.precision, **backend, **common)
         for kind, backend in KINDS.items()
         if row.published.get(f"images_per_s_{kind}")  # a dash: softmax attention cannot be fused, or there is none
     }
@@ -378,6 +378,6 @@ def _measured(column: Column, entries: list[Entry]) -> list[str]:
     cells = []
     for entry in entries:
         value, spread = entry.values.get(column.key), entry.values.get(f"{column.key}_quartiles")
-        cell = "" if value is None else figure(column.factor * value, column.decimals)
-        cells.append(f"{cell} ({figure(spread[0])}–{figure(spread[1])})" if spread else cell)
+        cell = "" if value is None else format_number(column.factor * value, column.decimals)
+        cells.append(f"{cell} ({format_number(spread[0])}–{format_number(spread[1])})" if spread else cell)
     return cells

@@ -1,7 +1,6 @@
-"""Speed that can be trusted: variants take turns, so that whatever else the machine does hits all of them alike.
+"""Interleaved timing: variants take turns, so background load affects them all alike.
 
-A figure is the median of the turns with the quartiles around it. What is not what it should be is not timed: see
-``check_numerics``.
+Results are medians with quartiles. Variants with wrong output are not timed, see ``check_numerics``.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ PRECISIONS = ("float32", "amp", "float16", "bfloat16")
 
 
 class WrongOutput(RuntimeError):
-    """A variant's output is not what it should be, so that its speed means nothing."""
+    """A variant's output is wrong, so its speed is meaningless."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def summarize(seconds: Iterable[float]) -> Timing:
 
 
 @dataclass(frozen=True)
-class Inference:
+class RunSpec:
     """How a model runs.
 
     Attributes:
@@ -141,7 +140,7 @@ class Inference:
 
 
 def compile_for_timing(function: Callable) -> Callable:
-    """``torch.compile`` for one shape; where PyTorch would go back to eager code, an error."""
+    """``torch.compile`` for a static shape; raises instead of falling back to eager."""
     torch._dynamo.config.recompile_limit = 1000  # the models of a run share their code
     torch._dynamo.config.accumulated_recompile_limit = 10000
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -149,7 +148,7 @@ def compile_for_timing(function: Callable) -> Callable:
 
 
 def record_graph(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Record a call as a CUDA graph; what is returned replays it."""
+    """Capture a call in a CUDA graph and return a function that replays it."""
     stream = torch.cuda.Stream()  # a graph is recorded beside the default stream, warm
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -169,12 +168,12 @@ def record_graph(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 @lru_cache(maxsize=2)
 def random_images(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> torch.Tensor:
-    """The same normal images for everyone, held once."""
+    """Normally distributed images, shared by all variants."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def check_numerics(name: str, model: nn.Module, shape: tuple[int, ...], how: Inference) -> float:
-    """Refuse a model whose output is not the formula's.
+def check_numerics(name: str, model: nn.Module, shape: tuple[int, ...], how: RunSpec) -> float:
+    """Raise if a model's output differs from the reference formula.
 
     The formula in float64 is the truth; the error may be twice that of the formula in the precision at hand, first in
     float32, where a wrong formula shows, then in the precision that is timed. Weights of q, k and v are enlarged on the
@@ -201,10 +200,10 @@ def check_numerics(name: str, model: nn.Module, shape: tuple[int, ...], how: Inf
     with torch.inference_mode(), use_backend("reference"):
         truth = _flat(double(random_images(shape, how.device, torch.float64)))
     del double
-    for way in (Inference(how.device, "float32", how.backend), replace(how, cuda_graph=False, backward=False)):
+    for way in (RunSpec(how.device, "float32", how.backend), replace(how, cuda_graph=False, backward=False)):
         error, allowed = (
             ((_flat(variant.prepare(copy.deepcopy(model), shape)()) - truth).norm() / truth.norm()).item()
-            for variant in (way, Inference(how.device, way.precision, "reference"))
+            for variant in (way, RunSpec(how.device, way.precision, "reference"))
         )
         if not error <= 2 * allowed + 10 * torch.finfo(torch.float32).eps:
             raise WrongOutput(f"{name} is off by {error:.1e} in {way.precision}, the formula by {allowed:.1e}")
@@ -212,5 +211,5 @@ def check_numerics(name: str, model: nn.Module, shape: tuple[int, ...], how: Inf
 
 
 def _flat(out) -> torch.Tensor:
-    """All tensors of an output in one vector, float64."""
+    """Concatenate all tensors of an output as one float64 vector."""
     return torch.cat([tensor.double().flatten() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)])

@@ -1,4 +1,4 @@
-"""What every mechanism shares: one linear to packed q, k, v, something in between, one linear out."""
+"""Base class of the mechanisms: linear to packed q, k, v; attention; output projection."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class QKVAttention(nn.Module):
         return self.proj(self.attend(self.qkv(x)))
 
     def check_map(self, x: torch.Tensor) -> None:
-        """Raise ``ValueError`` for anything but a map ``[B, H, W, C]``."""
+        """Raise ``ValueError`` unless the input is ``[B, H, W, C]``."""
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"expected a map [B, H, W, {self.dim}], got {tuple(x.shape)}")
 

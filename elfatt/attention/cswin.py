@@ -18,7 +18,7 @@ ROWS, COLUMNS = 1, 2  # axes of a map [B, H, W, ...]
 
 @register_attention("cswin")
 class CSWinAttention(QKVAttention):
-    """Half the heads attend in vertical stripes, half in horizontal ones; LePE stays inside each stripe.
+    """Half of the heads attend in vertical stripes, half in horizontal ones; LePE is applied per stripe.
 
     Where the stripes do not divide the map, q, k and v are zero-padded to whole stripes on both sides (an odd token on
     the right or at the bottom), and the padding takes part without a mask.

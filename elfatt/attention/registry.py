@@ -1,4 +1,4 @@
-"""The table of mechanisms: every one is ``module(x[B, H, W, C]) -> [B, H, W, C]``."""
+"""Registry of the mechanisms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ATTENTIONS: dict[str, type[nn.Module]] = {}
 
 
 def register_attention(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Class decorator that makes a mechanism known under a name.
+    """Class decorator that registers a mechanism under a name.
 
     Raises:
         ValueError: The name is taken.

@@ -1,4 +1,4 @@
-"""Backbones for every task, and the table that turns them into timm models."""
+"""Backbones and their timm entry points."""
 
 from elfatt.backbones.cswin import CSWinTransformer
 from elfatt.backbones.swin import SwinTransformer

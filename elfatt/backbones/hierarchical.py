@@ -1,4 +1,4 @@
-"""The backbone of four stages with timm's interface, and the transformer that Swin and CSWin share on top of it."""
+"""Four-stage backbone with timm's interface, and the transformer shared by Swin and CSWin."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """A merge (but in the first stage) and the blocks behind it."""
+    """Optional downsampling followed by blocks."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[Block]):
         super().__init__()
@@ -62,7 +62,7 @@ class Stage(nn.Module):
 class HierarchicalBackbone(nn.Module):
     """Stem, stages, norm and classifier, for any image size; a subclass gives the parts to ``assemble``."""
 
-    undecayed: tuple[str, ...] = ()  # ends of the names of parameters that weight decay spares, as it does biases
+    no_weight_decay_suffixes: tuple[str, ...] = ()  # parameters without weight decay, like biases
 
     def assemble(
         self,
@@ -116,8 +116,8 @@ class HierarchicalBackbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay spares, beyond biases and norms."""
-        return {name for name, _ in self.named_parameters() if name.endswith(self.undecayed)}
+        """Names of parameters without weight decay, beyond biases and norms."""
+        return {name for name, _ in self.named_parameters() if name.endswith(self.no_weight_decay_suffixes)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -141,7 +141,7 @@ class HierarchicalBackbone(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one; 0 classes remove it."""
+        """Replace the classifier; ``num_classes=0`` removes it."""
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
         if num_classes:
@@ -156,7 +156,7 @@ class HierarchicalBackbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Outputs of chosen stages.
+        """Return the outputs of chosen stages.
 
         Args:
             x: Image ``[B, in_chans, H, W]``.
@@ -291,7 +291,7 @@ class HierarchicalTransformer(HierarchicalBackbone):
     """
 
     local: str
-    undecayed = ("relative_position_bias_table",)
+    no_weight_decay_suffixes = ("relative_position_bias_table",)
 
     def __init__(
         self,
@@ -375,7 +375,7 @@ class HierarchicalTransformer(HierarchicalBackbone):
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Linear weights as in Swin and CSWin; convolutions and norms keep PyTorch's defaults."""
+    """Initialise linear weights as in Swin and CSWin; leave convolutions and norms at PyTorch's defaults."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

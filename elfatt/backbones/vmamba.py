@@ -1,4 +1,4 @@
-"""VMamba (arXiv 2401.10166): blocks that scan the map along its rows and columns, both ways.
+"""VMamba (arXiv 2401.10166): blocks that scan the map along rows and columns, in both directions.
 
 Follows the official ``vmamba.py`` (MzeroMiko/VMamba) with ``forward_type="v05_noz"``: no gate, no bias in the
 projections. The names of ``SS2D`` are the official ones.
@@ -54,7 +54,7 @@ class SS2D(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Mamba's start: A is -1, -2, … per state, D is 1, and the steps spread evenly on a log scale."""
+        """Initialise as Mamba: A is -1, -2, … per state, D is 1, and the steps spread evenly on a log scale."""
         bound = self.x_proj_weight.shape[-1] ** -0.5
         self.x_proj_weight.uniform_(-bound, bound)
         self.dt_projs_weight.uniform_(-(self.rank**-0.5), self.rank**-0.5)
@@ -108,7 +108,7 @@ class VMamba(HierarchicalBackbone):
         backend: Of the scans, one of ``elfatt.ops.BACKENDS``, or None for the ambient one.
     """
 
-    undecayed = ("A_logs", "Ds", "dt_projs_bias")
+    no_weight_decay_suffixes = ("A_logs", "Ds", "dt_projs_bias")
 
     def __init__(
         self,

@@ -80,7 +80,7 @@ def model_options(name: str, img_size: int | tuple[int, int] = 224) -> dict:
 
 
 def check_model(name: str) -> None:
-    """Raise for a name that timm does not know.
+    """Raise ``ValueError`` for a model that timm does not know.
 
     Raises:
         ValueError: With the nearest name, where one is near.

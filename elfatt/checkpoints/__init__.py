@@ -1,4 +1,4 @@
-"""Checkpoints of our models and of the official ones: recognised, renamed, checked, and only then loaded.
+"""Load checkpoints of our models and of the official ones, renamed and fully checked first.
 
 Microsoft's CSWin-T and -B have other depths than this paper's: build ours with ``depths=(1, 2, 21, 1)`` or
 ``(2, 4, 32, 2)`` for their weights. VMamba's other tiny model, s2l5, is ``depths=(2, 2, 5, 2), ssm_ratio=2.0``.

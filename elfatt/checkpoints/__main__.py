@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> int:
 def _sections(
     fit: Fit, origins: Mapping[str, str], pairs: Mapping[str, str], choices: Mapping[str, Sequence[str]]
 ) -> dict[str, list[str]]:
-    """Every tensor that is not simply taken: a line for each, by what became of it."""
+    """Tensors that were not simply copied, one line each, grouped by outcome."""
 
     def both(old, new):
         return new if old == new else f"{old} (here {new})"
@@ -156,7 +156,7 @@ def _sections(
 
 
 def _write(path: Path, model: str, checkpoint: Checkpoint, tensors: StateDict) -> None:
-    """All of the file, or none of it, with what an evaluation needs to know of the weights beside them."""
+    """Write the file atomically, with the metadata that evaluation needs."""
     # copies, because views of one storage cannot become safetensors
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Reading a checkpoint, checking it against a model, and only then loading it."""
+"""Read a checkpoint, check it against a model, then load it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ REMEDIES = (  # by what all refused tensors match
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What ``load_checkpoint`` did.
+    """Result of ``load_checkpoint``.
 
     Attributes:
         source: Who published the weights, by their names or by the note of ``python -m elfatt.checkpoints``; ``native``
@@ -150,7 +150,7 @@ class Fit:
     mismatched: dict[str, str]
 
     def misfits(self, allow: Sequence[str] = ()) -> dict[str, list[str]]:
-        """What does not fit, by kind and in words, but for names with an allowed prefix."""
+        """Mismatches by kind, except those with an allowed prefix."""
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "mismatched": self.mismatched}
         return {
             kind: [
@@ -179,7 +179,7 @@ def fit_tensors(tensors: StateDict, model: nn.Module) -> Fit:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds for a model.
+    """Contents of a file, under a model's names.
 
     Attributes:
         tensors: Under the model's names.
@@ -234,7 +234,7 @@ def _labels(classes: object) -> dict[str, int] | None:
 
 
 class _Ignored:
-    """Stands for an object of no interest, whatever it is made of; what that is has been checked by then."""
+    """Placeholder for an unpickled object that is not needed; its type has been checked."""
 
     def __init__(self, *args: object):
         pass
@@ -322,7 +322,7 @@ def _resize(key: str, table: torch.Tensor, model: nn.Module, own: torch.Tensor) 
 
 
 def _summary(groups: dict[str, Sequence[str]]) -> str:
-    """Size and first names of each group that is not empty."""
+    """Size and first names of each non-empty group."""
     return ", ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
         for what, names in groups.items()

@@ -1,4 +1,4 @@
-"""Whose names a checkpoint uses, and what the package calls the same tensors.
+"""Recognise the naming scheme of a checkpoint and rename its tensors.
 
 Names follow microsoft/Swin-Transformer (swin_transformer.py), microsoft/CSWin-Transformer (cswin.py),
 LeapLabTHU/FLatten-Transformer (flatten_swin.py, flatten_cswin.py), LeapLabTHU/Agent-Attention (agent_swin.py,
@@ -25,7 +25,7 @@ AVERAGED = re.compile(r"(?:^|[._])ema(?:[._]|$)")  # prefixes of averaged copies
 
 
 class Crop(NamedTuple):
-    """How authors cut an image for evaluation, in timm's terms."""
+    """Evaluation crop of the weights' authors, in timm's terms."""
 
     crop_pct: float
     crop_mode: str
@@ -33,7 +33,7 @@ class Crop(NamedTuple):
 
 
 class Naming(NamedTuple):
-    """How a source names our tensors.
+    """Naming scheme of a source.
 
     Attributes:
         source: Its name for people.

@@ -1,4 +1,4 @@
-"""Which modules of unknown names are which of a model's, as far as block and shapes alone decide it."""
+"""Match unrecognised checkpoint modules by block and shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PLACE = re.compile(r"^(?:.*\.)?\d+(?=\.)")  # a name up to its last number: "sta
 def pair_by_structure(
     wanted: Mapping[str, str], given: Mapping[str, str], names: Iterable[str]
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Pair what a model misses with what a checkpoint has left over, where only one pairing is possible.
+    """Pair a model's missing tensors with a checkpoint's unused ones where only one pairing is possible.
 
     Two modules can be one if they are in the same block and have tensors of the same kinds and shapes, such as a
     weight ``[8, 1, 3, 3]`` and a bias ``[8]``.

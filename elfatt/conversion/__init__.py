@@ -1,4 +1,4 @@
-"""Trained models with their own weights and another attention: each head exact, linear or within blocks.
+"""Replace the attention of trained models, keeping their weights: each head exact, linear or in blocks.
 
 The core needs torch only; ``elfatt.integrations`` finds the layers of a model and puts everything back.
 """

@@ -1,4 +1,4 @@
-"""Agent attention in a trained diffusion model, a rival of ours: heavily merged queries stand between queries and keys.
+"""Agent attention in a trained diffusion model, as a baseline: heavily merged queries mediate between queries and keys.
 
 Source: Agent Attention (Han et al., arXiv 2312.08874), its AgentSD: formula, constants and schedule of the steps.
 """

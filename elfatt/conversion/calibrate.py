@@ -1,4 +1,4 @@
-"""Which heads of a trained model can run a cheaper branch: measured on a few batches, chosen under a budget.
+"""Calibration: measure each head's branches on a few batches and choose a plan under a budget.
 
 The error of a layer is ``‖A − S‖ / ‖S‖``: S the output of softmax attention at the tokens of the map, all heads side by
 side and before the projection, A what a plan gives for the same queries, keys and values; norms run over all batches.
@@ -107,7 +107,7 @@ class Calibration:
 
     @torch.no_grad()
     def attend(self, layer, q, k, v, size, *, prefix=0, scale=None) -> torch.Tensor:
-        """Measures one call of a layer, and returns exact attention: the model goes on as it was trained."""
+        """Measure one call of a layer and return exact attention, so the model runs unchanged."""
         heads = q.shape[2]
 
         def run(head):
@@ -148,7 +148,7 @@ class Calibration:
                 self._disturbed = None
 
     def plan(self, *, error: float | None = None, cost: float | None = None) -> Plan:
-        """Chooses a branch for each head.
+        """Choose a branch for each head.
 
         Args:
             error: Largest error of the plan; the cheapest steps that keep within it.
@@ -292,7 +292,7 @@ def calibrate(
     cost: float | None = None,
     **options,
 ) -> Plan:
-    """Measures a trained model on a few batches and chooses a plan; see ``Calibration``.
+    """Calibrate a trained model on a few batches and choose a plan; see ``Calibration``.
 
     Args:
         name: Name of the model.

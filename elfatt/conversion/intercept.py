@@ -1,4 +1,4 @@
-"""The softmax attention inside any module, handed to a function of our own."""
+"""Intercept the softmax attention inside any module."""
 
 from __future__ import annotations
 

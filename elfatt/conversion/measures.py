@@ -1,4 +1,4 @@
-"""How far attention is from the attention that it replaces."""
+"""Distance between attention and its replacement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Self-attention over fewer tokens: the most similar ones are merged before a layer and copied back behind it.
+"""Token merging: merge the most similar tokens before a layer and copy them back after it.
 
 Source: ToMe for Stable Diffusion (Bolya and Hoffman, arXiv 2303.17604; github.com/dbolya/tomesd).
 """

@@ -1,4 +1,4 @@
-"""Export with a check: a file is kept only if it gives PyTorch's outputs."""
+"""Export a model, keeping the file only if it reproduces PyTorch's outputs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def export(
 
 
 def _check(runtime: str, path: Path, precision: str, images: Sequence[torch.Tensor]) -> Runtime:
-    """The runtime, if everything it needs is there."""
+    """Validate the arguments and return the runtime."""
     if runtime not in RUNTIMES:
         raise ValueError(f"unknown runtime {runtime!r}: choose one of {', '.join(RUNTIMES)}")
     packages, suffix = RUNTIMES[runtime].packages, RUNTIMES[runtime].suffix

@@ -1,4 +1,4 @@
-"""Files of each runtime: how they are written, and run for the check.
+"""Writers and loaders for each runtime.
 
 A writer takes a program, the path, a precision and calibration images; a loader gives a function from images
 ``[B, 3, H, W]`` to outputs.
@@ -50,7 +50,7 @@ def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", im
 
 
 class _CalibrationReader:
-    """Images as onnxruntime's quantiser asks for them."""
+    """onnxruntime's ``CalibrationDataReader`` over a list of images."""
 
     def __init__(self, images: Sequence[torch.Tensor]):
         self.images = iter(images)
@@ -147,7 +147,7 @@ def load_executorch(path: Path) -> Run:
 
 
 def load_tensorrt(path: Path) -> Run:
-    """Runner of an engine: ``trtexec``, which reads and writes files."""
+    """Runner of an engine through ``trtexec``, which exchanges tensors as files."""
 
     def run(images: torch.Tensor) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:

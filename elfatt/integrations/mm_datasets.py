@@ -1,4 +1,4 @@
-"""Data sets of mmseg and mmdet, opened with the rules of ``elfatt.data``: nothing is passed over without a word."""
+"""Data sets of mmseg and mmdet, checked by the rules of ``elfatt.data``; nothing is skipped silently."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def check_evaluator(evaluator, source: str, classes: tuple[str, ...]) -> None:
 
 
 def check_same_classes(where: str, classes: Sequence[str], trained: Sequence[str]) -> None:
-    """Stops where one index means two classes.
+    """Raise if one index means two classes.
 
     Args:
         where: A checkpoint, or the data set that is evaluated.

@@ -57,7 +57,7 @@ class DrawImages(Hook):
 
 
 class NameUnseenClasses(Hook):
-    """Says after each evaluation of a segmentor which classes have no pixel in the truth."""
+    """Log classes without a pixel in the ground truth after each evaluation."""
 
     def _before(self, runner: Runner) -> None:
         device = next(runner.model.parameters()).device

@@ -1,4 +1,4 @@
-"""What the programs of both dense tasks share: their command line, and how mmengine's Runner is set up."""
+"""Command line and Runner setup shared by the segmentation and detection programs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ torch.serialization.add_safe_globals([np.dtypes.Float32DType])
 
 
 class CheckedRunner(Runner):
-    """mmengine's Runner, which stops in one line, before the first step, at what cannot be right."""
+    """mmengine's Runner with checks before the first step; errors are one line."""
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:

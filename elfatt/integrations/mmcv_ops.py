@@ -106,7 +106,7 @@ def roi_align_backward(
 
 
 def get_compiler_version() -> str:
-    """For the list of versions at the head of a log."""
+    """Shown in the version list of mmengine's log."""
     return "none: torchvision's operations stand in for mmcv's"
 
 

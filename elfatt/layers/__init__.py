@@ -1,4 +1,4 @@
-"""Small modules that attentions and backbones share."""
+"""Modules shared by attention and backbones."""
 
 from elfatt.layers.gradients import align_gradients
 from elfatt.layers.lepe import LePE

@@ -1,4 +1,4 @@
-"""Between two stages: half the side, twice the channels; ``[B, H, W, C]`` to ``[B, ⌈H/2⌉, ⌈W/2⌉, 2C]``."""
+"""Downsampling between stages: ``[B, H, W, C]`` to ``[B, ⌈H/2⌉, ⌈W/2⌉, 2C]``."""
 
 from __future__ import annotations
 

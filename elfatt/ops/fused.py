@@ -158,7 +158,7 @@ def _ask(name, falls_back, question, device, dtype, widths):
 
 
 def _configuration(x, widths, block):
-    """What decides how kernels are compiled; ``block`` is None for LePE alone."""
+    """Key of the compiled kernels; ``block`` is None for LePE alone."""
     return x.device, x.dtype, widths, None if block is None else tuple(block)
 
 
@@ -345,7 +345,7 @@ class _Lepe(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """Pass gradients through, and raise if they are differentiated again."""
+    """Identity that raises on double backward."""
 
     @staticmethod
     def forward(ctx, gradients, *tensors):

@@ -60,7 +60,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _scan(a, b):
-    """The recurrence in every chunk at once, then from chunk to chunk, which is a recurrence once more."""
+    """Scan all chunks in parallel, then scan over the chunks."""
     length = a.shape[-2]
     if length <= CHUNK:
         return _steps(a, b)

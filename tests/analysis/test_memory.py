@@ -10,7 +10,7 @@ from torch import nn
 import elfatt  # noqa: F401
 from elfatt.analysis import memory
 from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
-from elfatt.analysis.timing import Inference
+from elfatt.analysis.timing import RunSpec
 
 MIB = 2**20
 
@@ -63,8 +63,8 @@ def test_the_count_is_what_a_process_takes():
 
 def test_the_batch_is_halved_until_it_fits(monkeypatch, capsys):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10 * MIB)
-    batch, call = fit_batch("it", MIB, 64, (4, 4), Inference("cpu"), nn.Conv2d(3, 1, 1))
+    batch, call = fit_batch("it", MIB, 64, (4, 4), RunSpec("cpu"), nn.Conv2d(3, 1, 1))
     assert batch == 8 and call().shape == (8, 1, 4, 4)
     assert "it: batch 64 needs about 0.1 GiB" in capsys.readouterr().err
     with pytest.raises(MemoryError, match="it with the auto backend needs about 0.0 GiB for one image of 4x4"):
-        fit_batch("it", 11 * MIB, 64, (4, 4), Inference("cpu"))
+        fit_batch("it", 11 * MIB, 64, (4, 4), RunSpec("cpu"))

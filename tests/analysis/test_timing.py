@@ -6,7 +6,7 @@ import torch
 
 import elfatt  # noqa: F401
 from elfatt.analysis import timing
-from elfatt.analysis.timing import Inference, WrongOutput, check_numerics, summarize, time_in_turns
+from elfatt.analysis.timing import RunSpec, WrongOutput, check_numerics, summarize, time_in_turns
 from elfatt.ops import active_backend
 from elfatt.ops.pytorch import PyTorchBackend
 
@@ -27,7 +27,7 @@ def test_summary_is_median_and_quartiles():
 @pytest.mark.parametrize("backend", ["math", "auto"])
 def test_a_right_model_passes(precision, backend):
     model = timm.create_model("cswin_nano_elfatt", num_classes=10)
-    error = check_numerics("it", model, (1, 3, 32, 48), Inference("cpu", precision, backend))
+    error = check_numerics("it", model, (1, 3, 32, 48), RunSpec("cpu", precision, backend))
     assert 0 < error < (1e-5 if precision == "float32" else 0.5)
 
 
@@ -41,7 +41,7 @@ def test_a_model_without_one_of_its_branches_is_refused(monkeypatch, precision):
     model = timm.create_model("cswin_nano_elfatt", num_classes=10)
     monkeypatch.setattr(PyTorchBackend, "efficient_attention", mean_of_v)
     with pytest.raises(WrongOutput, match="in float32"):
-        check_numerics("it", model, (1, 3, 32, 48), Inference("cpu", precision, "sdpa"))
+        check_numerics("it", model, (1, 3, 32, 48), RunSpec("cpu", precision, "sdpa"))
 
 
 def test_a_wrong_model_is_refused():
@@ -56,13 +56,13 @@ def test_a_wrong_model_is_refused():
             return x * self.weight * (1 if active_backend() == "reference" else 1.001)
 
     with pytest.raises(WrongOutput, match="it is off by 1.0e-03 in float32"):
-        check_numerics("it", Wrong(), (1, 3, 8, 8), Inference("cpu"))
+        check_numerics("it", Wrong(), (1, 3, 8, 8), RunSpec("cpu"))
 
 
 def test_inference_runs_as_it_says():
     model = torch.nn.Conv2d(3, 4, 1)
-    assert Inference("cpu", "bfloat16").prepare(model, (2, 3, 5, 5))().dtype == torch.bfloat16
-    assert Inference("cpu", "amp").prepare(model, (2, 3, 5, 5))().dtype == torch.bfloat16
+    assert RunSpec("cpu", "bfloat16").prepare(model, (2, 3, 5, 5))().dtype == torch.bfloat16
+    assert RunSpec("cpu", "amp").prepare(model, (2, 3, 5, 5))().dtype == torch.bfloat16
     assert model.weight.dtype == torch.float32
     with pytest.raises(ValueError, match="precision 'half' is none of float32"):
-        Inference("cpu", "half")
+        RunSpec("cpu", "half")

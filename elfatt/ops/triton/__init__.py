@@ -72,7 +72,7 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 @cache
 def _device_limit(index: int | None) -> str | None:
-    """What stands against the kernels on one device, asked once."""
+    """Why the kernels cannot run on a device, or None; cached."""
     if torch.version.cuda and _capability(index) < (8, 0):
         return "it needs a GPU of compute capability 8.0 (Ampere) or newer"
     return _missing_toolchain()

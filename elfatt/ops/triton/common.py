@@ -1,4 +1,4 @@
-"""What the kernels of both branches share: products, tiles, and the walk over them.
+"""Products, tiles and loops shared by the kernels of both branches.
 
 A kernel addresses the packed qkv ``[B, N, 3C]`` and the output ``[B, N, C]`` by a token stride and a channel offset, so
 that a branch and a head are offsets and nothing is cut, permuted or concatenated in memory. Head widths that are no

@@ -24,8 +24,8 @@ SIDE = 8  # of the square tiles with LePE over the map: the neighbourhoods of a 
 ROWS = 4  # tokens of the strips that a thread sums LePE over
 ACROSS = 8  # strips side by side in the tiles of LePE's gradients
 LANES = 32  # channels of a program that knows no heads
-# Fewest programs, and most tiles of each. Sums over tokens: enough to fill the largest GPUs of today a few times over,
-# for each leaves a partial result. Tiles with no more than a head in common: so many that the last ones are few.
+# Fewest programs, and most tiles of each. Sums over tokens: enough to fill the largest GPUs a few times over,
+# since each leaves a partial result. Independent tiles: enough programs to keep the last wave small.
 SUMS = 512, 16
 APART = 3072, 8
 COMBINED = 4, 16, 128, 1024, 2**14, 2**18  # partial contexts that a kernel of its own is compiled for
@@ -53,7 +53,7 @@ class Launch(NamedTuple):
 
 
 def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -> None:
-    """Every launch goes through here.
+    """Launch a kernel; the single launch site.
 
     Raises:
         RuntimeError: The kernel does not compile or start, with its name and Triton's reason.
