@@ -20,6 +20,7 @@ import torch
 
 from elfatt.analysis.edge import set_mode
 from elfatt.analysis.environment import describe_environment, machine_name
+from elfatt.analysis.memory import count_memory, fit_batch
 from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
 from elfatt.analysis.rows import Row, select_rows
 from elfatt.analysis.tables import REFUSALS, add_speed_arguments, apply_speed_arguments, numerics_shape
@@ -105,9 +106,17 @@ def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Na
         rows[key]["images_per_s"] = rows[key]["batch_size"] / engine()
     for (_, runtime), row in rows.items():
         vanilla = next((rows[m.name, runtime] for m in models if m.is_vanilla), {})
-        if "images_per_s" in row and "images_per_s" in vanilla:
+        if "images_per_s" in row and "images_per_s" in vanilla and row["batch_size"] == vanilla["batch_size"]:
             row["speedup"] = row["images_per_s"] / vanilla["images_per_s"]
     return list(rows.values())
+
+
+def largest_batch(model: Row, runtime: str, args: argparse.Namespace) -> int:
+    """The batch, halved until it fits in memory; exported models compute attention as explicit products."""
+    how = RunSpec(args.device, **PYTORCH.get(runtime, {"backend": "math"}))
+    needed = count_memory(model.build(), (1, 3, *model.img_size), how.backend, how.dtype)
+    label = f"{model.name} ({runtime})"
+    return fit_batch(label, needed, args.batch_size or model.batch_size, model.img_size, how)[0]
 
 
 def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> Callable[[], object]:
