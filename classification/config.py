@@ -8,9 +8,8 @@ keys, of which `--variant` chooses one.
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from timm.utils import ParseKwargs
 
 from elfatt.data import UserError
 from elfatt.ops import BACKENDS, active_backend
+from elfatt.suggest import did_you_mean
 
 READERS = ("", "wds", "hfds", "hfids", "tfds", "torch")  # '' is a folder or tar files
 CROP_MODES = ("center", "squash", "border")  # timm's
@@ -57,12 +57,6 @@ class _MergeKwargs(ParseKwargs):
                 parser.error(f"{option_string}: expected KEY=VALUE, got '{value}'")
         super().__call__(parser, namespace, values, option_string)
         setattr(namespace, self.dest, {**base, **getattr(namespace, self.dest)})
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Returns "; did you mean 'x'?" for the closest valid name, or "" when none is close."""
-    match = difflib.get_close_matches(name, list(valid), n=1)
-    return f"; did you mean '{match[0]}'?" if match else ""
 
 
 def build_parser(train: bool) -> argparse.ArgumentParser:
@@ -239,7 +233,7 @@ def _choose(values: dict[str, Any], name: str | None, path: str) -> dict[str, An
     if not variants and name:
         raise UserError(f"{path} has no variants: leave --variant {name} out")
     if variants and name not in variants:
-        close = nearest(name, variants) if name else f", one of {', '.join(variants)}"
+        close = did_you_mean(name, variants) if name else f", one of {', '.join(variants)}"
         raise UserError(f"{path} has no variant '{name}'{close}" if name else f"{path} needs --variant{close}")
     chosen = {str(key).replace("-", "_"): value for key, value in variants.get(name, {}).items()}
     return {**values, **chosen}
@@ -298,7 +292,7 @@ def parse_args(
     first, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
-        parser.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+        parser.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].split('=')[0], options)}")
     args = first
     if first.config:
         mine = _actions(parser)
@@ -306,7 +300,7 @@ def parse_args(
         values = _choose(load_yaml(first.config), first.variant, first.config)
         for key in values:
             if key not in valid:
-                close = nearest(key.replace("_", "-"), [name.replace("_", "-") for name in valid])
+                close = did_you_mean(key.replace("_", "-"), [name.replace("_", "-") for name in valid])
                 raise UserError(f"{first.config}: unknown key '{key.replace('_', '-')}'{close}")
         values = {key: _convert(valid[key], value, first.config) for key, value in values.items()}
         parser.set_defaults(**{key: value for key, value in values.items() if key in mine})
@@ -322,12 +316,12 @@ def _check(args: argparse.Namespace, train: bool) -> None:
         raise UserError("no model: pass --model NAME, or --config with a model in it")
     base_name = args.model.split(".")[0]
     if not timm.is_model(base_name) and not args.model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        raise UserError(f"unknown model '{args.model}'{nearest(base_name, timm.list_models())}")
+        raise UserError(f"unknown model '{args.model}'{did_you_mean(base_name, timm.list_models())}")
     if not args.data_dir and args.dataset.split("/")[0].lower() not in NO_FOLDER_PREFIXES:
         raise UserError("no data: pass --data-dir FOLDER (see docs/data.md)")
     reader = args.dataset.split("/")[0].lower()
     if reader not in READERS:
-        raise UserError(f"unknown reader '{reader}' in --dataset {args.dataset}{nearest(reader, READERS)}")
+        raise UserError(f"unknown reader '{reader}' in --dataset {args.dataset}{did_you_mean(reader, READERS)}")
     for name, (low, high, bounds) in RANGES.items():
         value = getattr(args, name, None)
         if value is None:

@@ -14,7 +14,7 @@ import pytest
 import elfatt
 
 PACKAGE = Path(elfatt.__file__).parent
-ORDER = ["data", "processes", "ops", "layers", "attention", "backbones", "checkpoints", "conversion"]
+ORDER = ["suggest", "data", "processes", "ops", "layers", "attention", "backbones", "checkpoints", "conversion"]
 ORDER += ["integrations", "hub", "export", "analysis"]
 OPTIONAL = {
     "mmengine",

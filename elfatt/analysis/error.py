@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from elfatt.analysis.results import save_rows, to_markdown
 from elfatt.attention.base import QKVAttention
 from elfatt.backbones.zoo import list_models
 from elfatt.checkpoints import load_checkpoint
+from elfatt.suggest import did_you_mean
 
 LEARNED = "this layer, with its position terms"
 KEY = ("mechanism", "block_size", "channel_split")
@@ -117,8 +117,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
 
 def _load_layer(args: argparse.Namespace) -> tuple[QKVAttention, tuple[torch.Tensor, ...]]:
     if args.model not in list_models():
-        near = difflib.get_close_matches(args.model, list_models(), n=1, cutoff=0)
-        raise ValueError(f"unknown model {args.model!r}: did you mean {near[0]!r}?")
+        raise ValueError(f"unknown model {args.model!r}{did_you_mean(args.model, list_models())}")
     if args.image is None:
         raise ValueError("--model needs --image: a picture to show to it")
     torch.manual_seed(args.seed)

@@ -24,9 +24,10 @@ from torch import nn
 
 from elfatt.analysis.approximation import layer_qkv, received_attention
 from elfatt.analysis.plots import pyplot
-from elfatt.analysis.scaling import check_models, parse_model
+from elfatt.analysis.scaling import parse_model
 from elfatt.attention.base import QKVAttention
 from elfatt.attention.vanilla import VanillaAttention
+from elfatt.backbones.zoo import check_model
 from elfatt.checkpoints import load_checkpoint
 from elfatt.data.images import list_images, read_image
 
@@ -145,7 +146,7 @@ def load(text: str, checkpoint: Path | None) -> Subject:
         subject = Subject(Path(text).stem, model, is_classifier=False)
     else:
         name, options = parse_model(text)
-        check_models([name])
+        check_model(name)
         model = timm.create_model(name, **options)
         subject = Subject(text, model.eval())
         if checkpoint:

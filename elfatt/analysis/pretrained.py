@@ -24,9 +24,10 @@ from elfatt.analysis.diffusion_models import Meter, share_weights, total
 from elfatt.analysis.environment import available_bytes, describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, measure_memory
 from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
-from elfatt.analysis.scaling import check_models, parse_size
+from elfatt.analysis.scaling import parse_size
 from elfatt.analysis.tables import REFUSALS, add_speed_arguments, apply_speed_arguments
 from elfatt.analysis.timing import RunSpec, summarize, time_in_turns
+from elfatt.backbones.zoo import check_model
 from elfatt.conversion import Plan
 from elfatt.integrations import timm as adapter
 
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
         TypeError: A model that cannot be converted.
         ValueError: An unknown model, or a number out of range.
     """
-    check_models(args.models)
+    for name in args.models:
+        check_model(name)
     if not 0 < args.budget <= 1:
         raise ValueError(f"--budget {args.budget} must be a share above 0 and at most 1")
     if UNPATCHED not in args.variants:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import isqrt
@@ -15,6 +14,7 @@ from torch import nn
 import elfatt  # noqa: F401  registers the models
 from elfatt.analysis.complexity import Complexity, measure_complexity
 from elfatt.analysis.paper import load_table
+from elfatt.suggest import closest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DENSE_SIZES = {6: (800, 1280), 7: (512, 2048)}  # pixels of the counts and speeds: height, width
@@ -186,7 +186,7 @@ def select_rows(tables: list[int], patterns: list[str] | None = None) -> list[Ro
     """Rows of tables, or those whose name or model fits one of the patterns (``*``, ``?``, any case).
 
     Raises:
-        ValueError: No such table, or a pattern that fits no row; the nearest model is named.
+        ValueError: No such table, or a pattern that fits no row; a close model is named.
     """
     rows = [Row(number, cells) for number in tables for cells in load_table(number)]
     if not patterns:
@@ -196,8 +196,8 @@ def select_rows(tables: list[int], patterns: list[str] | None = None) -> list[Ro
         fits = {i for i, row in enumerate(rows) if row.fits(pattern)}
         if not fits:
             names = {row.model.lower(): row.model for row in rows}
-            (close,) = difflib.get_close_matches(pattern.lower(), names, n=1, cutoff=0)
-            numbers = ", ".join(map(str, tables))
-            raise ValueError(f"no row {pattern!r} in table {numbers}: did you mean {names[close]!r}? (quote patterns)")
+            close, numbers = names.get(closest(pattern.lower(), names)), ", ".join(map(str, tables))
+            hint = f"; did you mean {close!r}?" if close else ""
+            raise ValueError(f"no row {pattern!r} in table {numbers}{hint} (quote patterns)")
         chosen |= fits
     return [row for i, row in enumerate(rows) if i in chosen]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,7 @@ from elfatt.analysis.tables import (
     numerics_shape,
 )
 from elfatt.analysis.timing import RunSpec, check_numerics, time_in_turns
-from elfatt.backbones.zoo import ATTENTIONS
+from elfatt.backbones.zoo import ATTENTIONS, check_model
 
 DEFAULT_MODELS = [f"cswin_tiny_{name}" for name in ATTENTIONS]
 DEFAULT_SIZES = ["224", "384", "512", "768", "1024", "1536", "2048"]
@@ -64,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
     """Measure every model at every size; the models of one size take turns."""
     if args.rivals:
         args.models = [*args.models, *RIVALS]
-    check_models(parse_model(text)[0] for text in args.models)
+    for text in args.models:
+        check_model(parse_model(text)[0])
     baseline = args.baseline or next((name for name in args.models if name.endswith("_global")), args.models[0])
     if baseline not in args.models:
         raise ValueError(f"--baseline {baseline} is none of the models {', '.join(args.models)}")
@@ -86,18 +85,6 @@ def run(args: argparse.Namespace) -> None:
 
         draw_scaling(rows, args.plot)
     print(f"\nadded to {path}", file=sys.stderr)
-
-
-def check_models(names: Iterable[str]) -> None:
-    """Compare names with timm's.
-
-    Raises:
-        ValueError: An unknown one; the closest is named.
-    """
-    for name in names:
-        if not timm.is_model(name):
-            close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)
-            raise ValueError(f"unknown model {name!r}: did you mean {close[0]!r}?")
 
 
 def parse_model(text: str) -> tuple[str, dict[str, Any]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 
 from timm.models._features_fx import register_notrace_module
 from torch import nn
+
+from elfatt.suggest import did_you_mean
 
 _ATTENTIONS: dict[str, type[nn.Module]] = {}
 
@@ -50,9 +51,8 @@ def create_attention(name: str, *, dim: int, num_heads: int, **options) -> nn.Mo
         TypeError: An option that the mechanism does not have.
     """
     if name not in _ATTENTIONS:
-        near = difflib.get_close_matches(name, _ATTENTIONS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(list_attentions())}"
-        raise ValueError(f"unknown attention {name!r}: {hint}")
+        hint = did_you_mean(name, _ATTENTIONS) or f": choose one of {', '.join(list_attentions())}"
+        raise ValueError(f"unknown attention {name!r}{hint}")
     known = list(inspect.signature(_ATTENTIONS[name]).parameters)[2:]
     for option in options:
         if option not in known:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
@@ -12,6 +10,7 @@ from timm.models import list_models as timm_models
 from elfatt.backbones.cswin import CSWinTransformer
 from elfatt.backbones.swin import SwinTransformer
 from elfatt.backbones.vmamba import VMamba
+from elfatt.suggest import did_you_mean
 
 SHELLS = {"swin": SwinTransformer, "cswin": CSWinTransformer, "vmamba": VMamba}
 
@@ -87,8 +86,7 @@ def check_model(name: str) -> None:
     """
     base = name.split(".")[0]
     if not is_model(base):
-        near = difflib.get_close_matches(base, timm_models(), n=1)
-        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ValueError(f"unknown model {name!r}{did_you_mean(base, timm_models())}")
 
 
 def list_models() -> list[str]:

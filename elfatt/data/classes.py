@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from elfatt.suggest import closest
 
 SHOWN = 5  # names in a message
 
@@ -40,8 +41,8 @@ def differences(found: Iterable[str], expected: Iterable[str]) -> str:
     missing = [name for name in expected if name not in found]
     parts = [f"{len(surplus)} surplus ({shown(surplus)})"] * bool(surplus)
     parts += [f"{len(missing)} missing ({shown(missing)})"] * bool(missing)
-    close = difflib.get_close_matches(surplus[0], missing, n=1) if surplus else []
-    return ", ".join(parts) + (f"; is '{surplus[0]}' the same as '{close[0]}'?" if close else "")
+    close = closest(surplus[0], missing) if surplus else None
+    return ", ".join(parts) + (f"; is '{surplus[0]}' the same as '{close}'?" if close else "")
 
 
 def mismatch(found: Mapping[str, int], expected: Mapping[str, int]) -> str:
