@@ -120,12 +120,6 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
         group = parser.add_argument_group("evaluation")
         add = group.add_argument
         add("--checkpoint", help="weights to evaluate")
-        add(
-            "--use-ema",
-            action="store_true",
-            default=True,
-            help="evaluate the EMA weights if the file has them",
-        )
         add("--no-ema", dest="use_ema", action="store_false", default=True, help="evaluate the raw weights")
         add("--results-file", help="write the results here: .json replaces the file, .csv appends a row")
         return parser

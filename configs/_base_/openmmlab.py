@@ -8,7 +8,6 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", betas=(0.9, 0.999)),
     paramwise_cfg=dict(
         custom_keys={
-            "absolute_pos_embed": _no_decay,
             "relative_position_bias_table": _no_decay,
             "norm": _no_decay,
             # Agent's position biases, as in its configs (LeapLabTHU/Agent-Attention, downstream/*/configs/agent_swin)

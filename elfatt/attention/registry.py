@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from timm.models._features_fx import register_notrace_module
+from timm.models import register_notrace_module
 from torch import nn
 
 from elfatt.suggest import did_you_mean
