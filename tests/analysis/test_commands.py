@@ -11,7 +11,7 @@ import pytest
 import timm
 from PIL import Image
 
-from elfatt.analysis import edge, report, rows, runtimes, scaling
+from elfatt.analysis import edge, report, runtimes, scaling
 from elfatt.analysis.__main__ import COMMANDS, main
 from elfatt.analysis.results import load_runs
 from elfatt.analysis.rivals import RIVALS, published_top1
@@ -57,29 +57,6 @@ def test_rivals_are_timed_and_drawn_beside_models_with_options(tmp_path):
     assert [published_top1(model) for model in models] == [83.1, None]
     assert main(["plot", str(path)]) == 0
     assert is_drawn(tmp_path / "m-rivals-1.png")
-
-
-def test_runtimes_take_turns_with_pytorch(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rows.Row, "img_size", (64, 64))
-    nano = {"elfatt": ("cswin_nano_elfatt", {}), "global": ("cswin_nano_elfatt", {"levels": "VVVV"})}
-    monkeypatch.setattr(rows.Row, "timm_model", lambda row: nano[row.published["attention"]])
-    monkeypatch.setattr(rows.Row, "config", property(lambda row: row.published["attention"]))
-    path, folder = tmp_path / "m.json", tmp_path / "exports"
-    argv = ["runtimes", "9", "--rows", "CSWin-T24181-ELFATT", "*-GLOBAL", "--runtimes", "eager", "kernels", "onnx"]
-    argv += ["openvino", "tensorrt", "--device", "cpu", "--repeats", "2", "--warm-up", "0"]
-    assert main([*argv, "--folder", str(folder), "--results", str(path)]) == 0
-    found = {(row["name"], row["runtime"]): row for row in rows_of(path)}
-    assert len(found) == 2 * 5 and len(list(folder.glob("*.onnx"))) == 2
-    for (_, runtime), row in found.items():
-        if runtime == "tensorrt":
-            assert row["refused"] == "tensorrt needs trtexec: install TensorRT and put its bin folder on PATH"
-            continue
-        vanilla = found["CSWin-T24181-GLOBAL", runtime]
-        assert row["speedup"] == pytest.approx(row["images_per_s"] / vanilla["images_per_s"]) and row["batch_size"] == 1
-    captured = capsys.readouterr()
-    assert captured.err.count("needs trtexec") == 1 and "| CSWin-T24181-ELFATT |" in captured.out
-    assert main(["report", "--results", str(tmp_path), "--output", str(tmp_path / "r.md")]) == 0
-    assert "openvino" in (tmp_path / "r.md").read_text()
 
 
 def test_tensorrt_is_timed_by_trtexec(tmp_path, monkeypatch):

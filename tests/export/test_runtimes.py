@@ -1,0 +1,30 @@
+"""``python -m elfatt.analysis runtimes``; beside the export tests, which load the same native runtimes."""
+
+import pytest
+
+from elfatt.analysis import rows
+from elfatt.analysis.__main__ import main
+from elfatt.analysis.results import load_runs
+
+
+def test_runtimes_take_turns_with_pytorch(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rows.Row, "img_size", (64, 64))
+    nano = {"elfatt": ("cswin_nano_elfatt", {}), "global": ("cswin_nano_elfatt", {"levels": "VVVV"})}
+    monkeypatch.setattr(rows.Row, "timm_model", lambda row: nano[row.published["attention"]])
+    monkeypatch.setattr(rows.Row, "config", property(lambda row: row.published["attention"]))
+    path, folder = tmp_path / "m.json", tmp_path / "exports"
+    argv = ["runtimes", "9", "--rows", "CSWin-T24181-ELFATT", "*-GLOBAL", "--runtimes", "eager", "kernels", "onnx"]
+    argv += ["openvino", "tensorrt", "--device", "cpu", "--repeats", "2", "--warm-up", "0"]
+    assert main([*argv, "--folder", str(folder), "--results", str(path)]) == 0
+    found = {(row["name"], row["runtime"]): row for row in load_runs(path)[0]["rows"]}
+    assert len(found) == 2 * 5 and len(list(folder.glob("*.onnx"))) == 2
+    for (_, runtime), row in found.items():
+        if runtime == "tensorrt":
+            assert row["refused"] == "tensorrt needs trtexec: install TensorRT and put its bin folder on PATH"
+            continue
+        vanilla = found["CSWin-T24181-GLOBAL", runtime]
+        assert row["speedup"] == pytest.approx(row["images_per_s"] / vanilla["images_per_s"]) and row["batch_size"] == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("needs trtexec") == 1 and "| CSWin-T24181-ELFATT |" in captured.out
+    assert main(["report", "--results", str(tmp_path), "--output", str(tmp_path / "r.md")]) == 0
+    assert "openvino" in (tmp_path / "r.md").read_text()
