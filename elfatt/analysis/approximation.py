@@ -101,7 +101,7 @@ def attention_map(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor) -> 
 def received_attention(
     attention: QKVAttention, q: torch.Tensor, k: torch.Tensor, query: int | None = None
 ) -> torch.Tensor:
-    """One row of ``attention_map``, or the sum of all rows, at the cost of one backward pass: any map size fits.
+    """One row of ``attention_map``, or the sum of all rows, in one backward pass and linear memory.
 
     The output is linear in V, so its derivatives with respect to V are the weights.
 

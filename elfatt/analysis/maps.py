@@ -1,4 +1,4 @@
-"""What models look at: Score-CAM and attention maps of images, side by side, as one PNG and one HTML page.
+"""Score-CAM and attention maps of several models side by side, as one PNG and one HTML page.
 
 Attention maps are means over the heads of a stage's last block. r below a picture is the Pearson correlation with the
 same picture of the reference, the first model with vanilla attention.
@@ -82,7 +82,7 @@ class Picture:
 
     @property
     def note(self) -> str:
-        """Caption and correlation in one line."""
+        """Caption and correlation, one line each."""
         return "\n".join(filter(None, (self.caption, "" if self.r is None else f"r = {self.r:.2f}")))
 
 
@@ -92,11 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("images", type=Path, nargs="+", help="image files or folders")
     text = "models as in scaling, or .py configs of dense models, whose backbones are shown"
     add("--models", nargs="+", required=True, metavar="NAME", help=text)
-    add("--checkpoints", type=Path, nargs="+", metavar="FILE", help="one a model (default: random weights)")
+    add("--checkpoints", type=Path, nargs="+", metavar="FILE", help="one per model (default: random weights)")
     add("--side", type=int, default=224, help="shorter side of the images in pixels (default: %(default)s)")
     text = "pixel of the image whose query is shown (default: the reference's most attended token)"
     add("--query", type=int, nargs=2, metavar=("X", "Y"), help=text)
-    add("--no-cam", action="store_true", help="leave Score-CAM out, which takes a pass per channel")
+    add("--no-cam", action="store_true", help="skip Score-CAM, which takes one pass per channel")
     add("--output", type=Path, default=Path("maps.png"), help="PNG; the page is beside it (default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     if args.side < 32:
         raise ValueError(f"--side must be at least 32, got {args.side}")
     if args.checkpoints and len(args.checkpoints) != len(args.models):
-        raise ValueError(f"{len(args.checkpoints)} --checkpoints for {len(args.models)} --models: give one a model")
+        raise ValueError(f"{len(args.checkpoints)} --checkpoints for {len(args.models)} --models: give one per model")
     files = [file for path in args.images for file in (list_images(path)[0].values() if path.is_dir() else [path])]
     if not files:
         raise ValueError(f"{' '.join(map(str, args.images))} holds no images")
@@ -121,8 +121,9 @@ def run(args: argparse.Namespace) -> None:
     sheet = []
     for file in files:
         print(file, file=sys.stderr)
-        image = resize(read_image(file), args.side)
-        query = args.query and locate(args.query, read_image(file).size)
+        original = read_image(file)
+        query = args.query and locate(args.query, original.size)
+        image = resize(original, args.side)
         sheet.append((file.name, image, picture_rows(subjects, image, query, not args.no_cam)))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     page = args.output.with_suffix(".html")
@@ -158,13 +159,13 @@ def load(text: str, checkpoint: Path | None) -> Subject:
 
 
 def resize(image: Image.Image, side: int) -> Image.Image:
-    """The image with a shorter side of so many pixels."""
+    """Resize an image to a shorter side in pixels."""
     scale = side / min(image.size)
     return image.resize([max(1, round(length * scale)) for length in image.size], Image.BICUBIC)
 
 
 def locate(pixel: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
-    """A pixel as shares of height and width.
+    """Convert a pixel to relative coordinates: row and column in 0…1.
 
     Args:
         pixel: Column and row.
@@ -254,7 +255,7 @@ Sheet = list[tuple[str, Image.Image, list[list[Picture]]]]
 
 
 def draw_sheet(sheet: Sheet, names: list[str], path: Path) -> None:
-    """All pictures in one file: a row an image and model."""
+    """Draw all pictures in one file, a row per image and model."""
     columns = 1 + max(len(row) for _, _, rows in sheet for row in rows)
     lines = [(title, image, name, row) for title, image, rows in sheet for name, row in zip(names, rows, strict=True)]
     heights = [2 * image.height / image.width + 0.7 for _, image, _, _ in lines]  # inches
@@ -298,7 +299,7 @@ def draw_picture(axis, image: Image.Image, picture: Picture):
 
 
 def write_page(sheet: Sheet, names: list[str]) -> str:
-    """The same as a page of HTML that holds its pictures."""
+    """The same as a self-contained HTML page."""
     parts = [
         "<!doctype html><meta charset=utf-8><title>Attention maps</title>",
         "<style>body{font:14px sans-serif;margin:2em}figure{display:inline-block;margin:4px;width:230px;"

@@ -80,7 +80,7 @@ def draw_scaling(rows: list[dict[str, Any]], path: Path) -> bool:
 
 
 def draw_rivals(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Images per second against published top-1 accuracy, a panel an image size; a line where none was published."""
+    """Images per second against published top-1 accuracy, one panel per image size; a line if none was published."""
     timed = [row for row in rows if "images_per_s" in row]
     if not any(row["model"] in RIVALS for row in timed):
         return False
@@ -172,7 +172,7 @@ FIGURES = {
 
 
 def _join_sizes(runs: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows of the scaling runs that differ in batch and turns alone, as large images may need."""
+    """Join the rows of scaling runs that differ only in batch size and number of turns."""
     found: dict[str, list] = {}
     for run in runs:
         if run["kind"] == "scaling":

@@ -1,4 +1,4 @@
-"""Models of timm that people would use instead, with published accuracy, for ``scaling --rivals``."""
+"""Alternatives from timm with their published accuracy, for ``scaling --rivals``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RIVALS = {
 
 
 def published_top1(model: str) -> float | None:
-    """ImageNet-1K top-1 at 224×224 in percent of a rival, or as ELFATT's paper prints it; None for others."""
+    """Published ImageNet-1K top-1 at 224×224 in percent, from ELFATT's paper or ``RIVALS``; None if unknown."""
     for row in load_table(1):
         if row["resolution"] == "224" and model == f"{row['backbone']}_{row['attention']}":
             return float(row["top1_percent"])

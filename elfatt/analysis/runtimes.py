@@ -1,6 +1,6 @@
 """The models of Tables VIII and IX exported to other runtimes, beside PyTorch eager and compiled.
 
-All of them take turns in float32 with the same number of threads, TensorRT excepted, whose figure is ``trtexec``'s own.
+They take turns in float32 with the same number of threads, except TensorRT, which ``trtexec`` times.
 Speed-ups are over GLOBAL in the same runtime.
 """
 
@@ -20,10 +20,9 @@ import torch
 
 from elfatt.analysis.edge import set_mode
 from elfatt.analysis.environment import describe_environment, machine_name
-from elfatt.analysis.memory import count_memory, fit_batch
 from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
 from elfatt.analysis.rows import Row, select_rows
-from elfatt.analysis.tables import REFUSALS, add_speed_arguments, apply_speed_arguments, numerics_shape
+from elfatt.analysis.tables import REFUSALS, add_speed_arguments, apply_speed_arguments, fit_row, numerics_shape
 from elfatt.analysis.timing import RunSpec, check_numerics, random_images, time_in_turns
 from elfatt.export import RUNTIMES, export
 
@@ -77,17 +76,13 @@ def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Na
     """Measure every model in every runtime; those that cannot run carry the reason instead."""
     rows, passes, said = {}, {}, set()
     for model in models:
-        batch = args.batch_size or model.batch_size
         for runtime in runtimes:
             key = model.name, runtime
-            rows[key] = {
-                "table": model.table,
-                "name": model.name,
-                "runtime": runtime,
-                "mode": mode,
-                "batch_size": batch,
-            }
+            rows[key] = {"table": model.table, "name": model.name, "runtime": runtime, "mode": mode}
+            # exported models compute attention as explicit products
+            how = RunSpec(args.device, **PYTORCH.get(runtime, {"backend": "math"}))
             try:
+                batch = rows[key]["batch_size"] = fit_row(model, how, args)[0]
                 passes[key] = prepare(model, runtime, batch, args)
                 passes[key]()
             except (ValueError, *REFUSALS) as error:
@@ -109,14 +104,6 @@ def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Na
         if "images_per_s" in row and "images_per_s" in vanilla and row["batch_size"] == vanilla["batch_size"]:
             row["speedup"] = row["images_per_s"] / vanilla["images_per_s"]
     return list(rows.values())
-
-
-def largest_batch(model: Row, runtime: str, args: argparse.Namespace) -> int:
-    """The batch, halved until it fits in memory; exported models compute attention as explicit products."""
-    how = RunSpec(args.device, **PYTORCH.get(runtime, {"backend": "math"}))
-    needed = count_memory(model.build(), (1, 3, *model.img_size), how.backend, how.dtype)
-    label = f"{model.name} ({runtime})"
-    return fit_batch(label, needed, args.batch_size or model.batch_size, model.img_size, how)[0]
 
 
 def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> Callable[[], object]:
@@ -146,7 +133,7 @@ def engine_seconds(path: Path, shape: tuple[int, ...]) -> float:
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line a model and mode, a column a runtime: images/s and the speed-up over GLOBAL."""
+    """Markdown: a line per model and mode, a column per runtime: images/s and the speed-up over GLOBAL."""
     runtimes = list(dict.fromkeys(row["runtime"] for row in rows if "images_per_s" in row))
     cells = {(row["name"], row["mode"], row["runtime"]): row for row in rows}
     lines = []

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "of timm, with options as in cswin_tiny_elfatt:levels=EEEE (default: CSWin-T's attentions)"
     add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", help=text)
-    add("--rivals", action="store_true", help="also time timm's models that people would use instead")
+    add("--rivals", action="store_true", help="also time alternatives from timm, such as ConvNeXt-T")
     add("--baseline", metavar="NAME", help="over which speed-ups are given (default: vanilla attention, or the first)")
     add("--sizes", nargs="+", default=DEFAULT_SIZES, metavar="SIZE", help="side or HEIGHTxWIDTH in pixels")
     add("--attention", nargs="+", choices=WAYS, default=list(KINDS), help=HELP)

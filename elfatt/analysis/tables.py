@@ -224,7 +224,7 @@ def measure_speed(
             for kind, how in variants(entry.row, args).items():
                 try:
                     check_numerics(entry.row.name, model, numerics_shape(entry.row.img_size), how)
-                    batch, call = _fit(entry.row, how, args, model)
+                    batch, call = fit_row(entry.row, how, args, model)
                 except REFUSALS as error:
                     print(f"{entry.row.name} ({kind}) is not timed: {error}", file=sys.stderr)
                     entry.values[f"refused_{kind}"] = str(error)
@@ -275,7 +275,7 @@ def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[lis
             try:
                 # of the eager model: a compiler's own memory is not the model's, a recorded graph's is taken before
                 eager = replace(how, compile=False, cuda_graph=False)
-                batch, _ = _fit(entry.row, eager, args)
+                batch, _ = fit_row(entry.row, eager, args)
                 peak = measure_memory(partial(_build_pass, entry.row, eager, batch), args.device)
             except REFUSALS as error:
                 print(f"{entry.row.name} ({kind}) is not measured: {error}", file=sys.stderr)
@@ -284,7 +284,10 @@ def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[lis
         yield [entry]
 
 
-def _fit(row: Row, how: RunSpec, args: argparse.Namespace, model: torch.nn.Module | None = None):
+def fit_row(
+    row: Row, how: RunSpec, args: argparse.Namespace, model: torch.nn.Module | None = None
+) -> tuple[int, Callable[[], torch.Tensor] | None]:
+    """``fit_batch`` for a row, starting from ``--batch-size`` or the paper's."""
     needed = count_memory(row.build(), (1, 3, *row.img_size), how.backend, how.dtype)
     return fit_batch(row.name, needed, args.batch_size or row.batch_size, row.img_size, how, model)
 

@@ -19,7 +19,7 @@ from elfatt.checkpoints import load_checkpoint
 from elfatt.data.images import list_images, read_image
 from elfatt.export import LARGEST, PRECISIONS, RUNTIMES, export, size_limit
 
-BATCH = 16  # images a pass of the evaluation
+BATCH = 16  # of the evaluation
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,9 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-classes", type=int, default=1000, help="classes (default: %(default)s)")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="such as block_size=7")
     add("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
-    add("--calibration", type=Path, metavar="FOLDER", help="images that int8 is calibrated on")
-    add("--images", type=int, default=128, help="at most so many of them (default: %(default)s)")
-    add("--crop-pct", type=float, help="share of the resized image that is kept (default: the model's)")
+    add("--calibration", type=Path, metavar="FOLDER", help="calibration images for int8")
+    add("--images", type=int, default=128, help="maximum number of calibration images (default: %(default)s)")
+    add("--crop-pct", type=float, help="center crop (default: the model's)")
     add("--evaluate", type=Path, metavar="FOLDER", help="a folder of images per class: accuracy before and after")
     return parser
 
@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> None:
     if is_dense:
         if args.evaluate or args.size is None:
             raise ValueError(f"{args.model} is exported for one size and not evaluated: pass --size, no --evaluate")
-        model = dense_model(Path(args.model))
+        from elfatt.integrations.mm_models import load_segmentor
+
+        model = load_segmentor(Path(args.model))
     else:
         check_model(args.model)
         model = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs).eval()
@@ -85,38 +87,6 @@ def run(args: argparse.Namespace) -> None:
         before = accuracy(torch.inference_mode()(model), data)
         after = accuracy(lambda batch: torch.from_numpy(run_file(batch)), data)
         print(f"top-1 on {len(data)} images: PyTorch {before:.2%}, {args.to} {args.precision} {after:.2%}")
-
-
-def dense_model(config: Path) -> nn.Module:
-    """A segmentor of mmsegmentation as a model from normalised images to logits at a quarter of their size.
-
-    Raises:
-        ValueError: A detector, whose number of boxes depends on the image.
-    """
-    from elfatt.integrations.mm_models import load_model
-
-    model = load_model(config, "cpu")
-    if hasattr(model, "rpn_head"):
-        raise ValueError(
-            f"{config} is a detector: torch.export cannot trace a number of boxes that depends on the image"
-        )
-    return Segmentor(model)
-
-
-class Segmentor(nn.Module):
-    """Images to logits, with the parameter names of the segmentor.
-
-    Args:
-        model: Of mmsegmentation.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.backbone, self.decode_head = model.backbone, model.decode_head
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Normalised images ``[B, 3, H, W]`` to ``[B, classes, H/4, W/4]``."""
-        return self.decode_head(self.backbone(image))
 
 
 def _transform(model: nn.Module, size: tuple[int, int] | None, crop_pct: float | None) -> tuple[Callable, int]:

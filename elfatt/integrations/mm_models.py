@@ -35,6 +35,34 @@ def load_model(path: Path, device: str = "meta") -> nn.Module:
     return build_model(Config.fromfile(path), device)
 
 
+class Segmentor(nn.Module):
+    """Backbone and decode head of a segmentor, under its parameter names.
+
+    Args:
+        model: A segmentor of mmsegmentation.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.backbone, self.decode_head = model.backbone, model.decode_head
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Normalised images ``[B, 3, H, W]`` to logits ``[B, classes, H/4, W/4]``."""
+        return self.decode_head(self.backbone(image))
+
+
+def load_segmentor(path: Path) -> Segmentor:
+    """The segmentor of a configuration file, without preprocessing and auxiliary heads, for export.
+
+    Raises:
+        ValueError: The configuration is of a detector.
+    """
+    model = load_model(path, "cpu")
+    if hasattr(model, "rpn_head"):
+        raise ValueError(f"{path} is a detector: its number of boxes depends on the image and cannot be traced")
+    return Segmentor(model)
+
+
 class FixedWork(nn.Module):
     """Image to raw outputs, through the real model's own ``forward(mode="tensor")``.
 

@@ -129,7 +129,7 @@ def _own(model: HierarchicalBackbone) -> vit.ViT:
         name=f"{type(model).__name__}-{dims}-{len(layers)}",
         layers=layers,
         heads={name: layer.num_heads for name, layer in layers.items()},
-        width=0,
+        width=0,  # differs per stage; needed by a plan's LePE only, which is refused
         linear=True,
         features=model.forward_features,
         handle=_OwnHandle,
@@ -137,7 +137,7 @@ def _own(model: HierarchicalBackbone) -> vit.ViT:
 
 
 class _OwnHandle(vit.ViTHandle):
-    """Vanilla layers of this package's models, whose maps have a size of their own per stage."""
+    """Conversion of the vanilla layers of this package's models; map sizes differ per stage."""
 
     def __init__(self, found: vit.ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
         if plan and plan.lepe:

@@ -179,7 +179,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:
-    """Disable autocast on the device of ``x``, where it is enabled: exported graphs hold no region for it."""
+    """Disable autocast on the device of ``x``; a no-op if it is off, to keep exported graphs free of regions."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)

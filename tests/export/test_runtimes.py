@@ -1,8 +1,9 @@
 """``python -m elfatt.analysis runtimes``; beside the export tests, which load the same native runtimes."""
 
 import pytest
+import torch
 
-from elfatt.analysis import rows
+from elfatt.analysis import memory, rows, runtimes, tables
 from elfatt.analysis.__main__ import main
 from elfatt.analysis.results import load_runs
 
@@ -28,3 +29,14 @@ def test_runtimes_take_turns_with_pytorch(tmp_path, capsys, monkeypatch):
     assert captured.err.count("needs trtexec") == 1 and "| CSWin-T24181-ELFATT |" in captured.out
     assert main(["report", "--results", str(tmp_path), "--output", str(tmp_path / "r.md")]) == 0
     assert "openvino" in (tmp_path / "r.md").read_text()
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved(monkeypatch, capsys):
+    (model,) = rows.select_rows([9], ["*-GLOBAL"])
+    args = tables.argparse.Namespace(device="cpu", batch_size=8, repeats=1, warm_up=0)
+    needed = memory.count_memory(model.build(), (1, 3, 224, 224), "math", torch.float32)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 3 * needed)
+    monkeypatch.setattr(runtimes, "prepare", lambda *args: lambda: None)
+    exact, fused = runtimes.measure([model], ["onnx", "eager"], "2 threads", args)
+    assert exact["batch_size"] == 2 and fused["batch_size"] == 8
+    assert "halved to 2" in capsys.readouterr().err
