@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_2tuple
 from timm.models._features import feature_take_indices
 from torch import nn
 
 from elfatt.attention import create_attention
-from elfatt.layers import ConvMerge, PatchMerge, Stem
+from elfatt.layers import ConvMerge, Mlp, PatchMerge, Stem
 from elfatt.ops import checkpoint
 
 

@@ -3,6 +3,7 @@
 from elfatt.layers.gradients import align_gradients
 from elfatt.layers.lepe import LePE
 from elfatt.layers.merges import ConvMerge, PatchMerge
+from elfatt.layers.mlp import Mlp
 from elfatt.layers.positions import relative_position_index, resize_positions, shift_mask
 from elfatt.layers.stems import DoubleStem, Stem
 
@@ -10,6 +11,7 @@ __all__ = [
     "ConvMerge",
     "DoubleStem",
     "LePE",
+    "Mlp",
     "PatchMerge",
     "Stem",
     "align_gradients",

@@ -286,6 +286,44 @@ def test_lepe_beside_other_attention(dtype, bias, monkeypatch):
         assert (found - truth).norm() <= 2 * SLACK[dtype] * truth.norm()
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=str)
+@pytest.mark.parametrize("lepe", [True, False])
+@pytest.mark.parametrize("block", [(0, 0), (0, 2), (4, 3)], ids=["map", "stripes", "padded blocks"])
+def test_block_attention(block, lepe, dtype):
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(2, 6, 5, 3, 64, generator=generator).to(DEVICE, dtype)
+    given = {"qkv": packed[..., 16:48]}  # half of a mechanism's channels, as CSWin's stripes take them
+    if lepe:
+        given |= {"weight": torch.randn(32, 1, 3, 3, generator=generator), "bias": torch.randn(32, generator=generator)}
+        given = {name: x.to(DEVICE) for name, x in given.items()}
+    dout = torch.randn(2, 6, 5, 32, generator=generator).to(DEVICE, dtype)
+
+    def results(backend, given):
+        leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+        kernel = (leaves["weight"], leaves["bias"]) if lepe else None
+        out = ops.block_attention(leaves["qkv"], num_heads=2, block=block, lepe=kernel, backend=backend)
+        out.backward(dout.to(out.dtype))
+        return {"out": out.detach(), **{f"d{name}": x.grad for name, x in leaves.items()}}
+
+    truth = results("reference", {name: x.double() for name, x in given.items()})
+    theirs = errors(results("math", {name: x.to(dtype) for name, x in given.items()}), truth)
+    for name, error in errors(results(KERNELS, given), truth).items():
+        assert error <= 2 * theirs[name] + SLACK[dtype], f"{name}: {error:.1e}, PyTorch's {theirs[name]:.1e}"
+
+
+def test_large_blocks_are_left_to_pytorch(monkeypatch):
+    if KERNELS != "cpp":
+        pytest.skip("Triton's block attention is PyTorch's")
+    backend, calls = ops.get_backend("cpp"), []
+    real = fused._attention
+    monkeypatch.setattr(fused, "_attention", lambda *args: calls.append(args) or real(*args))
+    for side, expected in ((2, 1), (4, 0)):
+        calls.clear()
+        monkeypatch.setattr("elfatt.ops.cpp.LARGEST_BLOCK", 9)
+        backend.block_attention(torch.randn(1, 4, 4, 3, 16), num_heads=1, block=(side, side), lepe=None)
+        assert len(calls) == expected
+
+
 def test_lepe_of_an_empty_map():
     v, weight, bias = torch.empty(1, 0, 4, 64), torch.randn(64, 1, 3, 3), torch.randn(64)
     leaves = [x.to(DEVICE).requires_grad_() for x in (v, weight, bias)]
@@ -373,13 +411,14 @@ def test_automatic_mixed_precision(dtype):
     [
         ("elfatt", "_attention"),
         ("effatt", "_attention"),
-        ("vanilla", "_lepe"),
+        ("vanilla", {"cpp": "_attention", "triton": "_lepe"}),
         ("agent", "_lepe"),
         ("flatten", "_lepe"),
     ],
 )
 def test_mechanisms_run_the_kernels(name, operator, monkeypatch):
     calls = []
+    operator = operator if isinstance(operator, str) else operator[KERNELS]
     real = getattr(fused, operator)
     monkeypatch.setattr(fused, operator, lambda *args: calls.append(args) or real(*args))
     with ops.use_backend(KERNELS), torch.no_grad():

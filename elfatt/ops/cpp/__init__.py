@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from elfatt.ops.cpp.build import unavailable_reason
-from elfatt.ops.fused import FusedBackend
+from elfatt.ops.fused import FusedBackend, is_transformed
 from elfatt.ops.pytorch import dtype_name
+
+LARGEST_BLOCK = 768  # tokens of other mechanisms' blocks; PyTorch's attention is as fast from about 1024 on
 
 
 class CppBackend(FusedBackend):
@@ -21,3 +23,17 @@ class CppBackend(FusedBackend):
         if dtype not in (torch.bfloat16, torch.float32):
             return f"it needs bfloat16 or float32, not {dtype_name(dtype)}"
         return unavailable_reason()
+
+    def block_attention(self, qkv, *, num_heads, block, lepe):
+        channels = qkv.shape[-1]
+        fits = block[0] * block[1] <= LARGEST_BLOCK and (lepe is None or lepe[0].shape[-1] == 3)
+        if not fits or is_transformed() or self.unsupported_reason(qkv, (channels // num_heads,)):
+            return super().block_attention(qkv, num_heads=num_heads, block=block, lepe=lepe)
+        return self.elfatt_attention(  # a local branch without a global one
+            qkv.flatten(3),
+            num_heads=(1, num_heads),
+            global_channels=0,
+            block=block,
+            lepe_global=None,
+            lepe_local=lepe,
+        )

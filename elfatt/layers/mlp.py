@@ -1,0 +1,25 @@
+"""MLP of a transformer block; in inference on a CPU, over chunks of tokens."""
+
+from __future__ import annotations
+
+import timm.layers
+import torch
+
+TOKENS = 2048  # of a chunk, at most: enough to reuse the weights, few enough to keep hidden activations in the cache
+
+
+class Mlp(timm.layers.Mlp):
+    """timm's ``Mlp``, with the same parameters and results.
+
+    In inference on a CPU the memory of the hidden activations does not grow with the map.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``[..., C]`` to the same shape."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu":
+            return super().forward(x)
+        rows = x.flatten(0, -2)
+        if len(rows) <= TOKENS:
+            return super().forward(x)
+        chunks = rows.tensor_split(-(-len(rows) // TOKENS))
+        return torch.cat([super(Mlp, self).forward(chunk) for chunk in chunks]).unflatten(0, x.shape[:-1])
