@@ -75,7 +75,7 @@ def train(backend, steps=10, seed=0, wrap=lambda model: model, attention="elfatt
     ids=["all", "forward", "backward", "lepe", "lepe_sums", "backward later"],
 )
 def test_training_ends_with_the_weights_of_sdpa(monkeypatch, caplog, names, after):
-    attention = "agent" if names[0].startswith("lepe") else "elfatt"  # which runs LePE by itself
+    attention = "flatten" if names[0].startswith("lepe") else "elfatt"  # which runs LePE by itself
     expected = train("sdpa", attention=attention)
     break_kernels(monkeypatch.setattr, names, after=after)
     found = train("auto", attention=attention)
