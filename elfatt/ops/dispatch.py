@@ -7,7 +7,7 @@
 ``sdpa``        softmax attention through ``torch.nn.functional.scaled_dot_product_attention`` (the paper's "FA")
 ``flash_attn``  softmax attention through the flash-attn package
 ``triton``      the ELFATT operation and LePE as fused CUDA kernels, forward and backward; the rest as ``sdpa``
-``cpp``         the same as C++ kernels for a CPU, compiled at first use
+``cpp``         the same as C++ kernels for a CPU, compiled at first use, and softmax attention in small blocks of a map
 """
 
 from __future__ import annotations
