@@ -33,6 +33,15 @@ def block_attention(
 
     Returns:
         ``[B, H, W, C]``.
+
+    Raises:
+        ValueError: A shape does not fit, or the chosen backend cannot take these tensors.
     """
+    if qkv.ndim != 5 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must be [B, H, W, 3, C], got {tuple(qkv.shape)}")
+    if 0 in qkv.shape[1:3]:
+        raise ValueError(f"the map has no tokens: {tuple(qkv.shape)}")
+    if num_heads < 1 or qkv.shape[-1] % num_heads:
+        raise ValueError(f"{qkv.shape[-1]} channels cannot be split into {num_heads} heads")
     found = resolve(backend, None if lepe is None else qkv)
     return found.block_attention(qkv, num_heads=num_heads, block=fit_block(block, qkv.shape[1:3]), lepe=lepe)

@@ -311,6 +311,20 @@ def test_block_attention(block, lepe, dtype):
         assert error <= 2 * theirs[name] + SLACK[dtype], f"{name}: {error:.1e}, PyTorch's {theirs[name]:.1e}"
 
 
+@pytest.mark.parametrize(
+    ("shape", "heads", "message"),
+    [
+        ((1, 4, 4, 2, 16), 2, r"qkv must be \[B, H, W, 3, C\], got \(1, 4, 4, 2, 16\)"),
+        ((1, 0, 4, 3, 16), 2, "the map has no tokens"),
+        ((1, 4, 4, 3, 16), 3, "16 channels cannot be split into 3 heads"),
+    ],
+    ids=["packing", "tokens", "heads"],
+)
+def test_block_attention_names_what_does_not_fit(shape, heads, message):
+    with pytest.raises(ValueError, match=message):
+        ops.block_attention(torch.randn(shape, device=DEVICE), num_heads=heads, block=(0, 0), backend=KERNELS)
+
+
 def test_large_blocks_are_left_to_pytorch(monkeypatch):
     if KERNELS != "cpp":
         pytest.skip("Triton's block attention is PyTorch's")
