@@ -5,7 +5,9 @@ from __future__ import annotations
 import timm.layers
 import torch
 
-TOKENS = 2048  # of a chunk, at most: enough to reuse the weights, few enough to keep hidden activations in the cache
+from elfatt.ops.geometry import count_blocks
+
+TOKENS = 2048  # per chunk at most: enough to reuse the weights, few enough to keep hidden activations in cache
 
 
 class Mlp(timm.layers.Mlp):
@@ -21,5 +23,5 @@ class Mlp(timm.layers.Mlp):
         rows = x.flatten(0, -2)
         if len(rows) <= TOKENS:
             return super().forward(x)
-        chunks = rows.tensor_split(-(-len(rows) // TOKENS))
+        chunks = rows.tensor_split(count_blocks(len(rows), TOKENS))
         return torch.cat([super(Mlp, self).forward(chunk) for chunk in chunks]).unflatten(0, x.shape[:-1])

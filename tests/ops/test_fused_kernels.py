@@ -328,12 +328,12 @@ def test_block_attention_names_what_does_not_fit(shape, heads, message):
 def test_large_blocks_are_left_to_pytorch(monkeypatch):
     if KERNELS != "cpp":
         pytest.skip("Triton's block attention is PyTorch's")
+    monkeypatch.setattr("elfatt.ops.cpp.LARGEST_BLOCK", 9)
     backend, calls = ops.get_backend("cpp"), []
     real = fused._attention
     monkeypatch.setattr(fused, "_attention", lambda *args: calls.append(args) or real(*args))
     for side, expected in ((2, 1), (4, 0)):
         calls.clear()
-        monkeypatch.setattr("elfatt.ops.cpp.LARGEST_BLOCK", 9)
         backend.block_attention(torch.randn(1, 4, 4, 3, 16), num_heads=1, block=(side, side), lepe=None)
         assert len(calls) == expected
 

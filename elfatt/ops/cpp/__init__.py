@@ -1,4 +1,4 @@
-"""C++ kernels of the ELFATT operation and of LePE for CPUs, compiled at first use."""
+"""C++ kernels of the ELFATT operation, block attention and LePE for CPUs, compiled at first use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from elfatt.ops.cpp.build import unavailable_reason
 from elfatt.ops.fused import FusedBackend, is_transformed
 from elfatt.ops.pytorch import dtype_name
 
-LARGEST_BLOCK = 768  # tokens of other mechanisms' blocks; PyTorch's attention is as fast from about 1024 on
+LARGEST_BLOCK = 768  # tokens, for block_attention; from about 1024 on PyTorch's SDPA is as fast
 
 
 class CppBackend(FusedBackend):
