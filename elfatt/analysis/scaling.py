@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +27,18 @@ from elfatt.analysis.tables import (
     numerics_shape,
 )
 from elfatt.analysis.timing import RunSpec, check_numerics, time_in_turns
-from elfatt.backbones.zoo import ATTENTIONS, check_model
+from elfatt.backbones.zoo import MODELS, check_model
 
-DEFAULT_MODELS = [f"cswin_tiny_{name}" for name in ATTENTIONS]
+DEFAULT_MODELS = [name for name in MODELS if name.startswith("cswin_tiny_")]
 DEFAULT_SIZES = ["224", "384", "512", "768", "1024", "1536", "2048"]
 # the last three: fused by PyTorch alone, without kernels of ours; ELFATT as straightforward PyTorch; fa in spite of
 # --compile not compiled
-WAYS = {**KINDS, "sdpa": {"backend": "sdpa"}, "plain": {"backend": "plain"}, "eager": {"compile": False}}
+WAYS: dict[str, dict[str, Any]] = {
+    **KINDS,
+    "sdpa": {"backend": "sdpa"},
+    "plain": {"backend": "plain"},
+    "eager": {"compile": False},
+}
 HELP = (
     "softmax attention open (nfa), fused (fa), fused by PyTorch alone (sdpa); ELFATT unoptimised (plain); "
     "fa without --compile (eager)"
@@ -120,7 +126,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every model and attention at one size; refused ones carry the reason instead of a latency."""
-    rows, passes = [], {}
+    rows: list[dict[str, Any]] = []
+    passes: dict[tuple[str, str], Callable[[], torch.Tensor]] = {}
     for name in args.models:
         build = partial(_build, name, size)
         model = None if args.count_only else build(args.device)
@@ -133,7 +140,7 @@ def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace)
             try:
                 needed = count_memory(build("meta"), (1, 3, *size), how.backend, how.dtype, how.backward)
                 row["counted_memory_mib"] = needed / 2**20
-                if args.count_only:
+                if model is None:
                     continue
                 if name not in RIVALS:  # theirs does not depend on the backend
                     check_numerics(label, model, numerics_shape(size), how)

@@ -34,6 +34,18 @@ def list_attentions() -> list[str]:
     return sorted(_ATTENTIONS)
 
 
+def attention_options(name: str) -> list[str]:
+    """Keywords of a mechanism beyond ``dim`` and ``num_heads``.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if name not in _ATTENTIONS:
+        hint = did_you_mean(name, _ATTENTIONS) or f": choose one of {', '.join(list_attentions())}"
+        raise ValueError(f"unknown attention {name!r}{hint}")
+    return list(inspect.signature(_ATTENTIONS[name]).parameters)[2:]
+
+
 def create_attention(name: str, *, dim: int, num_heads: int, **options) -> nn.Module:
     """Build a mechanism.
 
@@ -50,10 +62,7 @@ def create_attention(name: str, *, dim: int, num_heads: int, **options) -> nn.Mo
         ValueError: Unknown name, or a value that does not fit.
         TypeError: An option that the mechanism does not have.
     """
-    if name not in _ATTENTIONS:
-        hint = did_you_mean(name, _ATTENTIONS) or f": choose one of {', '.join(list_attentions())}"
-        raise ValueError(f"unknown attention {name!r}{hint}")
-    known = list(inspect.signature(_ATTENTIONS[name]).parameters)[2:]
+    known = attention_options(name)
     for option in options:
         if option not in known:
             raise TypeError(f"attention {name!r} has no option {option!r}: it takes {', '.join(known)}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_2tuple
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from elfatt.attention import create_attention
+from elfatt.attention import attention_options, create_attention
 from elfatt.layers import ConvMerge, Mlp, PatchMerge, Stem
 from elfatt.ops import checkpoint
 
@@ -63,6 +64,8 @@ class HierarchicalBackbone(nn.Module):
     """Stem, stages, norm and classifier, for any image size; a subclass gives the parts to ``assemble``."""
 
     no_weight_decay_suffixes: tuple[str, ...] = ()  # parameters without weight decay, like biases
+    stages: nn.Sequential
+    norm: nn.Module
 
     def assemble(
         self,
@@ -97,11 +100,11 @@ class HierarchicalBackbone(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.output_fmt = "NHWC"
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = iter(cast("list[float]", calculate_drop_path_rates(drop_path_rate, sum(depths))))
         self.stem = stem
         layers = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            blocks = [Block(dim, mixer(i, j), mlp_ratio=mlp_ratio, drop_path=rates[i][j]) for j in range(depth)]
+            blocks = [Block(dim, mixer(i, j), mlp_ratio=mlp_ratio, drop_path=next(rates)) for j in range(depth)]
             layers.append(Stage(merge(dims[i - 1], dim) if i else nn.Identity(), blocks))
         self.stages = nn.Sequential(*layers)
         self.feature_info = [
@@ -132,7 +135,7 @@ class HierarchicalBackbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
-        for stage in self.stages:
+        for stage in cast("Iterable[Stage]", self.stages):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -177,7 +180,7 @@ class HierarchicalBackbone(nn.Module):
         wanted, last = feature_take_indices(len(self.stages), indices)
         intermediates = []
         x = self._embed(x)
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+        for i, stage in enumerate(list(self.stages)[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in wanted:
                 out = self.norm(x) if norm and i == len(self.stages) - 1 else x
@@ -192,7 +195,7 @@ class HierarchicalBackbone(nn.Module):
         """Drop the stages, norm and classifier that the chosen stages do not need; returns their indices."""
         wanted, last = feature_take_indices(len(self.stages), indices)
         ends_early = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
+        del self.stages[last + 1 :]
         if prune_norm or ends_early:
             self.norm = nn.Identity()
         if ends_early:
@@ -261,7 +264,7 @@ def per_stage(name: str, value, stages: int) -> list:
 class HierarchicalTransformer(HierarchicalBackbone):
     """Swin- or CSWin-shaped backbone with any mechanism in any block.
 
-    A subclass sets ``local``, the mechanism behind the letter L, and ``local_options``.
+    A subclass names its local mechanism. A mechanism gets the options of its stage that its signature declares.
 
     Args:
         img_size: Training image in pixels, a side or (height, width): it sizes the learned position tables of agent
@@ -290,7 +293,9 @@ class HierarchicalTransformer(HierarchicalBackbone):
         ValueError: A value that does not fit, named.
     """
 
-    local: str
+    local: str  # the mechanism behind the letter L
+    local_size: str  # its option that ``window_size`` sets
+    overrides: Mapping[str, dict] = {}  # options of single mechanisms
     no_weight_decay_suffixes = ("relative_position_bias_table",)
 
     def __init__(
@@ -323,20 +328,31 @@ class HierarchicalTransformer(HierarchicalBackbone):
             raise ValueError(f"levels={levels!r} must name {stages} stages: each block is {LETTERS}")
         if len(num_heads) != stages:
             raise ValueError(f"num_heads={num_heads} must hold {stages} values, one per stage, as depths={depths}")
-        self.attention = attention
-        self.channel_split, self.lepe, self.backend = channel_split, lepe, backend
-        self.block_size = per_stage("block_size", block_size, stages)
-        self.agents = per_stage("agents", agents, stages)
-        self.agent_tables = per_stage("agent_tables", agent_tables, stages)
-        self.window_size = per_stage("window_size", window_size, stages)
-
-        dims = [embed_dim * 2**i for i in range(stages)]
+        mechanisms = {"E": attention, "V": "vanilla", "L": self.local}
         letters = [expand_level(level, depth) for level, depth in zip(levels, depths, strict=True)]
-        sizes = [tuple(max(1, -(-side // 2 ** (i + 2))) for side in to_2tuple(img_size)) for i in range(stages)]
+        dims = [embed_dim * 2**i for i in range(stages)]
+        options = {
+            "block_size": per_stage("block_size", block_size, stages),
+            "agents": per_stage("agents", agents, stages),
+            "tables": per_stage("agent_tables", agent_tables, stages),
+            self.local_size: per_stage("window_size", window_size, stages),
+            "feat_size": [tuple(max(1, -(-s // 2 ** (i + 2))) for s in to_2tuple(img_size)) for i in range(stages)],
+            "channel_split": [channel_split] * stages,
+            "lepe": [lepe] * stages,
+            "backend": [backend] * stages,
+        }
+
+        def build_attention(stage: int, block: int) -> nn.Module:
+            name = mechanisms[letters[stage][block]]
+            offered = {option: values[stage] for option, values in options.items()}
+            offered |= {"shifted": block % 2 == 1, **self.overrides.get(name, {})}
+            chosen = {option: offered[option] for option in attention_options(name) if option in offered}
+            return create_attention(name, dim=dims[stage], num_heads=num_heads[stage], **chosen)
+
         self.assemble(
             Stem(stem, in_chans, embed_dim),
             MERGES[stem],
-            lambda i, j: self._build_attention(letters[i][j], dims[i], num_heads[i], i, j, sizes[i]),
+            build_attention,
             dims=dims,
             depths=depths,
             in_chans=in_chans,
@@ -346,32 +362,6 @@ class HierarchicalTransformer(HierarchicalBackbone):
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
         )
-
-    def _build_attention(self, letter, dim, num_heads, stage, block, feat_size):
-        name = {"E": self.attention, "V": "vanilla", "L": self.local}[letter]
-        options = {
-            "elfatt": {
-                "block_size": self.block_size[stage],
-                "channel_split": self.channel_split,
-                "lepe": self.lepe,
-            },
-            "effatt": {"lepe": self.lepe},
-            "vanilla": {"lepe": self.lepe},
-            "agent": {
-                "agents": self.agents[stage],
-                "tables": self.agent_tables[stage],
-                "feat_size": feat_size,
-                "lepe": self.lepe,
-            },
-            "flatten": {"feat_size": feat_size, "lepe": self.lepe and self.local == "cswin"},
-            self.local: self.local_options(stage, block),
-        }
-        chosen = options.get(name, {}) | ({"backend": self.backend} if self.backend else {})
-        return create_attention(name, dim=dim, num_heads=num_heads, **chosen)
-
-    def local_options(self, stage: int, block: int) -> dict:
-        """Keywords of the local mechanism in one block."""
-        raise NotImplementedError
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -8,8 +8,5 @@ from elfatt.backbones.hierarchical import HierarchicalTransformer
 class SwinTransformer(HierarchicalTransformer):
     """See ``HierarchicalTransformer``; with ELFATT the paper gives it CSWin's stem and merges."""
 
-    local = "swin"
-
-    def local_options(self, stage: int, block: int) -> dict:
-        """Windows, shifted in every second block."""
-        return {"window_size": self.window_size[stage], "shifted": block % 2 == 1}
+    local, local_size = "swin", "window_size"
+    overrides = {"flatten": {"lepe": False}}  # official FLatten has LePE on CSWin only

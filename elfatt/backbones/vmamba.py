@@ -86,7 +86,7 @@ def cross_scan(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([ahead, ahead.flip(2)], 1)
 
 
-def cross_merge(y: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def cross_merge(y: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Sum of four paths ``[B, 4, H·W, D]`` on the map of this height and width, ``[B, H, W, D]``."""
     rows, columns = (y[:, :2] + y[:, 2:].flip(2)).unbind(1)
     return rows.unflatten(1, size) + columns.unflatten(1, size[::-1]).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The table of models: sizes × mechanisms → timm entry points such as ``cswin_tiny_elfatt``; and VMamba-T."""
+"""The table of models, each a timm entry point."""
 
 from __future__ import annotations
 
@@ -24,33 +24,45 @@ SIZES = {
     "cswin_nano": {"embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (2, 4, 8, 16)},
 }
 
+# size, mechanism behind E, letters per stage: E efficient, V vanilla, L local, H vanilla and efficient in turn
+MODELS = {
+    "swin_tiny_elfatt": ("swin_tiny", "elfatt", "EEHV"),
+    "swin_tiny_effatt": ("swin_tiny", "effatt", "EEHV"),
+    "swin_tiny_global": ("swin_tiny", "vanilla", "VVVV"),
+    "swin_tiny_local": ("swin_tiny", "vanilla", "LLLL"),
+    "swin_tiny_agent": ("swin_tiny", "agent", "EEEL"),
+    "swin_tiny_flatten": ("swin_tiny", "flatten", "EELL"),
+    "swin_base_elfatt": ("swin_base", "elfatt", "EEHV"),
+    "swin_base_effatt": ("swin_base", "effatt", "EEHV"),
+    "swin_base_global": ("swin_base", "vanilla", "VVVV"),
+    "swin_base_local": ("swin_base", "vanilla", "LLLL"),
+    "swin_base_agent": ("swin_base", "agent", ("E", "E", "EE" + 16 * "L", "L")),
+    "swin_base_flatten": ("swin_base", "flatten", "EELL"),
+    "cswin_tiny_elfatt": ("cswin_tiny", "elfatt", "EEHV"),
+    "cswin_tiny_effatt": ("cswin_tiny", "effatt", "EEHV"),
+    "cswin_tiny_global": ("cswin_tiny", "vanilla", "VVVV"),
+    "cswin_tiny_local": ("cswin_tiny", "vanilla", "LLLV"),
+    "cswin_tiny_agent": ("cswin_tiny", "agent", "EELV"),
+    "cswin_tiny_flatten": ("cswin_tiny", "flatten", "EELV"),
+    "cswin_base_elfatt": ("cswin_base", "elfatt", "EEHV"),
+    "cswin_base_effatt": ("cswin_base", "effatt", "EEHV"),
+    "cswin_base_global": ("cswin_base", "vanilla", "VVVV"),
+    "cswin_base_local": ("cswin_base", "vanilla", "LLLV"),
+    "cswin_base_agent": ("cswin_base", "agent", "EELV"),
+    "cswin_base_flatten": ("cswin_base", "flatten", "EELV"),
+    "swin_nano_elfatt": ("swin_nano", "elfatt", "EEHV"),
+    "cswin_nano_elfatt": ("cswin_nano", "elfatt", "EEHV"),
+}
+
 # VMamba has one mechanism only; its authors call this size vmamba_tiny_s1l8
 VMAMBA = {"vmamba_tiny": {"embed_dim": 96, "depths": (2, 2, 8, 2), "ssm_ratio": 1.0}}
 
-# the mechanism behind the letter E, and the letters of the stages on each shell (E efficient, V vanilla, L local,
-# H vanilla and efficient in turn); CSWin's local models end in one vanilla stage
-ATTENTIONS = {
-    "elfatt": {"attention": "elfatt", "swin": "EEHV", "cswin": "EEHV"},
-    "effatt": {"attention": "effatt", "swin": "EEHV", "cswin": "EEHV"},
-    "global": {"attention": "vanilla", "swin": "VVVV", "cswin": "VVVV"},
-    "local": {"attention": "vanilla", "swin": "LLLL", "cswin": "LLLV"},
-    "agent": {"attention": "agent", "swin": "EEEL", "cswin": "EELV"},
-    "flatten": {"attention": "flatten", "swin": "EELL", "cswin": "EELV"},
+# Swin's windows and CSWin's stripes by training resolution in pixels; any other image takes those of 224
+WINDOW_SIZES: dict[int, dict] = {
+    224: {"swin": 7, "cswin": (1, 2, 7, 7)},
+    384: {"swin": 12, "cswin": (1, 2, 12, 12)},
 }
-
-# what single models have otherwise, by training resolution
-_AGENT_IN_TWO_BLOCKS = {"levels": ("E", "E", "EE" + 16 * "L", "L")}
-EXCEPTIONS = {
-    ("swin_base_agent", 224): _AGENT_IN_TWO_BLOCKS,
-    ("swin_base_agent", 384): _AGENT_IN_TWO_BLOCKS,
-    ("cswin_tiny_elfatt", 224): {"block_size": (7, 7, 14)},
-}
-
-# block sides, windows and stripes by training resolution in pixels; any other image takes those of 224
-RESOLUTIONS = {
-    224: {"block_size": 14, "swin": 7, "cswin": (1, 2, 7, 7)},
-    384: {"block_size": 24, "swin": 12, "cswin": (1, 2, 12, 12)},
-}
+BLOCK_SIZES = {("cswin_tiny_elfatt", 224): (7, 7, 14)}  # the others have 1/16 of the resolution
 
 
 def model_options(name: str, img_size: int | tuple[int, int] = 224) -> dict:
@@ -62,20 +74,19 @@ def model_options(name: str, img_size: int | tuple[int, int] = 224) -> dict:
     """
     if name in VMAMBA:
         return dict(VMAMBA[name])
-    shell, size, mechanism = name.split("_")
+    size, attention, levels = MODELS[name]
+    shell = size.split("_")[0]
     height, width = to_2tuple(img_size)
-    resolution = height if height == width and height in RESOLUTIONS else 224
-    sides, attention = RESOLUTIONS[resolution], ATTENTIONS[mechanism]
-    options = {
-        **SIZES[f"{shell}_{size}"],
-        "attention": attention["attention"],
-        "levels": attention[shell],
-        "stem": "conv" if shell == "cswin" or mechanism == "elfatt" else "patch",
-        "block_size": sides["block_size"],
-        "window_size": sides[shell],
+    resolution = height if height == width and height in WINDOW_SIZES else 224
+    return {
+        **SIZES[size],
+        "attention": attention,
+        "levels": levels,
+        "stem": "conv" if shell == "cswin" or attention == "elfatt" else "patch",
+        "block_size": BLOCK_SIZES.get((name, resolution), resolution // 16),
+        "window_size": WINDOW_SIZES[resolution][shell],
         "agents": (3, 4, 7, 7),
     }
-    return {**options, **EXCEPTIONS.get((name, resolution), {})}
 
 
 def check_model(name: str) -> None:
@@ -91,13 +102,7 @@ def check_model(name: str) -> None:
 
 def list_models() -> list[str]:
     """Names of all models, sorted; each is a timm entry point."""
-    return sorted(_names())
-
-
-def _names():
-    sizes = [size for size in SIZES if not size.endswith("nano")]
-    named = [f"{size}_{mechanism}" for size in sizes for mechanism in ATTENTIONS]
-    return [*named, "cswin_nano_elfatt", "swin_nano_elfatt", *VMAMBA]
+    return sorted([*MODELS, *VMAMBA])
 
 
 def _cfg(name: str) -> dict:
@@ -115,7 +120,7 @@ def _cfg(name: str) -> dict:
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(name) for name in _names()})
+default_cfgs = generate_default_cfgs({name: _cfg(name) for name in list_models()})
 
 
 def _register(name: str) -> None:
@@ -136,5 +141,5 @@ def _register(name: str) -> None:
     register_model(entry_point)
 
 
-for _name in _names():
+for _name in list_models():
     _register(_name)

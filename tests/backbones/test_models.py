@@ -196,11 +196,15 @@ def test_other_image_channels():
 
 
 def test_published_options_follow_the_training_resolution():
-    local = {side: on_meta("cswin_base_local", img_size=side) for side in (224, 384)}
-    assert [m.window_size for m in local.values()] == [[1, 2, 7, 7], [1, 2, 12, 12]]
-    assert on_meta("cswin_tiny_elfatt").block_size == [7, 7, 14, 14]
-    assert on_meta("cswin_base_elfatt", img_size=384).block_size == [24] * 4
-    assert on_meta("cswin_tiny_elfatt", img_size=512).block_size == [7, 7, 14, 14]
+    def sides(name, option, img_size):
+        stages = on_meta(name, img_size=img_size).stages[:3]  # the last one is vanilla
+        return [getattr(stage.blocks[-1].attn, option) for stage in stages]
+
+    assert sides("cswin_base_local", "stripe", 224) == [1, 2, 7]
+    assert sides("cswin_base_local", "stripe", 384) == [1, 2, 12]
+    assert sides("cswin_tiny_elfatt", "block_size", 224) == [7, 7, 14]
+    assert sides("cswin_base_elfatt", "block_size", 384) == [24, 24, 24]
+    assert sides("cswin_tiny_elfatt", "block_size", 512) == [7, 7, 14]
 
 
 @pytest.mark.parametrize("name", TINY)

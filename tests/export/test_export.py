@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from elfatt.backbones.zoo import ATTENTIONS
+from elfatt.backbones.zoo import model_options
 from elfatt.export import check, export, export_model, runtimes, size_limit
 from elfatt.export.__main__ import main
 from elfatt.integrations.mm_models import load_model
@@ -20,22 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SHELLS = ("swin", "cswin")
 STRIPED = {("cswin", "local"), ("cswin", "agent"), ("cswin", "flatten")}  # for one size only
-MODELS = [(shell, mechanism) for shell in SHELLS for mechanism in ATTENTIONS]
+MECHANISMS = ("elfatt", "effatt", "global", "local", "agent", "flatten")
+MODELS = [(shell, mechanism) for shell in SHELLS for mechanism in MECHANISMS]
 
 
 def build(shell: str, mechanism: str) -> torch.nn.Module:
-    options = ATTENTIONS[mechanism]
+    published = model_options(f"{shell}_tiny_{mechanism}")
+    options = {key: published[key] for key in ("attention", "levels", "stem", "agents", "window_size")}
     torch.manual_seed(0)
-    model = timm.create_model(
-        f"{shell}_nano_elfatt",
-        attention=options["attention"],
-        levels=options[shell],
-        stem="conv" if shell == "cswin" or mechanism == "elfatt" else "patch",
-        block_size=7,
-        agents=(3, 4, 7, 7),
-        window_size=7 if shell == "swin" else (1, 2, 7, 7),
-        num_classes=10,
-    )
+    model = timm.create_model(f"{shell}_nano_elfatt", **options, block_size=7, num_classes=10)
     for parameter in model.parameters():  # large outputs, in which a wrong path shows
         torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim < 2 else torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()

@@ -11,7 +11,7 @@ from elfatt.layers import align_gradients
 from elfatt.ops import use_backend
 
 SMALL = {"depths": [1, 1, 1, 1], "num_classes": 3}
-MODELS = {f"cswin_tiny_{name}": {**SMALL, "embed_dim": 16} for name in elfatt.backbones.zoo.ATTENTIONS}
+MODELS = {n: {**SMALL, "embed_dim": 16} for n in elfatt.list_models() if n.startswith("cswin_tiny_")}
 MODELS |= {"vmamba_tiny": {**SMALL, "embed_dim": 16}, "convnext_tiny": {**SMALL, "dims": [16, 32, 64, 128]}}
 
 
