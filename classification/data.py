@@ -153,6 +153,7 @@ class StreamTransform:
         self.mode = mode
 
     def __call__(self, image: Image.Image) -> Any:
+        """Transform the image, or return it as ``Broken``."""
         try:
             return self.transform(standard_image(image, self.mode))
         except (OSError, SyntaxError, ValueError) as error:
@@ -203,6 +204,7 @@ class Collate:
         self.even = even
 
     def __call__(self, batch: list) -> tuple[Tensor | None, Tensor | None, list[Broken]]:
+        """Stack the readable samples: images, targets (None where all are broken), and the broken ones."""
         batch = [
             sample[0] if isinstance(sample, tuple) and isinstance(sample[0], Broken) else sample for sample in batch
         ]

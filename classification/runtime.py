@@ -39,10 +39,12 @@ class World:
 
     @property
     def distributed(self) -> bool:
+        """Whether there are other processes."""
         return self.size > 1
 
     @property
     def primary(self) -> bool:
+        """Whether this process logs and writes files."""
         return self.rank == 0
 
 

@@ -19,7 +19,7 @@ def start_worker(prepare: Callable[[int], None] | None, worker: int) -> None:
         prepare: The loader's own ``worker_init_fn``.
         worker: Number.
     """
-    Queue._on_queue_feeder_error = _hand_over
+    Queue._on_queue_feeder_error = _hand_over  # type: ignore[attr-defined]  # private
     if prepare:
         prepare(worker)
 

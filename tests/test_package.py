@@ -87,3 +87,9 @@ def test_an_impossible_backend_in_the_environment_stops_the_import():
     done = subprocess.run([sys.executable, "-c", "import elfatt"], env=environment, capture_output=True, text=True)
     line = "ValueError: ELFATT_BACKEND: unknown backend 'fast': choose one of auto, "
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(line)
+
+
+@pytest.mark.slow
+def test_types():
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -40,7 +40,8 @@ def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: 
     task = {6: "detection", 7: "segmentation"}.get(row.table, "classification")
     files = [checkpoints.resolve() / (row.config + suffix) for suffix in SUFFIXES]
     checkpoint = next((file for file in files if file.is_file()), None)
-    if checkpoint is None or data[task] is None or row.is_edge:
+    root = data[task]
+    if checkpoint is None or root is None or row.is_edge:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         if task == "classification":
@@ -48,7 +49,7 @@ def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: 
             command += ["--device", device, "--results-file", Path(folder) / "metrics.json"]
         else:
             command = [f"{task}/test.py", CONFIGS / task / f"{row.config}.py", checkpoint, "--work-dir", folder]
-        command = [sys.executable, *command, "--data-dir", data[task].resolve(), "--backend", active_backend()]
+        command = [sys.executable, *command, "--data-dir", root.resolve(), "--backend", active_backend()]
         print(f"accuracy: {row.name}: {checkpoint}", file=sys.stderr)
         done = subprocess.run([str(part) for part in command], cwd=CONFIGS.parent, stderr=subprocess.PIPE, text=True)
         if done.returncode:

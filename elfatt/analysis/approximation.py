@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ def bare_attention(name: str, dim: int, num_heads: int, **options: Any) -> QKVAt
     Raises:
         ValueError: Unknown name, or a value that does not fit.
     """
-    attention = create_attention(name, dim=dim, num_heads=num_heads, **options)
+    attention = cast(QKVAttention, create_attention(name, dim=dim, num_heads=num_heads, **options))
     for parameter in attention.parameters():
         nn.init.zeros_(parameter)
     return attention
@@ -177,12 +177,14 @@ def compare(
     exact = softmax_map(attention, q, k) if exact is None else exact
     widths = _head_widths(attention)
     values = v.double().flatten(1, 2).split(widths, dim=-1)
-    outputs = [torch.cat([a @ x for a, x in zip(maps.unbind(1), values, strict=True)], -1) for maps in (found, exact)]
+    out, truth = (
+        torch.cat([a @ x for a, x in zip(maps.unbind(1), values, strict=True)], -1) for maps in (found, exact)
+    )
     figures = {f"map_{name}": relative_error(found, exact, name) for name in NORMS}
     figures |= {"entropy": entropy(found), "concentration": concentration(found)}
     share = torch.tensor(widths).to(found) / attention.dim
     figures = {name: (per_head * share).sum(1) for name, per_head in figures.items()}
-    figures |= {f"output_{name}": relative_error(*outputs, name) for name in NORMS}
+    figures |= {f"output_{name}": relative_error(out, truth, name) for name in NORMS}
     return {name: figures[name].mean().item() for name in COLUMNS}
 
 
@@ -215,11 +217,14 @@ def sweep(
     _check_shapes(None, q, k, v)
     bare_attention("vanilla", q.shape[-1], num_heads)  # where this fails there is nothing to compare with
     sides = sorted({min(side, max(q.shape[1:3])) for side in blocks})
-    variants = [(name, None, None, options) for name, options in MECHANISMS.items()]
-    for split in splits:
-        for side in sides[:1] if split == 1 else sides:
-            options = {"block_size": side, "channel_split": split}
-            variants.append(("elfatt", None if split == 1 else side, split, options))
+    variants: list[tuple[str, int | None, float | None, Mapping[str, float]]] = [
+        *((name, None, None, options) for name, options in MECHANISMS.items()),
+        *(
+            ("elfatt", None if split == 1 else side, split, {"block_size": side, "channel_split": split})
+            for split in splits
+            for side in (sides[:1] if split == 1 else sides)
+        ),
+    ]
     rows, exact = [], {}
     for name, side, split, options in variants:
         try:

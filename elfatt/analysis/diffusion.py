@@ -212,7 +212,8 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
     plans = Plans(model, eager.prepare(Step(model, text=source.text), shape), plan, args)
     inside = how == eager  # hooks would break a graph
     rows: dict[str, dict[str, Any]] = {}
-    passes, logs = {}, {}
+    passes: dict[tuple[str, int], Callable[[], object]] = {}
+    logs: dict[tuple[str, int], list] = {}
     with ExitStack() as stack:
         for name in args.variants:
             variant, row = VARIANTS[name], rows.setdefault(name, {})

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from elfatt.analysis.complexity import count_true
 
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
+
 PATCH = 8  # pixels along a side of one latent
+Model = TypeVar("Model", bound=nn.Module)
 KINDS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 PIXART = {"caption_channels": 4096}
 
@@ -82,13 +86,14 @@ class Step(nn.Module):
         text: Tokens of the prompts.
     """
 
-    def __init__(self, model: nn.Module, timestep: int = 500, text: int = 77):
+    def __init__(self, model: ModelMixin, timestep: int = 500, text: int = 77):
         super().__init__()
         self.model, self.timestep, self.text = model, timestep, text
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Predict from latents ``[B, C, h, w]``."""
         config, ones = self.model.config, partial(torch.ones, dtype=x.dtype, device=x.device)
-        options = {"timestep": self.timestep, "return_dict": False}
+        options: dict[str, Any] = {"timestep": self.timestep, "return_dict": False}
         if width := config.get("caption_channels") or config.get("cross_attention_dim"):
             options["encoder_hidden_states"] = ones(len(x), self.text, width)
         if config.get("addition_embed_type") == "text_time":
@@ -130,7 +135,7 @@ class Source:
         """Tokens of a prompt."""
         return CONFIGS[self.name].text if self.name in CONFIGS else 77
 
-    def build(self, device: str) -> nn.Module:
+    def build(self, device: str) -> ModelMixin:
         """The model in evaluation mode; on the ``meta`` device without weights.
 
         Raises:
@@ -178,7 +183,8 @@ class Source:
         """Names of the self-attention layers, by number of tokens, channels and heads."""
         from elfatt.integrations.diffusers import self_attention_layers
 
-        model, found = self.build("meta"), {}
+        model = self.build("meta")
+        found: dict[tuple[int, int, int], list[str]] = {}
 
         def look(name, layer, args):
             found.setdefault((args[0].shape[1], layer.query_dim, layer.heads), []).append(name)
@@ -212,7 +218,7 @@ def denoiser_folder(pipeline: str) -> Path:
     )
 
 
-def share_weights(model: nn.Module) -> nn.Module:
+def share_weights(model: Model) -> Model:
     """Copy a model, sharing its weights."""
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
@@ -225,7 +231,7 @@ class Meter:
         read: Gives a number, or records an event of a GPU.
     """
 
-    def __init__(self, layers: list[nn.Module], read: Callable[[], Any]):
+    def __init__(self, layers: Iterable[nn.Module], read: Callable[[], Any]):
         self.spans: list[list[Any]] = []
         for layer in layers:
             layer.register_forward_pre_hook(lambda *_: self.spans.append([read()]))

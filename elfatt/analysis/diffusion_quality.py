@@ -132,8 +132,8 @@ def measure_pictures(
         except (ImportError, TypeError, ValueError) as error:
             print(f"{name} draws no pictures: {error}", file=sys.stderr)
             rows[name] = {"refused": str(error)}
-    pictures = {name: [] for name in options}
-    seconds = {name: [] for name in options}
+    pictures: dict[str, list[torch.Tensor]] = {name: [] for name in options}
+    seconds: dict[str, list[float]] = {name: [] for name in options}
     for index in tqdm(range(len(prompts)), "prompts", disable=None, leave=False):
         for name in options:
             with adapter.apply(pipe, **options[name]):

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
             for row in select_rows([args.table], args.rows)
         ]
         log: list[str] = []
-        for _ in measure_speed(entries, args, watch=lambda log=log: power_log(log)):
+        for _ in measure_speed(entries, args, watch=partial(power_log, log)):
             pass
         done = [{**entry.values, "watts": mean_watts(log)} for entry in entries]
         environment = describe_environment(args.device)
@@ -79,7 +80,10 @@ def set_mode(mode: int | None, jetson: bool) -> str:
     if jetson:
         subprocess.run(["sudo", "nvpmodel", "-m", str(mode)], check=True, stdin=subprocess.DEVNULL)
         found = subprocess.run(["nvpmodel", "-q"], check=True, capture_output=True, text=True).stdout
-        return re.search(r"Power Mode: (\S+)", found)[1]
+        name = re.search(r"Power Mode: (\S+)", found)
+        if not name:
+            raise RuntimeError(f"nvpmodel -q names no power mode: {found.strip()!r}")
+        return name[1]
     if mode is not None:
         torch.set_num_threads(mode)
     return f"{torch.get_num_threads()} threads"

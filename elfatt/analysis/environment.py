@@ -41,20 +41,27 @@ def describe_environment(device: str) -> dict[str, dict]:
     Returns:
         ``hardware``, ``versions`` and ``flags``, each a flat dictionary that JSON can hold.
     """
-    hardware = {
+    hardware: dict[str, str | int] = {
         "device": _gpu_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(_memory_bytes(device) / 2**30),
     }
     if device == "cpu":
         hardware["instructions"] = torch.backends.cpu.get_cpu_capability()
-    versions = {"elfatt": _own_version(), "python": platform.python_version(), "system": platform.system()}
+    versions: dict[str, str | int | None] = {
+        "elfatt": _own_version(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    flags = {"backend": active_backend(), "auto_backend": resolve("auto", torch.empty(1, 1, 1, 1, device=device)).name}
+    flags: dict[str, str | bool] = {
+        "backend": active_backend(),
+        "auto_backend": resolve("auto", torch.empty(1, 1, 1, 1, device=device)).name,
+    }
     flags |= {"float32_matmul_precision": torch.get_float32_matmul_precision()}
     if device == "cuda":
         versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
@@ -78,9 +85,10 @@ def available_bytes(device: str) -> int:
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     fields = Path("/proc/meminfo")
-    if not fields.exists():
+    found = re.search(r"MemAvailable:\s+(\d+)", fields.read_text()) if fields.exists() else None
+    if not found:
         return _memory_bytes("cpu")
-    free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", fields.read_text())[1])
+    free = 1024 * int(found[1])
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container
     if limit.exists() and limit.read_text().strip().isdecimal():
         free = min(free, int(limit.read_text()) - int(used.read_text()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     """Compare, print as Markdown, and keep what is asked for."""
     if args.plot:
         pyplot()  # a missing package shows before the work
+    names: tuple[str, ...]
     if args.model:
         layer, (q, k, v) = _load_layer(args)
         heads, names = layer.num_heads, ("model", "model_kwargs", "checkpoint", "layer", "image", "img_size", "seed")
@@ -130,7 +131,7 @@ def _load_layer(args: argparse.Namespace) -> tuple[QKVAttention, tuple[torch.Ten
     config = resolve_model_data_config(model) | {"input_size": (3, args.img_size, args.img_size)}
     image = create_transform(**config)(Image.open(args.image).convert("RGB"))[None]
     qkv = layer_qkv(model, args.layer, image)
-    return model.get_submodule(args.layer), qkv
+    return cast(QKVAttention, model.get_submodule(args.layer)), qkv
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import timm
@@ -54,7 +55,7 @@ class Subject:
     def layers(self) -> dict[int, str]:
         """The last attention layer of each stage, by stage from 1."""
         names = [name for name, module in self.model.named_modules() if isinstance(module, QKVAttention)]
-        return {int(STAGE.search(name)[1]) + 1: name for name in names if STAGE.search(name)}
+        return {int(stage[1]) + 1: name for name in names if (stage := STAGE.search(name))}
 
     @property
     def is_vanilla(self) -> bool:
@@ -141,7 +142,7 @@ def load(text: str, checkpoint: Path | None) -> Subject:
     if text.endswith(".py"):
         from elfatt.integrations.mm_models import load_model
 
-        model = load_model(Path(text), "cpu").backbone
+        model = load_model(Path(text), "cpu").get_submodule("backbone")
         if checkpoint:
             load_checkpoint(model, checkpoint)
         subject = Subject(Path(text).stem, model, is_classifier=False)
@@ -161,7 +162,7 @@ def load(text: str, checkpoint: Path | None) -> Subject:
 def resize(image: Image.Image, side: int) -> Image.Image:
     """Resize an image to a shorter side in pixels."""
     scale = side / min(image.size)
-    return image.resize([max(1, round(length * scale)) for length in image.size], Image.BICUBIC)
+    return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
 
 
 def locate(pixel: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
@@ -200,7 +201,7 @@ def picture_rows(
         for stage, layer in subject.layers.items():
             q, k, _ = layer_qkv(subject.model, layer, pixels)
             height, width = q.shape[1:3]
-            attention = subject.model.get_submodule(layer)
+            attention = cast(QKVAttention, subject.model.get_submodule(layer))
             if query is None and stage not in tokens:
                 most = received_attention(attention, q, k).mean(1)[0].argmax().item()
                 tokens[stage] = (most // width + 0.5) / height, (most % width + 0.5) / width
@@ -239,7 +240,8 @@ def score_cam(subject: Subject, pixels: torch.Tensor) -> Picture:
     values, labels = scores.topk(min(3, len(scores)))
     names = [subject.classes.get(label, f"class {label}") for label in labels.tolist()]
     caption = ", ".join(f"{name} {value:.0%}" for name, value in zip(names, values.tolist(), strict=True))
-    with ScoreCAM(subject.model, [subject.model.stages[-1]], lambda x: x.permute(0, 3, 1, 2)) as cam:
+    last = cast(nn.Sequential, subject.model.stages)[-1]
+    with ScoreCAM(subject.model, [last], lambda x: x.permute(0, 3, 1, 2)) as cam:
         heat = cam(pixels, [ClassifierOutputTarget(labels[0].item())])[0]
     return Picture("Score-CAM", heat, caption=caption)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
+from typing import overload
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,6 +77,22 @@ def count_memory(
         out = model(image)
     del out  # alive until here, and with it what the backward pass would need
     return live.peak
+
+
+@overload
+def fit_batch(name: str, needed: int, batch: int, size: tuple[int, int], how: RunSpec) -> tuple[int, None]: ...
+
+
+@overload
+def fit_batch(
+    name: str, needed: int, batch: int, size: tuple[int, int], how: RunSpec, model: torch.nn.Module
+) -> tuple[int, Callable[[], torch.Tensor]]: ...
+
+
+@overload
+def fit_batch(
+    name: str, needed: int, batch: int, size: tuple[int, int], how: RunSpec, model: torch.nn.Module | None
+) -> tuple[int, Callable[[], torch.Tensor] | None]: ...
 
 
 def fit_batch(

@@ -196,8 +196,8 @@ def select_rows(tables: list[int], patterns: list[str] | None = None) -> list[Ro
         fits = {i for i, row in enumerate(rows) if row.fits(pattern)}
         if not fits:
             names = {row.model.lower(): row.model for row in rows}
-            close, numbers = names.get(closest(pattern.lower(), names)), ", ".join(map(str, tables))
-            hint = f"; did you mean {close!r}?" if close else ""
+            close, numbers = closest(pattern.lower(), names), ", ".join(map(str, tables))
+            hint = f"; did you mean {names[close]!r}?" if close else ""
             raise ValueError(f"no row {pattern!r} in table {numbers}{hint} (quote patterns)")
         chosen |= fits
     return [row for i, row in enumerate(rows) if i in chosen]

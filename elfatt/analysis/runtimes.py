@@ -27,7 +27,7 @@ from elfatt.analysis.timing import RunSpec, check_numerics, random_images, time_
 from elfatt.export import RUNTIMES, export
 
 KEY = ("table", "name", "runtime", "mode")
-PYTORCH = {  # eager PyTorch operators, our kernels, and both compiled
+PYTORCH: dict[str, dict[str, Any]] = {  # eager PyTorch operators, our kernels, and both compiled
     "eager": {"backend": "sdpa"},
     "kernels": {},
     "compiled": {"backend": "sdpa", "compile": True},
@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
 
 def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every model in every runtime; those that cannot run carry the reason instead."""
-    rows, passes, said = {}, {}, set()
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    passes: dict[tuple[str, str], Callable[[], Any]] = {}
+    said: set[str] = set()
     for model in models:
         for runtime in runtimes:
             key = model.name, runtime
@@ -129,7 +131,10 @@ def engine_seconds(path: Path, shape: tuple[int, ...]) -> float:
     """Median seconds of a pass of a TensorRT engine, as ``trtexec`` measures it."""
     command = ["trtexec", f"--loadEngine={path}", f"--shapes=image:{'x'.join(map(str, shape))}"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
-    return float(TRT_MEDIAN.search(out)[1]) / 1e3
+    found = TRT_MEDIAN.search(out)
+    if not found:
+        raise RuntimeError(f"trtexec printed no median GPU compute time of {path}")
+    return float(found[1]) / 1e3
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:

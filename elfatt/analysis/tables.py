@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from tqdm import tqdm
@@ -26,7 +26,7 @@ from elfatt.analysis.timing import PRECISIONS, RunSpec, WrongOutput, check_numer
 from elfatt.ops import BACKENDS, active_backend, set_default_backend
 
 # the paper's names: softmax attention as two products, or fused, by the backend that is chosen
-KINDS = {"nfa": {"backend": "math"}, "fa": {}}
+KINDS: dict[str, dict[str, Any]] = {"nfa": {"backend": "math"}, "fa": {}}
 EDGE = {"fp32": "float32", "amp": "amp"}  # Tables VIII and IX have a column for each precision
 NUMERICS_SIDE = 224  # pixels of the largest image on which a model's output is compared with the formula's
 KEY = ("table", "name")
@@ -198,7 +198,7 @@ def measure_counts(entries: list[Entry], args: argparse.Namespace) -> Iterator[l
         return f"{row.timm_model()} {row.img_size}"
 
     rows = {model(entry.row): entry.row for entry in entries}
-    workers = min(os.cpu_count(), len(rows) // 8)  # a process takes as long to start as a few models
+    workers = min(os.cpu_count() or 1, len(rows) // 8)  # a process takes as long to start as a few models
     with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
         found = pool.imap(_count, rows.values()) if pool else map(_count, rows.values())
         progress = tqdm(found, "counts", total=len(rows), disable=None, leave=False)
@@ -218,7 +218,8 @@ def measure_speed(
     """Images per second; the rows of a group take turns, inside what ``watch`` makes."""
     for title, group in _groups(entries):
         print(f"speed: {title}", file=sys.stderr)
-        passes, chosen = {}, {}
+        passes: dict[tuple[str, str], Callable[[], torch.Tensor]] = {}
+        chosen: dict[tuple[str, str], int] = {}
         for entry in group:
             model = entry.row.build(args.device)
             for kind, how in variants(entry.row, args).items():
@@ -247,7 +248,7 @@ def measure_speed(
         yield group
 
 
-def numerics_shape(size: tuple[int, int]) -> tuple[int, int, int, int]:
+def numerics_shape(size: tuple[int, int]) -> tuple[int, ...]:
     """One image of the size that is timed, or of what the formula can take."""
     return (1, 3, *(min(side, NUMERICS_SIDE) for side in size))
 
@@ -255,7 +256,9 @@ def numerics_shape(size: tuple[int, int]) -> tuple[int, int, int, int]:
 def _compare(group: list[Entry], pattern: str | None) -> None:
     """Speed-ups over the baseline, where it is in the group and ran the same batch."""
     baseline = next((entry for entry in group if is_baseline(entry.row, pattern)), None)
-    for entry in group if baseline else ():
+    if baseline is None:
+        return
+    for entry in group:
         entry.values["speedup_over"] = baseline.row.name
         for kind in (*KINDS, *EDGE):
             key, batch = f"images_per_s_{kind}", f"batch_size_{kind}"
@@ -282,6 +285,16 @@ def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[lis
                 continue
             entry.values |= {f"peak_memory_mib_{kind}": peak, f"memory_batch_size_{kind}": batch}
         yield [entry]
+
+
+@overload
+def fit_row(row: Row, how: RunSpec, args: argparse.Namespace) -> tuple[int, None]: ...
+
+
+@overload
+def fit_row(
+    row: Row, how: RunSpec, args: argparse.Namespace, model: torch.nn.Module
+) -> tuple[int, Callable[[], torch.Tensor]]: ...
 
 
 def fit_row(
@@ -319,7 +332,7 @@ FIELDS = {  # how what each of them writes begins
 
 def variants(row: Row, args: argparse.Namespace) -> dict[str, RunSpec]:
     """How a row is measured, by column of its table."""
-    common = {"device": args.device, "compile": args.compile, "cuda_graph": args.cuda_graphs}
+    common: dict[str, Any] = {"device": args.device, "compile": args.compile, "cuda_graph": args.cuda_graphs}
     if row.is_edge:
         return {kind: RunSpec(precision=precision, **common) for kind, precision in EDGE.items()}
     return {
@@ -353,7 +366,7 @@ def format_tables(entries: list[Entry]) -> str:
     return "\n\n".join(parts)
 
 
-def long_rows(entries: list[Entry]) -> Iterator[dict[str, str]]:
+def long_rows(entries: list[Entry]) -> Iterator[dict[str, Any]]:
     """One line a figure: table, model, quantity, paper, here."""
     for entry in entries:
         for column in COLUMNS:
@@ -373,7 +386,7 @@ def _published(column: Column, entries: list[Entry]) -> list[str]:
 def _published_speedup(entry: Entry, cell: str) -> str:
     """The ratio of the paper's own images per second over the same baseline: its tables print other ratios, or none."""
     over = next((row for row in select_rows([entry.row.table]) if row.name == entry.values.get("speedup_over")), None)
-    speeds = [row.published.get(cell) for row in (entry.row, over)] if over else [""]
+    speeds = [row.published.get(cell, "") for row in (entry.row, over)] if over else [""]
     return f"{float(speeds[0]) / float(speeds[1]):.2f}" if all(speeds) else ""
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from statistics import median, quantiles
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from elfatt.ops import active_backend, use_backend
 
 PEAKED = 8  # factor of the weights of q, k and v in the check of the numerics
 PRECISIONS = ("float32", "amp", "float16", "bfloat16")
+Name = TypeVar("Name", bound=Hashable)
+Output = TypeVar("Output")
 
 
 class WrongOutput(RuntimeError):
@@ -38,11 +41,11 @@ class Timing:
 
 
 def time_in_turns(
-    variants: dict[str, Callable[[], object]],
+    variants: Mapping[Name, Callable[[], object]],
     repeats: int,
     warm_up: int = 2,
     device: str = "cpu",
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Time every variant once a turn.
 
     Args:
@@ -52,7 +55,7 @@ def time_in_turns(
         device: ``cpu``, or ``cuda``, which is timed by its own events, from the call to the end of its last kernel.
     """
     seconds = _device_seconds if device == "cuda" else _host_seconds
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    times: dict[Name, list[float]] = {name: [] for name in variants}
     for turn in tqdm(range(repeats + warm_up), "turns", disable=None, leave=False):
         for name, run in variants.items():
             taken = seconds(run)
@@ -147,7 +150,7 @@ def compile_for_timing(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-def record_graph(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def record_graph(run: Callable[[], Output]) -> Callable[[], Output]:
     """Capture a call in a CUDA graph and return a function that replays it."""
     stream = torch.cuda.Stream()  # a graph is recorded beside the default stream, warm
     stream.wait_stream(torch.cuda.current_stream())
@@ -195,7 +198,7 @@ def check_numerics(name: str, model: nn.Module, shape: tuple[int, ...], how: Run
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if key.endswith("qkv.weight"):
-                weight *= PEAKED
+                weight.mul_(PEAKED)
     double = copy.deepcopy(model).to(torch.float64)
     with torch.inference_mode(), use_backend("reference"):
         truth = _flat(double(random_images(shape, how.device, torch.float64)))

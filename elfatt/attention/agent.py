@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -66,7 +68,7 @@ class AgentAttention(QKVAttention):
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
         q, k, v = unpack(qkv).unbind(3)
-        size = tuple(q.shape[1:3])
+        size = q.shape[1:3]
         gather = self._bias(self.an_bias, self.ah_bias + self.aw_bias, size)
         broadcast = self._bias(self.na_bias, (self.ha_bias + self.wa_bias).permute(0, 3, 1, 2), size)
         out = agent_attention(
@@ -81,11 +83,11 @@ class AgentAttention(QKVAttention):
         )
         return add_lepe(out, v, kernel_of(self.lepe), backend=self.backend)
 
-    def _bias(self, grid: torch.Tensor, axes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def _bias(self, grid: torch.Tensor, axes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """Sum of a coarse map and of the biases per row and column: ``[heads, agents², H * W]``."""
-        return sum(self._resize(table, size) for table in (grid, axes))
+        return self._resize(grid, size) + self._resize(axes, size)
 
-    def _resize(self, table: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def _resize(self, table: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """From ``[heads, tables², h, w]``: first the map, then the grid of agents."""
         table = resize_positions(table, size, "bilinear").flatten(2).transpose(1, 2)
         table = resize_positions(table.unflatten(2, (self.tables, self.tables)), 2 * (self.agents,), "bilinear")

@@ -56,6 +56,7 @@ class FocusedLinearAttention(QKVAttention):
         tokens = (x.flatten(1, 2) for x in (q, k, v))
         q, k, values = tokens
         out = focused_attention(q, k + positions, values, self.scale, num_heads=self.num_heads).view(v.shape)
-        every_head = tuple(x.repeat(self.num_heads, *[1] * (x.ndim - 1)) for x in self.dwc.kernel)
+        weight, bias = self.dwc.kernel
+        every_head = weight.repeat(self.num_heads, 1, 1, 1), bias.repeat(self.num_heads)
         out = add_lepe(out, v, every_head, backend=self.backend)
         return add_lepe(out, v, kernel_of(self.lepe), backend=self.backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -67,10 +69,10 @@ class SwinAttention(QKVAttention):
         out = from_blocks(out.reshape(-1, window, window, self.dim), size)
         return out.roll(shift, dims=(1, 2)) if any(shift) else out
 
-    def _bias(self, batch: int, size: list[int], shift: tuple[int, int]) -> torch.Tensor:
+    def _bias(self, batch: int, size: Sequence[int], shift: Sequence[int]) -> torch.Tensor:
         table = self.relative_position_bias_table
         bias = table[relative_position_index(self.window_size, table.device)].permute(2, 0, 1)
         if not any(shift):
             return bias[None]
-        mask = shift_mask(tuple(size), self.window_size, shift, bias.device, bias.dtype)
+        mask = shift_mask(size, self.window_size, shift, bias.device, bias.dtype)
         return (bias + mask[:, None]).expand(batch, -1, -1, -1, -1).flatten(0, 1)

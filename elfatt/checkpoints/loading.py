@@ -7,9 +7,10 @@ import logging
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import safetensors
 import torch
@@ -209,7 +210,7 @@ def read_checkpoint(
     renames: Sequence[tuple[str, str]] = (),
 ) -> Checkpoint:
     """Read a file and give its tensors the model's names, see ``load_checkpoint`` and ``convert_state_dict``."""
-    content = _read(Path(path))
+    content: Any = _read(Path(path))  # a dictionary, or _unwrap raises
     tensors, weights = _unwrap(content, use_ema, path)
     _check_architecture(content, model, path, allow)
     converted = convert_state_dict(tensors, model, renames, use_ema=use_ema)
@@ -229,8 +230,9 @@ def read_checkpoint(
 
 def _labels(classes: object) -> dict[str, int] | None:
     """Names and labels, as torchvision's and timm's data sets have them; other trainers may mean something else."""
-    known = isinstance(classes, dict) and all(isinstance(k, str) and isinstance(v, int) for k, v in classes.items())
-    return classes if known else None
+    if isinstance(classes, dict) and all(isinstance(k, str) and isinstance(v, int) for k, v in classes.items()):
+        return classes
+    return None
 
 
 class _Ignored:
@@ -298,7 +300,7 @@ def _check_architecture(content: object, model: nn.Module, path: str | Path, all
         )
 
 
-def _is_state_dict(content: object) -> bool:
+def _is_state_dict(content: object) -> TypeGuard[StateDict]:
     return isinstance(content, dict) and bool(content) and all(map(torch.is_tensor, content.values()))
 
 
@@ -309,11 +311,12 @@ def _resize(key: str, table: torch.Tensor, model: nn.Module, own: torch.Tensor) 
         return table
     mode, channels = POSITIONS[name]
     if own.ndim == 4:
-        maps, size = table, own.movedim(channels, 1).shape[-2:]
+        height, width = own.movedim(channels, 1).shape[-2:]
+        maps, size = table, (height, width)
     else:  # tokens of a map
         tokens, wanted = table.shape[-2], own.shape[-2]
         side = math.isqrt(tokens)
-        size = getattr(model.get_submodule(owner), "feat_size", 2 * (math.isqrt(wanted),))
+        size = getattr(model.get_submodule(owner), "feat_size", (math.isqrt(wanted), math.isqrt(wanted)))
         if side**2 != tokens or math.prod(size) != wanted:
             return table
         maps = table.reshape(1, side, side, -1)
@@ -321,7 +324,7 @@ def _resize(key: str, table: torch.Tensor, model: nn.Module, own: torch.Tensor) 
     return maps.reshape(own.shape) if maps.numel() == own.numel() else table
 
 
-def _summary(groups: dict[str, Sequence[str]]) -> str:
+def _summary(groups: Mapping[str, Sequence[str]]) -> str:
     """Size and first names of each non-empty group."""
     return ", ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"

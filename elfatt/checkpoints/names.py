@@ -233,7 +233,7 @@ def _locate(
     names: Mapping[str, str], own: Set[str], renames: Sequence[tuple[str, str]], use_ema: bool
 ) -> tuple[str, dict[str, str], Naming]:
     """The prefix that the model's tensors have, the model's names for them, and whose theirs are."""
-    parts = defaultdict(dict, {"": {}})
+    parts: dict[str, dict[str, str]] = defaultdict(dict, {"": {}})
     for key, name in names.items():
         for end in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
             parts[name[:end]][key] = name[end:]

@@ -36,7 +36,8 @@ def pair_by_structure(
         for module, shapes in modules.items():
             place = next((place for place in places if f"{module}.".startswith(f"{place}.")), "")
             groups[place, frozenset(shapes.items())][side].append(module)
-    pairs, choices = {}, {}
+    pairs: dict[str, str] = {}
+    choices: dict[str, list[str]] = {}
     for (_, shapes), (missing, left_over) in groups.items():
         if len(missing) == len(left_over) == 1:
             pairs |= {f"{missing[0]}.{kind}": f"{left_over[0]}.{kind}" for kind, _ in shapes}

@@ -60,7 +60,7 @@ def hybrid_attention(
     for index, head in enumerate(plan.heads):
         groups[head.branch, head.block].append(index)
     exact = groups.pop(("exact", 0), [])
-    soft = q, k
+    soft: tuple[torch.Tensor, ...] = q, k
     if any(head.temperature != 1 for head in plan.heads):
         soft = tuple(x / _column(x, [head.temperature for head in plan.heads]) for x in soft)
 
@@ -76,7 +76,7 @@ def hybrid_attention(
             if branch == "linear":
                 out = efficient_attention(*_heads(heads, soft[0][:, prefix:], soft[1], v), backend=backend)
             else:
-                out = _attend_blocks(*_heads(heads, scaled, k, v), size, side, prefix, backend)
+                out = _attend_blocks(*_heads(heads, scaled, k, v), size=size, side=side, prefix=prefix, backend=backend)
             parts.append((heads, out))
 
     order = [head for heads, _ in parts for head in heads]
@@ -122,7 +122,7 @@ def _fused(soft, scaled, k, v, size, linear, local, side, backend):
     return out.flatten(1, 2).unflatten(-1, (-1, width))
 
 
-def _attend_blocks(q, k, v, size, side, prefix, backend):
+def _attend_blocks(q, k, v, *, size, side, prefix, backend):
     """Softmax attention of each token of the map over its block and the prefix: ``[B, H · W, heads, d]``."""
     block = fit_block((side, side), size)
     taken, kept = zip(*(_overlapping(length, b, q.device) for length, b in zip(size, block, strict=True)), strict=True)

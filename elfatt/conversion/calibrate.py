@@ -43,7 +43,8 @@ class Attend(Protocol):
         *,
         prefix: int = 0,
         scale: float | None = None,
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """Attend in one layer."""
 
 
 def multiply_adds(head: Head, size: tuple[int, int], prefix: int, width: int) -> float:

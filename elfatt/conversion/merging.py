@@ -51,6 +51,7 @@ class TokenMerging:
         self.ratio, self._tomesd, self._generator = ratio, tomesd, None
 
     def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float) -> tuple[Tokens, Tokens]:
+        """Functions that merge tokens by their similarity in ``x`` and undo it; as in ``Merge``."""
         if self._generator is None or self._generator.device != x.device:
             self._generator = self._tomesd.utils.init_generator(x.device, self._generator)
         return self._tomesd.merge.bipartite_soft_matching_random2d(

@@ -40,8 +40,8 @@ class ViTHandle(Handle):
             for layer in self.layers.values():
                 weight = next(layer.parameters())
                 layer.lepe = LePE(vit.width).to(weight.device, weight.dtype)
-                layer.lepe.weight.data.zero_()
-                layer.lepe.bias.data.zero_()
+                for parameter in layer.lepe.parameters():
+                    nn.init.zeros_(parameter)
 
     def _restore(self):
         if self.plan and self.plan.lepe:

@@ -12,7 +12,7 @@ from typing import Any
 
 from elfatt.data.errors import UserError
 
-FIELDS = {
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "images": {"id": int, "file_name": str, "width": (int, float), "height": (int, float)},
     "categories": {"id": int, "name": str},
     "annotations": {
@@ -68,9 +68,9 @@ def form_faults(content: dict[str, Any], masks: bool = True) -> Iterator[tuple[s
                     remedy = f"each of {table} needs {', '.join(fields)} as COCO defines them"
                     yield f"has in {table}[{number}] no valid '{field}'", remedy
         counts = Counter(str(entry.get("id")) for entry in entries if isinstance(entry, dict))
-        for number, count in counts.items():
+        for identity, count in counts.items():
             if count > 1:
-                yield f"has in {table} the id {number} {count} times", f"number the {table} anew"
+                yield f"has in {table} the id {identity} {count} times", f"number the {table} anew"
 
 
 def check_categories(path: str | os.PathLike, content: dict[str, Any], classes: Sequence[str]) -> None:
@@ -139,7 +139,10 @@ def check_annotations(
     images = {image["id"]: image for image in content["images"]}
     listed = {category["id"] for category in content["categories"]}
     other = {category["id"] for category in content["categories"] if category["name"] not in classes}
-    usable, crowds, lost, first, outside = 0, 0, Counter(), {}, []
+    usable, crowds = 0, 0
+    lost: Counter[str] = Counter()
+    first: dict[str, int] = {}
+    outside: list[int] = []
     for annotation in content["annotations"]:
         for fault, remedy, stops in annotation_faults(annotation, images, listed, masks):
             if stops:

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from elfatt.data.errors import UserError
 
@@ -40,7 +41,7 @@ def orientation_of(image: Image.Image) -> int:
     return found if found in range(1, 9) else 1
 
 
-def walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
+def walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
     """Every folder below one, links followed, and the names of its files.
 
     Raises:
@@ -122,7 +123,8 @@ def check_size(image: str | os.PathLike, size: tuple[int, int], owner: str | os.
     with Image.open(image) as file:
         orientation, stored = orientation_of(file), file.size
         if file.format == "TIFF":
-            stored = file.tag_v2[256], file.tag_v2[257]  # Pillow gives the upright size before the pixels are turned
+            tags = cast(TiffImageFile, file).tag_v2
+            stored = tags[256], tags[257]  # Pillow gives the upright size before the pixels are turned
     upright = stored[::-1] if orientation > 4 else stored
     if size == upright:
         return orientation != 1 and stored == upright

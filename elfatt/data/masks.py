@@ -53,7 +53,9 @@ def check_labels(path: str | os.PathLike, labels: np.ndarray, largest: int, reme
         raise UserError(f"mask {path}", f"holds label {found}, but 0 to {largest} and {IGNORED} are known", remedy)
 
 
-def check_classes(where: str | os.PathLike, pixels: Sequence[int], names: Sequence[str], masks: int) -> None:
+def check_classes(
+    where: str | os.PathLike, pixels: Sequence[int] | np.ndarray, names: Sequence[str], masks: int
+) -> None:
     """Stops at masks that tell no two classes apart: a loss of 0 and a mIoU of 100 are all they can give.
 
     Args:

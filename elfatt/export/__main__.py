@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.model} is exported for one size and not evaluated: pass --size, no --evaluate")
         from elfatt.integrations.mm_models import load_segmentor
 
-        model = load_segmentor(Path(args.model))
+        model: nn.Module = load_segmentor(Path(args.model))
     else:
         check_model(args.model)
         model = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs).eval()

@@ -49,15 +49,17 @@ def export(
     if size is None and not chosen.dynamic:
         raise ValueError(f"{runtime} supports a fixed image size only: pass size (--size)")
     program = export_model(model, size)
-    sizes = [size] * 3
     if size is None:
         limit = size_limit(model)
         sizes = [(limit, limit), example_size(model)[::-1], (limit + 32, limit + 95)]
+    else:
+        sizes = [size] * 3
     path.parent.mkdir(parents=True, exist_ok=True)
+    found: list[tuple[tuple[int, ...], float]] = []
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         draft = Path(folder, path.name)
         chosen.write(program, draft, precision, images)
-        run, found = chosen.load(draft), []
+        run = chosen.load(draft)
         for batch, wanted in enumerate(sizes, start=1):
             shape = (batch, 3, *wanted)
             difference = _difference(model, run, shape)

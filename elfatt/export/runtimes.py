@@ -30,8 +30,17 @@ def write_torch_export(program: ExportedProgram, path: Path, precision: str = "f
 
 def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
     """Write a single ``.onnx`` file with float32 inputs and outputs; int8 by onnxruntime's static quantiser."""
-    names = {"input_names": ["image"], "output_names": ["output"]}
-    torch.onnx.export(program, (), path, dynamo=True, external_data=False, opset_version=OPSET, verbose=False, **names)
+    torch.onnx.export(
+        program,
+        (),
+        path,
+        input_names=["image"],
+        output_names=["output"],
+        dynamo=True,
+        external_data=False,
+        opset_version=OPSET,
+        verbose=False,
+    )
     if precision == "fp16":
         import onnx
         from onnxruntime.transformers.float16 import convert_float_to_float16

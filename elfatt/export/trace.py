@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from elfatt.ops import use_backend
 LARGEST = 4096  # pixels
 
 
-def size_limit(model: HierarchicalTransformer) -> int:
+def size_limit(model: nn.Module) -> int:
     """Smallest height and width in pixels that a dynamic graph accepts.
 
     On a smaller image a block or window covers the whole map and is computed differently: pass ``size``.
@@ -59,10 +60,14 @@ def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> Expor
     return program
 
 
+def _stages(model: nn.Module) -> nn.Sequential:
+    return cast(nn.Sequential, model.stages)
+
+
 def _cuts(model: nn.Module) -> list[tuple[int, int, int]]:
     """For each attention that cuts its map: stage, side of the cut, and the side that the map must have, in tokens."""
     cuts = set()
-    for stage, blocks in enumerate(model.stages):
+    for stage, blocks in enumerate(_stages(model)):
         for module in blocks.modules():
             if isinstance(module, ELFATT) and module.global_channels < module.dim:
                 cuts.add((stage, module.block_size, module.block_size))
@@ -73,7 +78,7 @@ def _cuts(model: nn.Module) -> list[tuple[int, int, int]]:
 
 def example_size(model: nn.Module) -> tuple[int, int]:
     """Height and width at which every map is odd and padded, so that the trace takes no shortcut."""
-    divisors = {(stage, side) for stage, side, _ in _cuts(model)} | {(stage, 2) for stage in range(len(model.stages))}
+    divisors = {(stage, side) for stage, side, _ in _cuts(model)} | {(stage, 2) for stage in range(len(_stages(model)))}
     sides = (
         side
         for side in itertools.count(size_limit(model))

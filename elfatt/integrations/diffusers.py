@@ -13,12 +13,13 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 try:
-    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
+    from diffusers.models import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
     from diffusers.models.attention_processor import Attention
 except ImportError as error:
     raise ImportError("elfatt.integrations.diffusers needs diffusers 0.35 or newer: pip install diffusers") from error
@@ -72,7 +73,7 @@ class DiffusionHandle(Handle):
             if name in layers or name in merged:
                 own = _wrap(layer.processor)(layer.processor, name, self, name in layers, name in merged)
                 self._processors.append((layer, own))
-                layer.set_processor(own)
+                layer.set_processor(own)  # type: ignore[arg-type]  # takes any callable
 
     def _restore(self):
         for hook in self._hooks:
@@ -138,7 +139,7 @@ def _wrap(original: Callable) -> type[_Processor]:
     def call(self, *args, **kwargs):
         return _Processor.__call__(self, *args, **kwargs)
 
-    call.__signature__ = inspect.signature(type(original).__call__)
+    call.__signature__ = inspect.signature(type(original).__call__)  # type: ignore[attr-defined]  # of functions
     return type(type(original).__name__, (_Processor,), {"__call__": call})
 
 
@@ -177,13 +178,17 @@ def apply(
     heads = {name: layer.heads for name, layer in self_attention_layers(model).items()}
     if plan is None:
         plan = Plan.uniform(name_of(model), heads, block=block, min_tokens=min_tokens)
-    attend, layers, merge = plan, heads, getattr(plan, "merge", None)
+    attend: Attend
+    layers: Collection[str]
+    merge: Merge | None = getattr(plan, "merge", None)
     if isinstance(plan, Plan):
         plan.check(name_of(model), heads)
         if plan.lepe:
             raise ValueError("plans with LePE are supported for ViTs only: use a plan without it")
         attend = partial(run_plan, plan)
         layers = {name for name, layer in plan.layers.items() if not layer.is_exact}
+    else:
+        attend, layers = plan, heads
     if merge_ratio:
         if merge:
             raise ValueError(f"merge_ratio={merge_ratio} must be 0: {type(plan).__name__} merges tokens by itself")
@@ -197,7 +202,7 @@ def calibrate(
     batches: Iterable,
     *,
     weigh_every: int = WEIGH_EVERY,
-    **options: object,
+    **options: Any,
 ) -> Calibration:
     """Measure what each branch would do in each head of a model; ``.plan(error=…)`` of the result chooses.
 

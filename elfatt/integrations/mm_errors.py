@@ -35,7 +35,7 @@ def _is_ours(error: Exception) -> bool:
     """Whether the package raised it itself: its ValueErrors and TypeErrors are for the user."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(last.filename).is_relative_to(Path(elfatt.__file__).parent)
-    return not isinstance(error, RuntimeError) and ours and last.line.startswith("raise ")
+    return not isinstance(error, RuntimeError) and ours and (last.line or "").startswith("raise ")
 
 
 def _line(error: Exception) -> str:

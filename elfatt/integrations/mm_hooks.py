@@ -20,6 +20,8 @@ from elfatt.integrations.mm_datasets import warn
 class SaveFirstCheckpointHook(CheckpointHook):
     """mmengine's hook, which removes the oldest checkpoint before it saves; here, once the newest is complete."""
 
+    max_keep_ckpts: int
+
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         kept = self.max_keep_ckpts
         if kept <= 0 or step in self.keep_ckpt_ids:

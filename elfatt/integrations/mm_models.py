@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from types import MethodType, SimpleNamespace
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -44,7 +45,7 @@ class Segmentor(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.backbone, self.decode_head = model.backbone, model.decode_head
+        self.backbone, self.decode_head = model.get_submodule("backbone"), model.get_submodule("decode_head")
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Normalised images ``[B, 3, H, W]`` to logits ``[B, classes, H/4, W/4]``."""
@@ -78,10 +79,11 @@ class FixedWork(nn.Module):
         super().__init__()
         self.model = model
         if hasattr(model, "rpn_head"):
-            model.rpn_head.proposals = proposals
-            model.rpn_head.predict = MethodType(_predict, model.rpn_head)
+            detector: Any = model  # mmdet has no types
+            detector.rpn_head.proposals = proposals
+            detector.rpn_head.predict = MethodType(_predict, detector.rpn_head)
             if next(model.parameters()).is_meta:
-                for extractor in (model.roi_head.bbox_roi_extractor, model.roi_head.mask_roi_extractor):
+                for extractor in (detector.roi_head.bbox_roi_extractor, detector.roi_head.mask_roi_extractor):
                     extractor.forward = MethodType(_extract, extractor)
 
     def forward(self, image: torch.Tensor):

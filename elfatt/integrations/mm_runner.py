@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import cv2
 import numpy as np
@@ -256,8 +256,9 @@ def load_model(args: argparse.Namespace, init: Callable[..., nn.Module]) -> nn.M
         model = init(config, device=args.device)
     with as_user_error(f"checkpoint {args.checkpoint}", Exception):  # init passes over what does not fit
         checkpoint = load_checkpoint(model, args.checkpoint, map_location="cpu", strict=True)
-    model.dataset_meta = DATASETS.build(lazy(model.cfg.test_dataloader.dataset)).metainfo
-    _check_trained_classes(args.checkpoint, checkpoint, model.dataset_meta)
+    dataset = cast(Config, model.cfg).test_dataloader.dataset
+    model.dataset_meta = meta = DATASETS.build(lazy(dataset)).metainfo
+    _check_trained_classes(args.checkpoint, checkpoint, meta)
     return model
 
 
@@ -335,7 +336,7 @@ def _config(args: argparse.Namespace, task: str) -> Config:
         if config.get(name) and config[name].get("num_workers") == 0:
             config[name].persistent_workers = False  # PyTorch refuses to keep what is not there
     check_channels(config)
-    saver = config.get("default_hooks", {}).get("checkpoint") or {}
+    saver = config.get("default_hooks", {}).get("checkpoint") or ConfigDict()
     if saver.get("type") == CheckpointHook.__name__:
         saver.type = SaveFirstCheckpointHook.__name__
     config.work_dir = args.work_dir or config.get("work_dir") or f"runs/{task}/{Path(args.config).stem}"

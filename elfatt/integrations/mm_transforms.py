@@ -34,7 +34,8 @@ class LoadImage:
             pixels = np.asarray(read_image(path, self.mode))
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-        check_shape(f"image {path}", pixels.shape[1::-1])
+        height, width = pixels.shape[:2]
+        check_shape(f"image {path}", (width, height))
         # many times faster than a copy of pixels[..., ::-1]
         results["img"] = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if self.mode == "RGB" else pixels.copy()
         results["img_shape"] = results["ori_shape"] = pixels.shape[:2]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -48,6 +49,8 @@ class TimmBackbone(BaseModule):
             ``init_cfg``, or ``frozen_stages`` out of range or for a model without ``stem`` and ``stages``.
     """
 
+    features: Any  # timm's, of any model
+
     def __init__(
         self,
         name: str,
@@ -76,15 +79,16 @@ class TimmBackbone(BaseModule):
         self.features = timm.create_model(
             name, features_only=True, feature_cls="getter", out_indices=tuple(out_indices), **options
         )
+        model: Any = self.features.model
         if plan:
             convert(self.features, Plan.from_json(plan))
-        if frozen_stages >= 0 and not {"stem", "stages"} <= dict(self.features.model.named_children()).keys():
+        if frozen_stages >= 0 and not {"stem", "stages"} <= dict(model.named_children()).keys():
             raise ValueError(f"frozen_stages={frozen_stages}: {name} has no 'stem' and 'stages', leave it at -1")
-        eps = next((m.eps for m in self.features.model.modules() if isinstance(m, nn.LayerNorm)), 1e-5)
+        eps = next((m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)), 1e-5)
         # "norm" in the name keeps weight decay away, see decay_mult in the configurations
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=eps) for c in self.features.feature_info.channels())
         if with_cp:
-            self.features.model.set_grad_checkpointing(True)
+            model.set_grad_checkpointing(True)
         self._freeze()
 
     def init_weights(self) -> None:

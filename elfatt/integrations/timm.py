@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope
 from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer_sam import Attention as SAMAttention
 from timm.models.vision_transformer_sam import Block as SAMBlock
 from timm.models.vision_transformer_sam import VisionTransformerSAM, get_rel_pos
 from torch import nn
@@ -143,6 +144,7 @@ class _OwnHandle(vit.ViTHandle):
         if plan and plan.lepe:
             raise ValueError(f"{found.name} has its own LePE: leave the plan's out")
         super().__init__(found, attend, layers, plan)
+        layer: Any  # takes another attribute
         for name, layer in self.layers.items():
             layer.attend = _OwnAttend(self, name, layer)
 
@@ -159,9 +161,9 @@ class _OwnAttend:
         self.handle, self.name, self.layer = handle, name, layer
 
     def __call__(self, qkv: torch.Tensor) -> torch.Tensor:
-        size = qkv.shape[1:3]
+        height, width = size = qkv.shape[1:3]
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.layer.num_heads, -1)).unbind(2)
-        out = self.handle.attend(self.name, q, k, v, tuple(size)).flatten(2).unflatten(1, size)
+        out = self.handle.attend(self.name, q, k, v, (height, width)).flatten(2).unflatten(1, size)
         kernel = kernel_of(self.layer.lepe)
         return out if kernel is None else out + depthwise_conv(qkv[..., 2 * self.layer.dim :], *kernel)
 
@@ -179,8 +181,9 @@ class _Handle(vit.ViTHandle):
     def __init__(self, found: vit.ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
         super().__init__(found, attend, layers, plan)
         self.prefix = getattr(found.model, "num_prefix_tokens", 0)
-        self._hook = found.model.patch_embed.register_forward_pre_hook(self._look)
+        self._hook = found.model.get_submodule("patch_embed").register_forward_pre_hook(self._look)
         self._fused = {name: layer.fused_attn for name, layer in self.layers.items()}
+        layer: Any  # takes other attributes
         for name, layer in self.layers.items():
             layer.fused_attn = True  # explicit products cannot be intercepted
             layer.forward = (_Forward if isinstance(layer, LAYERS) else _RelativeForward)(self, name, layer)
@@ -212,6 +215,8 @@ class _Forward:
 
 class _RelativeForward(_Forward):
     """The forward pass of a layer with decomposed relative positions, without materialising the ``N × N`` bias."""
+
+    layer: SAMAttention
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         layer, size = self.layer, x.shape[1:3]

@@ -36,7 +36,7 @@ except ImportError as error:
 from elfatt.conversion import Attend, Calibration, Plan, hybrid_attention, vit
 
 NAME = "elfatt"
-LAYERS = {  # of each kind of embeddings
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {  # of each kind of embeddings
     ViTEmbeddings: ViTAttention,
     Dinov2Embeddings: Dinov2Attention,
     Dinov2WithRegistersEmbeddings: Dinov2WithRegistersAttention,
@@ -82,7 +82,9 @@ def attention(
 
     Args:
         module: The attention layer.
-        query: ``[B, heads, N, d]``; ``key`` and ``value`` alike.
+        query: ``[B, heads, N, d]``.
+        key: Like ``query``.
+        value: Like ``query``.
         attention_mask: None.
         scaling: Factor of the scores.
         dropout: 0.
@@ -107,7 +109,8 @@ def attention(
     attend = getattr(module, "elfatt_attention", partial(_uniform, module))
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
-    return attend(*(x.transpose(1, 2) for x in (query, key, value)), scaling), None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attend(q, k, v, scaling), None
 
 
 AttentionInterface.register(NAME, attention)
@@ -146,9 +149,9 @@ def vit_of(model: nn.Module) -> vit.ViT:
             f"{type(model).__name__} contains {len(found) or 'no'} supported vision encoders, expected one of {names}"
         )
     (encoder,) = found
-    attention_class = LAYERS[type(encoder.embeddings)]
+    attention_class = LAYERS[type(encoder.get_submodule("embeddings"))]
     layers = {name: module for name, module in encoder.named_modules() if isinstance(module, attention_class)}
-    config = encoder.config
+    config: Any = encoder.config  # of its kind
     return vit.ViT(
         model=encoder,
         name=f"{type(encoder).__name__}-{config.hidden_size}-{len(layers)}",
@@ -174,9 +177,10 @@ class _Handle(vit.ViTHandle):
         self._hooked = list(found.layers.values()) if self.layers else []  # an exact plan changes nothing
         if not self._hooked:
             return
-        config = found.model.config
+        config: Any = found.model.config  # of its kind
         self._before, config._attn_implementation = config._attn_implementation, NAME
-        self._hook = found.model.embeddings.register_forward_hook(self._look, with_kwargs=True)
+        self._hook = found.model.get_submodule("embeddings").register_forward_hook(self._look, with_kwargs=True)
+        layer: Any  # takes another attribute
         for name, layer in found.layers.items():
             layer.elfatt_attention = partial(self.attention, name) if name in self.layers else None  # None: exact
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from torch import nn
 
 from elfatt.ops.geometry import Kernel
@@ -19,9 +22,9 @@ class LePE(nn.Conv2d):
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
     @property
-    def kernel(self) -> Kernel:
+    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight ``[channels, 1, k, k]`` and bias ``[channels]``."""
-        return self.weight, self.bias
+        return self.weight, cast("nn.Parameter", self.bias)
 
 
 def kernel_of(lepe: LePE | None) -> Kernel | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from timm.models._features_fx import register_notrace_module
+from timm.models import register_notrace_module
 from torch import nn
 
 from elfatt.ops.geometry import pad_to_multiple

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +19,7 @@ def relative_position_index(window: int, device: torch.device | None = None) -> 
 
 
 def shift_mask(
-    size: tuple[int, int], window: int, shift: tuple[int, int], device: torch.device, dtype: torch.dtype
+    size: Sequence[int], window: int, shift: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     """Bias that keeps tokens apart which the cyclic shift put into one window.
 
@@ -40,7 +42,7 @@ def shift_mask(
     return (region[:, :, None] != region[:, None, :]).to(dtype) * -100
 
 
-def resize_positions(table: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+def resize_positions(table: torch.Tensor, size: Sequence[int], mode: str) -> torch.Tensor:
     """Resize a learned table ``[N, C, H, W]`` to another map; untouched when the size is already right.
 
     Args:

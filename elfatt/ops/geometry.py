@@ -5,6 +5,8 @@ It lives below the operations because the ELFATT operation cuts blocks itself; e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -22,7 +24,7 @@ def count_blocks(side: int, block: int) -> int:
     return 1 if always(block == side) else (side + block - 1) // block
 
 
-def fit_block(block: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def fit_block(block: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
     """The block actually used on a map: a block side at least as long as the map's side is the map's side.
 
     Args:
@@ -30,10 +32,11 @@ def fit_block(block: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
         size: Height and width of the map in tokens.
     """
     # min() of a symbolic side would stay in the graph, even where the outcome is known
-    return tuple(b if b and always(b <= s) else min(b or s, s) for b, s in zip(block, size, strict=True))
+    height, width = (b if b and always(b <= s) else min(b or s, s) for b, s in zip(block, size, strict=True))
+    return height, width
 
 
-def pad_to_multiple(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+def pad_to_multiple(x: torch.Tensor, block: Sequence[int]) -> torch.Tensor:
     """Zero-pad ``[B, H, W, ...]`` on the right and at the bottom to whole blocks; untouched when nothing is missing."""
     bottom, right = (count_blocks(side, b) * b - side for side, b in zip(x.shape[1:3], block, strict=True))
     if always(bottom == 0) and always(right == 0):
@@ -41,7 +44,7 @@ def pad_to_multiple(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     return F.pad(x, (0, 0) * (x.ndim - 3) + (0, right, 0, bottom))
 
 
-def to_blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+def to_blocks(x: torch.Tensor, block: Sequence[int]) -> torch.Tensor:
     """Cut a map into non-overlapping blocks, zero-padding what the block does not divide.
 
     Args:
@@ -57,7 +60,7 @@ def to_blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     return x.view(b, h // bh, bh, w // bw, bw, *channels).transpose(2, 3).reshape(-1, bh, bw, *channels)
 
 
-def from_blocks(blocks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def from_blocks(blocks: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Undo ``to_blocks``: blocks ``[B * rows * columns, bh, bw, C]`` to the map ``[B, H, W, C]``, padding cropped."""
     x = _in_place(blocks, size)
     _, rows, bh, columns, bw, c = x.shape

@@ -14,7 +14,8 @@ class PlainBackend(PyTorchBackend):
     name = "plain"
 
     def elfatt_attention(self, qkv, *, num_heads, global_channels, block, lepe_global, lepe_local):
-        b, h, w, c = *qkv.shape[:3], qkv.shape[3] // 3
+        b, h, w, c = qkv.shape
+        c //= 3
         q, k, v = qkv.reshape(b, h * w, 3, c).permute(2, 0, 1, 3)
         split = (global_channels, c - global_channels)
         (q, q_local), (k, k_local), (v, v_local) = (x.split(split, dim=-1) for x in (q, k, v))

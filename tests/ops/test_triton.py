@@ -113,8 +113,10 @@ COMPILED += [(80, "bf16", 64, 14), (89, "fp16", 64, 7), (90, "bf16", 64, 7), (80
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(("chip", "name", "width", "side"), COMPILED, ids=str)
 def test_kernels_compile_without_a_gpu(monkeypatch, chip, name, width, side):
-    """24 of the 288 products of six chips, four kinds of numbers, four head widths and three blocks: every pair of chip
-    and kind, chip and width, kind and width, kind and block, and every block on every chip; and what `auto` takes."""
+    """Compile 24 of the 288 combinations of chip, dtype, head width and block, and those that `auto` takes.
+
+    The 24 hold every pair of chip and dtype, chip and width, dtype and width, dtype and block, and chip and block.
+    """
     shape = 64, 56, 56, 2 * width
     with tf32(name == "tf32"):
         calls = recorded_launches(monkeypatch, shape, width, (1, 1), (side, side), DTYPES[name], True)

@@ -32,5 +32,5 @@ def load_table(number: int) -> list[dict[str, str]]:
     """
     if number not in FILES:
         raise ValueError(f"there is no table {number}: choose 1 to {len(FILES)}")
-    with (files(__name__) / FILES[number]).open(newline="") as file:
+    with (files(__name__) / FILES[number]).open() as file:
         return list(csv.DictReader(file))

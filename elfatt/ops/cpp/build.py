@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL:
         RuntimeError: There is no compiler, or it failed.
         OSError: The cache cannot be written or the library cannot be loaded.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++")]
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or ""]
     if not compiler[0]:
         raise RuntimeError("no C++ compiler is found: install g++, or name one in CXX")
     # the macros tell the compiler's version and what this CPU can do: a cache may be shared among machines

@@ -40,7 +40,7 @@ class _Shape(ctypes.Structure):
 
 _structure = lru_cache(maxsize=1024)(_Shape)
 _INT, _ADDRESS = ctypes.c_int, ctypes.c_void_p
-_ARGUMENTS = {  # behind the shape
+_ARGUMENTS: dict[str, list[type]] = {  # behind the shape
     "forward": [_ADDRESS] * 8,
     "backward": [_ADDRESS] * 9,
     "lepe_forward": [_ADDRESS, _INT, *[_ADDRESS] * 4, _INT],

@@ -42,6 +42,7 @@ def load_tile(base, token, stride, lane, mask):
 
 @triton.jit
 def store_tile(base, token, stride, lane, mask, value):
+    """Store rows of tokens in the dtype of the tensor."""
     tl.store(base + token[:, None] * stride + lane[None, :], value.to(base.dtype.element_ty), mask=mask)
 
 

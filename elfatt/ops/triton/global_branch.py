@@ -14,6 +14,7 @@ from elfatt.ops.triton.lepe import load_taps, map_lepe, map_tile
 
 @triton.jit
 def feature_softmax(q, lanes):
+    """Softmax over the channels, in float32."""
     q = tl.where(lanes[None, :], widen(q), float("-inf"))
     p = tl.exp2(q * LOG2_E - (tl.max(q, axis=1) * LOG2_E)[:, None])
     return p * (1 / tl.sum(p, axis=1))[:, None]
@@ -34,6 +35,7 @@ def context_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Partial ``softmax(K)ᵀ V`` of one head over one split of the tokens."""
     pid = tl.program_id(0).to(tl.int64)
     split, head, image = (pid % splits).to(tl.int32), pid // splits % HEADS, pid // splits // HEADS
     lane = tl.arange(0, BLOCK_D)
@@ -113,6 +115,7 @@ def global_out_kernel(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """``softmax(Q)`` times the context, plus LePE over the map."""
     pid = tl.program_id(0)
     part, head, image = pid % groups, pid // groups % HEADS, (pid // groups // HEADS).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
@@ -154,6 +157,7 @@ def global_query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """dQ, and the partial gradient of the context."""
     pid = tl.program_id(0).to(tl.int64)
     split, head, image = (pid % splits).to(tl.int32), pid // splits % HEADS, pid // splits // HEADS
     lane = tl.arange(0, BLOCK_D)
@@ -196,6 +200,7 @@ def global_key_value_gradient_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """dK, and dV without LePE's part."""
     pid = tl.program_id(0).to(tl.int64)
     split, head, image = (pid % splits).to(tl.int32), pid // splits % HEADS, pid // splits // HEADS
     lane = tl.arange(0, BLOCK_D)

@@ -49,6 +49,7 @@ class Launch(NamedTuple):
     constants: dict[str, object]
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Launch on these tensors."""
         launch(self.kernel, self.programs, *tensors, *self.sizes, **self.constants)
 
 
@@ -156,7 +157,10 @@ def backward(
     if sums is None and any(lepes):
         sums = qkv.new_zeros(10, channels, dtype=torch.float32)
     ends = (slice(global_channels), slice(global_channels, channels))
-    return dqkv, *(sums[:, end] if has else None for has, end in zip(lepes, ends, strict=True))
+    sums_global, sums_local = (
+        sums[:, end] if sums is not None and has else None for has, end in zip(lepes, ends, strict=True)
+    )
+    return dqkv, sums_global, sums_local
 
 
 def lepe(

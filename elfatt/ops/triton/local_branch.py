@@ -14,8 +14,11 @@ from elfatt.ops.triton.lepe import lepe, load_taps, strip_tokens
 
 @triton.jit
 def block_tokens(index, row, column, height, width, BH: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr):
-    """Of the places ``index`` of a block, in the order of its strips: the token in the map and whether it exists there,
-    whether it exists in the block and the token there."""
+    """Locate places of a block, in the order of its strips.
+
+    Returns:
+        Their tokens in the map, whether these exist, whether the block has the places, and their tokens in the block.
+    """
     y, x = strip_tokens(index, BW, ROWS)
     top, left = row * BH, column * BW
     exists = (y < tl.minimum(BH, height - top)) & (x < width - left)
@@ -65,6 +68,7 @@ def local_out_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Softmax attention in blocks, plus LePE in each block."""
     TILES: tl.constexpr = (PLACES + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     part, head, image = pid % groups, pid // groups % HEADS, (pid // groups // HEADS).to(tl.int64)
@@ -268,6 +272,7 @@ def local_key_value_gradient_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """dK, and dV without LePE's part, of blocks beyond 64 tokens."""
     TILES: tl.constexpr = (PLACES + BLOCK_N - 1) // BLOCK_N
     columns = tl.cdiv(width, BW)
     blocks = tl.cdiv(height, BH) * columns
