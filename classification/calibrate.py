@@ -1,4 +1,4 @@
-"""Calibrates an attention plan for a trained ViT: `python classification/calibrate.py --save-plan FILE ...`.
+"""Calibrates an attention plan for a trained ViT: `python -m classification.calibrate --save-plan FILE ...`.
 
 The plan is for `--plan` of `validate.py`, `train.py` and `distill.py`. It is calibrated on training images to a share
 of attention's multiply-adds, or with `--uniform` it is the paper's ELFATT. See docs/pretrained.md.
@@ -11,8 +11,6 @@ import dataclasses
 import sys
 from itertools import islice
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 import torch
 from torch.utils.data import IterableDataset, Subset

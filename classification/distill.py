@@ -1,4 +1,4 @@
-"""Distills a ViT into its converted copy: `python classification/distill.py --plan FILE --initial-checkpoint FILE ...`.
+"""Distills a ViT into its converted copy: `python -m classification.distill --plan FILE --initial-checkpoint FILE ...`.
 
 The student starts from the teacher's weights. For the first half of the epochs each converted attention layer is fed
 the teacher's input and trained to match its output; for the second half the logits are matched. Labels are not used.
@@ -10,9 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 import torch
 import torch.nn.functional as F

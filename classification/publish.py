@@ -1,4 +1,4 @@
-"""Publishes a run: `python classification/publish.py RUN_FOLDER --output FOLDER`, and `--push USER/NAME` to the Hub.
+"""Publishes a run: `python -m classification.publish RUN_FOLDER --output FOLDER`, and `--push USER/NAME` to the Hub.
 
 Exports `model_best.pth.tar` (the EMA weights, if any) in the format of timm's `local-dir:` and `hf-hub:`, with a model
 card generated from the run's own files.
@@ -12,8 +12,6 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from torch import nn

@@ -1,4 +1,4 @@
-"""Trains an image classifier: `python classification/train.py --config FILE --data-dir FOLDER`, or under torchrun.
+"""Trains an image classifier: `python -m classification.train --config FILE --data-dir FOLDER`, or under torchrun.
 
 The recipe is a YAML file of configs/classification; every option is in `config.py`. A run stopped at any moment
 and continued with `--resume auto` ends with the same weights, bit for bit, as one that was never stopped (on CPUs;
@@ -14,8 +14,6 @@ import time
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: `python classification/validate.py --config FILE --data-dir FOLDER --checkpoint FILE`.
+"""Evaluates a checkpoint: `python -m classification.validate --config FILE --data-dir FOLDER --checkpoint FILE`.
 
 Runs alone or under torchrun; on any number of processes each image counts exactly once. Published accuracies are
 those of the averaged (EMA) weights, which are the default where the file has them, and of their authors' crop, which is
@@ -13,8 +13,6 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
 import torch
 

@@ -22,10 +22,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from elfatt.data import UserError, check_shape, check_size, list_images, read_image  # noqa: E402
-from elfatt.data.coco import (  # noqa: E402
+from elfatt.data import UserError, check_shape, check_size, list_images, read_image
+from elfatt.data.coco import (
     FIELDS,
     annotation_faults,
     check_annotations,
@@ -34,7 +32,7 @@ from elfatt.data.coco import (  # noqa: E402
     form_faults,
     load_coco,
 )
-from elfatt.data.masks import check_classes, check_labels, check_mask  # noqa: E402
+from elfatt.data.masks import check_classes, check_labels, check_mask
 
 ADE20K_IMAGES = {"training": 20_210, "validation": 2_000}
 COCO_IMAGES = {"train2017": 118_287, "val2017": 5_000}

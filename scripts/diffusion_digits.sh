@@ -17,4 +17,4 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export NGPUS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
-exec bash scripts/torchrun.sh scripts/diffusion/compare.py runs/diffusion_digits
+exec bash scripts/torchrun.sh scripts.diffusion.compare runs/diffusion_digits

@@ -6,10 +6,10 @@ if [[ $# -lt 3 || $1 == -h || $1 == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/evaluate_ade20k.sh CONFIG DATA_DIR CHECKPOINT [OPTIONS...]
 
-  CONFIG      the config that trained it, e.g. configs/segmentation/upernet_swin_tiny_elfatt.py
+  CONFIG      the config that trained it, e.g. configs/segmentation.upernet_swin_tiny_elfatt
   DATA_DIR    ADEChallengeData2016, see docs/segmentation_detection.md
   CHECKPOINT  e.g. runs/segmentation/upernet_swin_tiny_elfatt/best_mIoU_iter_160000.pth
-  OPTIONS     any of segmentation/test.py, e.g. --show-dir pictures, --tta
+  OPTIONS     any of segmentation.test, e.g. --show-dir pictures, --tta
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE
@@ -18,5 +18,5 @@ fi
 
 config=$1 data=$2 checkpoint=$3
 shift 3
-exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" segmentation/test.py \
+exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" segmentation.test \
     "$config" "$checkpoint" --data-dir "$data" "$@"

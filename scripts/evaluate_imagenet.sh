@@ -9,7 +9,7 @@ usage: bash scripts/evaluate_imagenet.sh CONFIG DATA_DIR CHECKPOINT [OPTIONS...]
   CONFIG      the config that trained it, e.g. configs/classification/cswin_tiny_elfatt_224.yaml
   DATA_DIR    ImageNet, see docs/data.md
   CHECKPOINT  e.g. runs/classification/cswin_tiny_elfatt_224/model_best.pth.tar
-  OPTIONS     any of classification/validate.py, e.g. --no-ema, --results-file results.csv
+  OPTIONS     any of classification.validate, e.g. --no-ema, --results-file results.csv
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE
@@ -18,5 +18,5 @@ fi
 
 config=$1 data=$2 checkpoint=$3
 shift 3
-exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" classification/validate.py \
+exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" classification.validate \
     --config "$config" --data-dir "$data" --checkpoint "$checkpoint" "$@"

@@ -9,7 +9,7 @@ usage: bash scripts/finetune_imagenet_384.sh CONFIG DATA_DIR CHECKPOINT [OPTIONS
   CONFIG      e.g. configs/classification/cswin_base_elfatt_384.yaml; it names the global batch of 8 GPUs
   DATA_DIR    ImageNet, see docs/data.md
   CHECKPOINT  of the 224 run, e.g. runs/classification/cswin_base_elfatt_224/model_best.pth.tar
-  OPTIONS     any of classification/train.py, e.g. --resume auto, --grad-checkpointing
+  OPTIONS     any of classification.train, e.g. --resume auto, --grad-checkpointing
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE
@@ -18,5 +18,5 @@ fi
 
 config=$1 data=$2 checkpoint=$3
 shift 3
-exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" classification/train.py \
+exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" classification.train \
     --config "$config" --data-dir "$data" --initial-checkpoint "$checkpoint" "$@"

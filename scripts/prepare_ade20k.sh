@@ -9,7 +9,7 @@ usage: bash scripts/prepare_ade20k.sh DATA_DIR [OPTIONS...]
   DATA_DIR  the unpacked http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip:
               images/{training,validation}/*.jpg        20,210 and 2,000 images
               annotations/{training,validation}/*.png   their masks, labels 0 (other) to 150, 255 ignored
-  OPTIONS   any of scripts/check_data.py, e.g. --any-size --classes 10 for data of your own, --full
+  OPTIONS   any of scripts.check_data, e.g. --any-size --classes 10 for data of your own, --full
 USAGE
     [[ $# -ge 1 ]] && exit 0 || exit 2
 fi
@@ -17,4 +17,4 @@ fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=python
 [[ -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
-exec "$python" "$root/scripts/check_data.py" ade20k "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m scripts.check_data ade20k "$@"

@@ -9,7 +9,7 @@ usage: bash scripts/prepare_coco.sh DATA_DIR [OPTIONS...]
   DATA_DIR  train2017.zip, val2017.zip and annotations_trainval2017.zip of https://cocodataset.org, unpacked:
               train2017/*.jpg, val2017/*.jpg               118,287 and 5,000 images
               annotations/instances_{train,val}2017.json   80 categories
-  OPTIONS   any of scripts/check_data.py, e.g. --any-size for data of your own, --full
+  OPTIONS   any of scripts.check_data, e.g. --any-size for data of your own, --full
 USAGE
     [[ $# -ge 1 ]] && exit 0 || exit 2
 fi
@@ -17,4 +17,4 @@ fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=python
 [[ -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
-exec "$python" "$root/scripts/check_data.py" coco "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m scripts.check_data coco "$@"

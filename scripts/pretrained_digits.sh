@@ -6,9 +6,9 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/pretrained_digits.sh
 
-Trains a small ViT of timm on scikit-learn's handwritten digits at 64×64 pixels with classification/train.py, makes a
-uniform and calibrated plans with classification/calibrate.py, evaluates them without training and after some hundred steps
-of classification/distill.py, and writes runs/pretrained_digits/report.md: a table and curves of accuracy over cost, and
+Trains a small ViT of timm on scikit-learn's handwritten digits at 64×64 pixels with classification.train, makes a
+uniform and calibrated plans with classification.calibrate, evaluates them without training and after some hundred steps
+of classification.distill, and writes runs/pretrained_digits/report.md: a table and curves of accuracy over cost, and
 speed at 64², 128² and 256². Started again, it goes on where it was stopped.
 USAGE
     exit 0
@@ -18,5 +18,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 runs=runs/pretrained_digits
 export NGPUS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
-.venv/bin/python scripts/quickstart/digits.py $runs/data --copies 0
-exec bash scripts/torchrun.sh scripts/pretrained/vit_digits.py $runs
+.venv/bin/python -m scripts.quickstart.digits $runs/data --copies 0
+exec bash scripts/torchrun.sh scripts.pretrained.vit_digits $runs

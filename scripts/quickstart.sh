@@ -7,9 +7,9 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/quickstart.sh
 
-Trains cswin_nano_elfatt on scikit-learn's handwritten digits with classification/train.py under torchrun,
-and evaluates the held-out digits with classification/validate.py. From its weights, trains UperNet with
-segmentation/train.py and Mask R-CNN with detection/train.py on scenes of several digits, evaluates held-out scenes, and
+Trains cswin_nano_elfatt on scikit-learn's handwritten digits with classification.train under torchrun,
+and evaluates the held-out digits with classification.validate. From its weights, trains UperNet with
+segmentation.train and Mask R-CNN with detection.train on scenes of several digits, evaluates held-out scenes, and
 writes runs/quickstart/report.md with its pictures. Started again, it continues where it was stopped.
 
 environment:
@@ -32,16 +32,16 @@ cores=$(nproc)
 export NGPUS OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPUS ? cores / NGPUS : 1))}
 run_alone() { NGPUS=1 OMP_NUM_THREADS=$cores bash scripts/torchrun.sh "$@"; }
 
-"$python" scripts/quickstart/digits.py "$data"
-bash scripts/torchrun.sh classification/train.py --config $config --data-dir $data \
+"$python" -m scripts.quickstart.digits "$data"
+bash scripts/torchrun.sh classification.train --config $config --data-dir $data \
     --output $runs --experiment digits --resume auto
-bash scripts/torchrun.sh classification/validate.py --config $config --data-dir $data \
+bash scripts/torchrun.sh classification.validate --config $config --data-dir $data \
     --checkpoint $runs/digits/last.pth.tar --results-file $runs/digits/validate.json
 
 scenes=$runs/data/scenes
-"$python" scripts/quickstart/scenes.py $scenes
+"$python" -m scripts.quickstart.scenes $scenes
 for task in segmentation detection; do
-    run_alone $task/train.py configs/$task/scenes_nano.py --data-dir $scenes \
+    run_alone $task.train configs/$task/scenes_nano.py --data-dir $scenes \
         --work-dir $runs/$task --pretrained $runs/digits/last.pth.tar --resume auto
 done
-run_alone scripts/quickstart/report.py $runs --digits $data --scenes $scenes
+run_alone scripts.quickstart.report $runs --digits $data --scenes $scenes

@@ -4,9 +4,9 @@ set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     cat <<'USAGE'
-usage: bash scripts/torchrun.sh PROGRAM [OPTIONS...]
+usage: bash scripts/torchrun.sh MODULE [OPTIONS...]
 
-  PROGRAM  relative to the repository, e.g. classification/train.py
+  MODULE  of the repository, e.g. classification.train
 
 environment:
   NGPUS        processes on this node (default: the GPUs that PyTorch sees, or 1)
@@ -22,15 +22,16 @@ fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=python
 [[ -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
-program=$root/$1
+module=$1
 shift
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 # OpenMP's own 300,000 turns outlast a time slice: on a shared CPU they keep the core from the thread waited for
 [[ ${OMP_WAIT_POLICY:-} ]] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"
 
 : "${NGPUS:=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 : "${NNODES:=1}"
 if [[ $NNODES -eq 1 && $NGPUS -eq 1 ]]; then
-    exec "$python" "$program" "$@"  # one process: errors stay one line
+    exec "$python" -m "$module" "$@"  # one process: errors stay one line
 fi
 if [[ $NNODES -gt 1 ]]; then
     : "${NODE_RANK:?NNODES=$NNODES needs NODE_RANK}" "${MASTER_ADDR:?NNODES=$NNODES needs MASTER_ADDR}"
@@ -39,4 +40,4 @@ if [[ $NNODES -gt 1 ]]; then
 else
     place=(--standalone)
 fi
-exec "$python" -m torch.distributed.run "${place[@]}" --nproc-per-node "$NGPUS" "$program" "$@"
+exec "$python" -m torch.distributed.run "${place[@]}" --nproc-per-node "$NGPUS" -m "$module" "$@"

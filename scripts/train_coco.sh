@@ -6,9 +6,9 @@ if [[ $# -lt 2 || $1 == -h || $1 == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/train_coco.sh CONFIG DATA_DIR [OPTIONS...]
 
-  CONFIG    e.g. configs/detection/mask_rcnn_swin_tiny_elfatt_1x.py; it is for 8 GPUs
+  CONFIG    e.g. configs/detection.mask_rcnn_swin_tiny_elfatt_1x; it is for 8 GPUs
   DATA_DIR  COCO 2017, see docs/segmentation_detection.md
-  OPTIONS   any of detection/train.py, e.g. --pretrained CHECKPOINT, --resume auto
+  OPTIONS   any of detection.train, e.g. --pretrained CHECKPOINT, --resume auto
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE
@@ -17,5 +17,5 @@ fi
 
 config=$1 data=$2
 shift 2
-exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" detection/train.py \
+exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" detection.train \
     "$config" --data-dir "$data" "$@"

@@ -8,7 +8,7 @@ usage: bash scripts/train_imagenet.sh CONFIG DATA_DIR [OPTIONS...]
 
   CONFIG    e.g. configs/classification/cswin_tiny_elfatt_224.yaml; it names the global batch of 8 GPUs
   DATA_DIR  ImageNet, see docs/data.md
-  OPTIONS   any of classification/train.py, e.g. --resume auto, --grad-accum-steps 2 on 4 GPUs
+  OPTIONS   any of classification.train, e.g. --resume auto, --grad-accum-steps 2 on 4 GPUs
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE
@@ -17,5 +17,5 @@ fi
 
 config=$1 data=$2
 shift 2
-exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" classification/train.py \
+exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" classification.train \
     --config "$config" --data-dir "$data" "$@"

@@ -1,16 +1,11 @@
-"""Draws the segmentation of an image file: ``python segmentation/inference.py CONFIG CHECKPOINT IMAGE OUTPUT``."""
+"""Draws the segmentation of an image file: ``python -m segmentation.inference CONFIG CHECKPOINT IMAGE OUTPUT``."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import numpy as np  # noqa: E402
-
-from elfatt.data import read_image  # noqa: E402
-from elfatt.integrations import mm_errors, mm_runner  # noqa: E402
+from elfatt.data import read_image
+from elfatt.integrations import mm_errors, mm_runner
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # torchrun runs the file, not the module
-
-from elfatt.integrations import mm_errors, mm_runner  # noqa: E402
+from elfatt.integrations import mm_errors, mm_runner
 
 
 def main(argv: list[str] | None = None):

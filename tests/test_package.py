@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import elfatt
+from elfatt.analysis import accuracy
 
 PACKAGE = Path(elfatt.__file__).parent
 ORDER = ["suggest", "data", "processes", "ops", "layers", "attention", "backbones", "checkpoints", "conversion"]
@@ -49,6 +50,18 @@ def imports_of(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module or ""
+
+
+def test_only_analysis_runs_the_task_folders():
+    named = {
+        (path.relative_to(PACKAGE).parts[0], node.value)
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and re.fullmatch(r"(classification|segmentation|detection)\.\w+", str(node.value))
+    }
+    assert named == {("analysis", program) for program in accuracy.PROGRAMS.values()}
+    assert all((PACKAGE.parent / f"{program.replace('.', '/')}.py").exists() for program in accuracy.PROGRAMS.values())
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))

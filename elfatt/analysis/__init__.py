@@ -1,1 +1,1 @@
-"""Measuring models: complexity, and the paper's published tables."""
+"""Benchmarks and the paper's tables: the top layer, which also runs the task folders' programs."""

@@ -12,6 +12,11 @@ from elfatt.analysis.rows import CONFIGS, Row
 from elfatt.ops import active_backend
 
 SUFFIXES = (".pth", ".pth.tar", ".pt", ".safetensors")
+PROGRAMS = {  # of the task folders of a checkout, run as subprocesses
+    "classification": "classification.validate",
+    "segmentation": "segmentation.test",
+    "detection": "detection.test",
+}
 METRICS = {  # metric of the program: column of the published tables
     "classification": {"top1": "top1_percent"},
     "segmentation": {"mIoU": "miou_percent", "mAcc": "macc_percent"},
@@ -45,16 +50,25 @@ def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: 
         return {}
     with tempfile.TemporaryDirectory() as folder:
         if task == "classification":
-            command = ["classification/validate.py", *row.config_arguments(), "--checkpoint", checkpoint]
+            command = [*row.config_arguments(), "--checkpoint", checkpoint]
             command += ["--device", device, "--results-file", Path(folder) / "metrics.json"]
         else:
-            command = [f"{task}/test.py", CONFIGS / task / f"{row.config}.py", checkpoint, "--work-dir", folder]
-        command = [sys.executable, *command, "--data-dir", root.resolve(), "--backend", active_backend()]
+            command = [CONFIGS / task / f"{row.config}.py", checkpoint, "--work-dir", folder]
+        command = [
+            sys.executable,
+            "-m",
+            PROGRAMS[task],
+            *command,
+            "--data-dir",
+            root.resolve(),
+            "--backend",
+            active_backend(),
+        ]
         print(f"accuracy: {row.name}: {checkpoint}", file=sys.stderr)
         done = subprocess.run([str(part) for part in command], cwd=CONFIGS.parent, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RuntimeError(f"{command[1]} failed on {checkpoint}: {last}")
+            raise RuntimeError(f"{command[2]} failed on {checkpoint}: {last}")
         (file,) = Path(folder).rglob("*.json") if task == "classification" else Path(folder).glob("*/*.json")
         found = json.loads(file.read_text())
     scale = 100 if task == "detection" else 1

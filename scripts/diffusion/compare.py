@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,18 +20,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm, trange
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "quickstart")]
-
-import quality  # noqa: E402
-from generators import CLASSES, MODELS, PHASES, SIDE, sample, save, train  # noqa: E402
-from material import load_material  # noqa: E402
-from outcome import RIVALS, UNPATCHED, Result, write_report  # noqa: E402
-
-from elfatt.analysis.complexity import count_true  # noqa: E402
-from elfatt.analysis.diffusion_quality import psnr  # noqa: E402
-from elfatt.conversion import Agent, Calibration, Head, LayerPlan, Plan  # noqa: E402
-from elfatt.integrations import diffusers as adapter  # noqa: E402
+from elfatt.analysis.complexity import count_true
+from elfatt.analysis.diffusion_quality import psnr
+from elfatt.conversion import Agent, Calibration, Head, LayerPlan, Plan
+from elfatt.integrations import diffusers as adapter
+from scripts.diffusion import quality
+from scripts.diffusion.generators import CLASSES, MODELS, PHASES, SIDE, sample, save, train
+from scripts.diffusion.outcome import RIVALS, UNPATCHED, Result, write_report
+from scripts.quickstart.material import load_material
 
 PICTURES, BATCH, STEPS = 120, 40, 8
 CALIBRATION_PICTURES = 20

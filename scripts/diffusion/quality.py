@@ -7,12 +7,12 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from generators import CLASSES, SIDE, save
 from torch import nn
 from torchvision.transforms import RandomAffine
 from tqdm import trange
 
 import elfatt  # noqa: F401  registers the models
+from scripts.diffusion.generators import CLASSES, SIDE, save
 
 EPOCHS, BATCH, RATE = 12, 64, 2e-3
 

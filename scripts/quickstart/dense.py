@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import mmcv
 import numpy as np
-from material import NAMES
 from mmengine.runner import find_latest_checkpoint
-from pictures import Instances, draw_instances, draw_semantic
 from PIL import Image
 
+import detection.test
+import segmentation.test
+from scripts.quickstart.material import NAMES
+from scripts.quickstart.pictures import Instances, draw_instances, draw_semantic
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import detection.test  # noqa: E402
-import segmentation.test  # noqa: E402
-
 SHOWN = 8  # scenes
 CONFIDENT = 0.5  # least score of an instance in the pictures
 

@@ -11,8 +11,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from material import NAMES, Material, background, enlarge, light_colour, load_material, paint
 from PIL import Image
+
+from scripts.quickstart.material import NAMES, Material, background, enlarge, light_colour, load_material, paint
 
 SIDE = 32
 COPIES = 5

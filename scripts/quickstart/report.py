@@ -11,7 +11,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import dense
 import matplotlib.pyplot as plt
 import timm
 import torch
@@ -20,6 +19,7 @@ from torchvision.datasets import ImageFolder
 
 import elfatt  # noqa: F401  registers the models
 from elfatt.checkpoints import load_checkpoint
+from scripts.quickstart import dense
 
 SAMPLES = 40
 COLUMNS = 10

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from material import NAMES, Material, background, enlarge, light_colour, load_material, paint
 from PIL import Image
+
+from scripts.quickstart.material import NAMES, Material, background, enlarge, light_colour, load_material, paint
 
 SIDE = 128
 DIGITS = (3, 7)  # digits in a scene

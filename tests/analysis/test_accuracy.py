@@ -47,13 +47,13 @@ def test_a_checkpoint_gets_the_top_1_of_validate(tmp_path, monkeypatch):
     [
         (
             7,
-            "segmentation/test.py",
+            "segmentation.test",
             {"mIoU": 49.5, "mAcc": 61.0, "aAcc": 80.0},
             {"miou_percent": 49.5, "macc_percent": 61.0},
         ),
         (
             6,
-            "detection/test.py",
+            "detection.test",
             {f"coco/{kind}_mAP{suffix}": 0.5 for kind in ("bbox", "segm") for suffix in ("", "_50", "_75")},
             {f"{ap}_{kind}": 50.0 for ap in ("ap", "ap50", "ap75") for kind in ("box", "mask")},
         ),
@@ -75,7 +75,8 @@ def test_dense_metrics_are_read_from_mmengines_file(tmp_path, monkeypatch, table
     data = {"segmentation": Path("ade"), "detection": Path("coco"), "classification": None}
     with use_backend("math"):
         assert accuracy.evaluate(row, tmp_path, data, "cpu") == {"checkpoint": f"{row.config}.pth"} | expected
-    assert commands[0][1] == program and Path(commands[0][2]).is_file() and commands[0][-2:] == ["--backend", "math"]
+    assert commands[0][1:3] == ["-m", program] and Path(commands[0][3]).is_file()
+    assert commands[0][-2:] == ["--backend", "math"]
     assert accuracy.evaluate(row, tmp_path / "elsewhere", data, "cpu") == {}
     assert set(expected) <= set(row.published)
 
@@ -83,5 +84,5 @@ def test_dense_metrics_are_read_from_mmengines_file(tmp_path, monkeypatch, table
 def test_a_program_that_fails_is_quoted(tmp_path):
     (row,) = select_rows([1], ["CSWin-T24181-ELFATT"])
     (tmp_path / f"{row.config}.pth").write_text("no checkpoint")
-    with pytest.raises(RuntimeError, match=r"classification/validate.py failed on .*cswin_tiny_elfatt_224.pth: .+"):
+    with pytest.raises(RuntimeError, match=r"classification.validate failed on .*cswin_tiny_elfatt_224.pth: .+"):
         accuracy.evaluate(row, tmp_path, {"classification": tmp_path}, "cpu")

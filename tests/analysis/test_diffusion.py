@@ -176,12 +176,12 @@ def test_the_guide_works(monkeypatch):
     assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
     understood = []
     monkeypatch.setattr(diffusion, "run", understood.append)
-    for command in re.findall(r"^python scripts/diffusion_benchmark.py(.*)$", guide, re.M):
+    for command in re.findall(r"^python -m elfatt.analysis diffusion(.*)$", guide, re.M):
         assert main(["diffusion", *shlex.split(command, comments=True)]) == 0
     assert [args.layers for args in understood] == [False, False, True, False]
     options = set(re.findall(r"--[a-z][a-z-]+", guide))
     text = subprocess.run(
-        [sys.executable, "scripts/diffusion_benchmark.py", "--help"],
+        [sys.executable, "-m", "elfatt.analysis", "diffusion", "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,

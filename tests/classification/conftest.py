@@ -78,11 +78,11 @@ def options(data_dir, tmp_path):
 
 @pytest.fixture
 def command():
-    """Builds a subprocess of a Python program or a script of the repository: one thread, no GPU."""
+    """Builds a subprocess of a module or a shell script of the repository: one thread, no GPU."""
 
     def build(program: str, *arguments: object, **env: str) -> dict:
-        interpreter = sys.executable if program.endswith(".py") else "bash"
-        args = [interpreter, str(ROOT / program), *map(str, arguments)]
+        interpreter = ["bash", str(ROOT / program)] if program.endswith(".sh") else [sys.executable, "-m", program]
+        args = [*interpreter, *map(str, arguments)]
         return {"args": args, "env": {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}}
 
     return build

@@ -147,7 +147,7 @@ def test_a_lepe_begins_at_zero_and_is_trained(options, teacher, tmp_path, capsys
 @pytest.mark.slow
 def test_two_processes_align_in_both_halves(options, teacher, plan, tmp_path, command):
     argv = aligned(options, teacher, plan, "--epochs", 2, "--batch-size", 4, experiment="two")
-    run = command("scripts/torchrun.sh", "classification/distill.py", *argv, NGPUS="2")
+    run = command("scripts/torchrun.sh", "classification.distill", *argv, NGPUS="2")
     assert subprocess.run(**run, capture_output=True).returncode == 0
     assert load(tmp_path / "two" / "last.pth.tar")["position"]["updates"] == 6
 

@@ -56,7 +56,7 @@ def test_a_killed_and_resumed_run_ends_bit_identical(options, command, tmp_path,
     assert main(options(*extra, "--workers", workers, experiment="whole")) == 0
 
     killed = options(*extra, "--workers", workers, experiment="killed")
-    process = subprocess.Popen(**command("classification/train.py", *killed), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(**command("classification.train", *killed), stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "epoch 1: batch 6/12" in line:
             os.kill(process.pid, signal.SIGKILL)  # in mid-epoch, after the save at batch 4 and maybe the next
@@ -179,7 +179,7 @@ def test_a_backend_that_cannot_run_takes_one_line(options, tmp_path, fails, monk
 
 
 def test_the_environment_names_the_default_backend(options, command, tmp_path):
-    program = command("classification/train.py", *options("--epochs", 1), ELFATT_BACKEND="math")
+    program = command("classification.train", *options("--epochs", 1), ELFATT_BACKEND="math")
     done = subprocess.run(**program, capture_output=True, text=True, check=True)
     assert "backend math, output in" in done.stdout
     assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["backend"] == "math"
@@ -342,7 +342,7 @@ def test_a_system_without_the_resource_module_trains(options, command):
     """Windows has none."""
     code = "import sys\nsys.modules['resource'] = None\n"
     code += "from classification.train import main\nsys.exit(main(sys.argv[1:]))"
-    process = command("classification/train.py", *options("--epochs", 1))
+    process = command("classification.train", *options("--epochs", 1))
     process["args"][1:2] = ["-c", code]
     done = subprocess.run(**process, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "quickstart")]
 
 
 @pytest.fixture(scope="session")
 def scenes_folder(tmp_path_factory) -> Path:
     """12 training and 6 held-out scenes; read only."""
-    from scenes import write_scenes
+    from scripts.quickstart.scenes import write_scenes
 
     root = tmp_path_factory.mktemp("scenes") / "data"
     write_scenes(root, train=12, val=6)

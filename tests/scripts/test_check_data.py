@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import check_data
 import numpy as np
 import pytest
 from PIL import Image
+
+from scripts import check_data
 
 SCRIPTS = Path(check_data.__file__).parent
 ADE20K = ("ade20k", "--any-size", "--classes", "10")
@@ -279,10 +280,10 @@ def test_command_line(folder):
     def run(*command):
         return subprocess.run([*map(str, command)], capture_output=True, text=True)
 
-    program = SCRIPTS / "check_data.py"
-    assert run(sys.executable, program, "coco", folder, "--any-size").returncode == 0
-    assert run(sys.executable, program, "coco", folder / "nothing").returncode == 1
-    wrong = run(sys.executable, program, "coco", folder, "--splits", "val")
+    program = "-m", "scripts.check_data"
+    assert run(sys.executable, *program, "coco", folder, "--any-size").returncode == 0
+    assert run(sys.executable, *program, "coco", folder / "nothing").returncode == 1
+    wrong = run(sys.executable, *program, "coco", folder, "--splits", "val")
     assert wrong.returncode == 2 and "coco has no split 'val': give train2017 or val2017" in wrong.stderr
     for dataset in ("ade20k", "coco"):
         script = SCRIPTS / f"prepare_{dataset}.sh"

@@ -1,8 +1,5 @@
 """The comparison on digits: its measures against closed forms, its pairs, and a small run from start to report."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
@@ -10,12 +7,7 @@ from PIL import Image
 pytest.importorskip("diffusers")
 pytest.importorskip("tomesd")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "diffusion"))
-
-import compare  # noqa: E402
-import generators  # noqa: E402
-import outcome  # noqa: E402
-import quality  # noqa: E402
+from scripts.diffusion import compare, generators, outcome, quality  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -38,12 +38,12 @@ def run_script(folder, script, *options, **environment):
     ],
 )
 def test_threads_wait_as_the_user_says_or_spin_briefly(environment, settings, tmp_path):
-    ((found, _),) = run_script(tmp_path, "torchrun.sh", "classification/train.py", **environment)
+    ((found, _),) = run_script(tmp_path, "torchrun.sh", "classification.train", **environment)
     assert found == settings
 
 
 def test_no_program_of_the_quickstart_spins(tmp_path):
     calls = run_script(tmp_path, "quickstart.sh")
-    programs = ("train.py", "validate.py", "report.py")
+    programs = ("classification.train", "classification.validate", "segmentation.train", "detection.train", "report")
     settings = [found for found, arguments in calls if any(name in arguments for name in programs)]
     assert settings == ["5000,"] * 5

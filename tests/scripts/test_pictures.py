@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pictures import Instances, draw_instances, draw_semantic
 from PIL import Image
+
+from scripts.quickstart.pictures import Instances, draw_instances, draw_semantic
 
 NAMES = ("a", "b", "c")
 

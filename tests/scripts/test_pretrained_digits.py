@@ -1,21 +1,15 @@
 """The demonstration of converted ViTs: costs, speeds, the report; its programs have tests of their own."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 
 pytest.importorskip("matplotlib")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "pretrained"))
-
-import vit_digits  # noqa: E402
-from vit_digits import ALIGNED, BUDGETS, UNIFORM, Row  # noqa: E402
-
 from elfatt.conversion import Head, LayerPlan, Plan  # noqa: E402
 from elfatt.integrations.timm import vit_of  # noqa: E402
+from scripts.pretrained import vit_digits  # noqa: E402
+from scripts.pretrained.vit_digits import ALIGNED, BUDGETS, UNIFORM, Row  # noqa: E402
 
 
 @pytest.fixture

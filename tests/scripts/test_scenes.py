@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
-import material
 import numpy as np
 import pytest
-import scenes
-from material import NAMES, Material, enlarge, load_material, paint
 from mmengine.config import Config
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
+
+from scripts.quickstart import material, scenes
+from scripts.quickstart.material import NAMES, Material, enlarge, load_material, paint
 
 SPLITS = {"train": "training", "val": "validation"}
 COUNTS = {"train": 12, "val": 6}
@@ -127,7 +127,7 @@ def test_nothing_of_the_one_split_is_in_the_other(scenes_folder, tmp_path, monke
 
 
 def test_the_split_is_the_classifiers(tmp_path):
-    from digits import COPIES, write_digits
+    from scripts.quickstart.digits import COPIES, write_digits
 
     write_digits(tmp_path / "digits")
     target = load_digits().target
@@ -205,7 +205,7 @@ def test_the_configs_know_the_classes():
 
 
 def test_the_report_gives_percent_beside_the_goal():
-    import report
+    from scripts.quickstart import report
 
     scores = {"segmentation": {"mIoU": 61.25}, "detection": {"coco/bbox_mAP_50": 0.5, "coco/segm_mAP_50": 0.25}}
     lines = report.dense_table(scores).splitlines()[2:]
