@@ -59,17 +59,11 @@ class _MergeKwargs(ParseKwargs):
         setattr(namespace, self.dest, {**base, **getattr(namespace, self.dest)})
 
 
-def build_parser(train: bool) -> argparse.ArgumentParser:
-    """Returns the command line of `train.py` (train=True) or of `validate.py` (train=False)."""
-    name = "train.py" if train else "validate.py"
-    parser = _Parser(prog=name, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    switch = argparse.BooleanOptionalAction
+SWITCH = argparse.BooleanOptionalAction
 
-    parser.add_argument("--config", help="YAML file of option values; the command line overrides it")
-    parser.add_argument("--variant", help="one of the variants that the YAML file holds, such as a row of an ablation")
 
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
     add("--data-dir", help="root of the data set, see docs/data.md")
     add(
         "--dataset",
@@ -79,10 +73,10 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     add("--val-split", default="val", help="name of the validation split")
     add("--val-num-samples", type=int, help="images of the validation split (WebDataset without _info.json)")
     add("--class-map", default="", help="text file that maps class names to indices")
-    add("--dataset-download", action=switch, default=False, help="let the reader download the data set")
+    add("--dataset-download", action=SWITCH, default=False, help="let the reader download the data set")
     add(
         "--dataset-trust-remote-code",
-        action=switch,
+        action=SWITCH,
         default=False,
         help="let a Hugging Face data set run its code",
     )
@@ -91,8 +85,9 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     add("--workers", type=int, default=8, help="data loading processes per GPU")
     add("--max-broken-images", type=int, default=0, help="unreadable images a process skips before it stops")
 
-    group = parser.add_argument_group("model")
-    add = group.add_argument
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
     add("--model", help="timm model name, e.g. cswin_tiny_elfatt")
     add("--model-kwargs", nargs="*", default={}, action=_MergeKwargs, help="model keywords, e.g. lepe=False")
     add("--plan", help="JSON of classification/calibrate.py: which attention each head of a pretrained ViT runs")
@@ -106,26 +101,27 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     )
     add("--interpolation", default="bicubic", choices=INTERPOLATIONS, help="resampling at evaluation")
 
-    group = parser.add_argument_group("computation")
-    add = group.add_argument
+
+def _add_computation_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("computation").add_argument
     add("--device", help="cuda or cpu (default: cuda where there is one)")
     add("--backend", default=active_backend(), choices=BACKENDS, help="code of the attention operations")
     add("--batch-size", type=int, default=128, help="images per process and step")
-    add("--amp", action=switch, default=True, help="mixed precision")
+    add("--amp", action=SWITCH, default=True, help="mixed precision")
     add("--amp-dtype", default="float16", choices=["float16", "bfloat16"], help="float16 scales the loss")
-    add("--channels-last", action=switch, default=False, help="channels-last memory format")
-    add("--compile", action=switch, default=False, help="torch.compile the model")
+    add("--channels-last", action=SWITCH, default=False, help="channels-last memory format")
+    add("--compile", action=SWITCH, default=False, help="torch.compile the model")
 
-    if not train:
-        group = parser.add_argument_group("evaluation")
-        add = group.add_argument
-        add("--checkpoint", help="weights to evaluate")
-        add("--no-ema", dest="use_ema", action="store_false", default=True, help="evaluate the raw weights")
-        add("--results-file", help="write the results here: .json replaces the file, .csv appends a row")
-        return parser
 
-    group = parser.add_argument_group("training data and augmentation")
-    add = group.add_argument
+def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--checkpoint", help="weights to evaluate")
+    add("--no-ema", dest="use_ema", action="store_false", default=True, help="evaluate the raw weights")
+    add("--results-file", help="write the results here: .json replaces the file, .csv appends a row")
+
+
+def _add_augmentation_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training data and augmentation").add_argument
     add("--train-split", default="train", help="name of the training split")
     add("--train-num-samples", type=int, help="images of the training split (WebDataset without _info.json)")
     add("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area range of the random crop")
@@ -149,13 +145,14 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     )
     add("--smoothing", type=float, default=0.0, help="label smoothing")
 
-    group = parser.add_argument_group("optimization")
-    add = group.add_argument
+
+def _add_optimization_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimization").add_argument
     add("--opt", default="adamw", help="timm optimizer")
     add("--opt-kwargs", nargs="*", default={}, action=_MergeKwargs, help="optimizer keywords, e.g. eps=1e-6")
     add("--lr", type=float, default=1e-3, help="peak learning rate; it is not scaled with the batch")
     add("--weight-decay", type=float, default=0.05, help="weight decay")
-    add("--filter-bias-and-bn", action=switch, default=True, help="no decay on 1-D parameters and biases")
+    add("--filter-bias-and-bn", action=SWITCH, default=True, help="no decay on 1-D parameters and biases")
     add("--epochs", type=int, default=300, help="epochs of the cosine schedule, warm-up included")
     add("--warmup-epochs", type=int, default=20, help="epochs of linear warm-up")
     add("--warmup-lr", type=float, default=1e-6, help="learning rate of the first warm-up epoch")
@@ -169,13 +166,14 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     add("--grad-accum-steps", type=int, default=1, help="batches per optimizer update")
     add("--clip-grad", type=float, help="largest gradient norm (default: no clipping)")
     add("--drop-path", type=float, help="stochastic depth rate (default: the model's own)")
-    add("--grad-checkpointing", action=switch, default=False, help="recompute activations to save memory")
-    add("--model-ema", action=switch, default=False, help="keep an average of the weights, updated every step")
+    add("--grad-checkpointing", action=SWITCH, default=False, help="recompute activations to save memory")
+    add("--model-ema", action=SWITCH, default=False, help="keep an average of the weights, updated every step")
     add("--model-ema-decay", type=float, default=0.9999, help="decay of that average")
     add("--seed", type=int, default=42, help="seed of everything random")
 
-    group = parser.add_argument_group("run")
-    add = group.add_argument
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
     add("--initial-checkpoint", help="weights to start from (EMA weights where the file has them)")
     add("--allow-mismatch", action="append", help="key prefix the file may lack, e.g. head. (repeatable)")
     add("--resume", help="checkpoint to continue, or auto: the newest one of the output folder, if any")
@@ -189,6 +187,20 @@ def build_parser(train: bool) -> argparse.ArgumentParser:
     add("--checkpoint-hist", type=int, default=10, help="checkpoints kept, the best ones")
     add("--recovery-interval", type=int, default=500, help="updates between mid-epoch checkpoints, 0: none")
     add("--log-interval", type=int, default=50, help="updates between log lines")
+
+
+COMMON_OPTIONS = (_add_data_options, _add_model_options, _add_computation_options)
+TRAINING_OPTIONS = (_add_augmentation_options, _add_optimization_options, _add_run_options)
+
+
+def build_parser(train: bool) -> argparse.ArgumentParser:
+    """Returns the command line of `train.py` (train=True) or of `validate.py` (train=False)."""
+    name = "train.py" if train else "validate.py"
+    parser = _Parser(prog=name, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--config", help="YAML file of option values; the command line overrides it")
+    parser.add_argument("--variant", help="one of the variants that the YAML file holds, such as a row of an ablation")
+    for add_options in (*COMMON_OPTIONS, *(TRAINING_OPTIONS if train else (_add_evaluation_options,))):
+        add_options(parser)
     return parser
 
 

@@ -22,10 +22,12 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn, random_seed, trim_summary
 from timm.utils.summary import update_summary
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -57,21 +59,40 @@ class Trainer:
         self.args = args
         self.world = world = init_world(args.device, args.backend)
         self.autocast = autocast(args, world.device)
+        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         name = args.experiment or args.variant or (Path(args.config).stem if args.config else args.model)
         self.folder = Path(args.output, name)
 
         random_seed(args.seed, 0)
-        self.model = model = build_model(args, drop_path_rate=args.drop_path)
-        args.num_classes = model.num_classes
-        config = data_config(args, model)
+        self.model = build_model(args, drop_path_rate=args.drop_path)
+        args.num_classes = self.model.num_classes
+        classes = self._open_data()
+        self._prepare_model(classes)
+        ema = self._wrap_model()
+        random_seed(args.seed, world.rank)
+
+        self.parameters = list(self.model.parameters())
+        optimizer, scheduler, self.num_epochs = self._create_optimizer()
+        scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == "float16" else None
+        self.state = TrainState(self.model, optimizer, scheduler, scaler, ema, args, world, classes)
+        self.erase, self.mixup, self.loss = self._create_loss()
+        self._open_folder()
+
+    def _open_data(self) -> dict[str, int] | None:
+        """Opens both splits and checks their classes, which it returns by name where the data set has names."""
+        args, world = self.args, self.world
+        config = data_config(args, self.model)
         train, val = (open_split(args, is_train) for is_train in (True, False))
         check_same_classes(train, val)
-        check_class_count(train, model.num_classes)
-        classes = class_names(train)
+        check_class_count(train, self.model.num_classes)
         self.broken = BrokenImages(args.max_broken_images)
         self.train_loader = Loader(train, args, config, world, self.broken, train=True)
         self.val_loader = Loader(val, args, config, world, self.broken, train=False)
+        return class_names(train)
 
+    def _prepare_model(self, classes: dict[str, int] | None) -> None:
+        """Loads initial weights and moves the model to the device."""
+        args, model = self.args, self.model
         if args.initial_checkpoint:
             report = load_weights(model, args.initial_checkpoint, use_ema=True, allow=args.allow_mismatch or ())
             _warn_of_other_classes(report, classes)
@@ -79,9 +100,11 @@ class Trainer:
             if not hasattr(model, "set_grad_checkpointing"):
                 raise UserError(f"model {args.model} has no --grad-checkpointing")
             model.set_grad_checkpointing(True)
-        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-        model.to(world.device, memory_format=self.memory_format)
+        model.to(self.world.device, memory_format=self.memory_format)
 
+    def _wrap_model(self) -> ModelEmaV3 | None:
+        """Sets up DDP, the averaged weights, which it returns, and compilation."""
+        args, world, model = self.args, self.world, self.model
         self.net: nn.Module = model
         if world.distributed:
             align_gradients(model)
@@ -93,16 +116,18 @@ class Trainer:
         if args.compile:
             self.net = torch.compile(self.net)
             self.evaluated = {name: torch.compile(module) for name, module in self.evaluated.items()}
-        random_seed(args.seed, world.rank)
+        return ema
 
-        self.parameters = list(model.parameters())
+    def _create_optimizer(self) -> tuple[Optimizer, Scheduler, int]:
+        """The optimizer, its schedule, and the epochs with cool-down."""
+        args = self.args
         decay = {"lr": args.lr, "weight_decay": args.weight_decay}
-        groups = model if args.filter_bias_and_bn else self.parameters
+        groups = self.model if args.filter_bias_and_bn else self.parameters
         try:
             optimizer = create_optimizer_v2(groups, args.opt, **decay, **args.opt_kwargs)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer {args.opt} cannot be built with {args.opt_kwargs}: {error}") from error
-        scheduler, self.num_epochs = create_scheduler_v2(
+        scheduler, num_epochs = create_scheduler_v2(
             optimizer,
             sched="cosine",
             num_epochs=args.epochs,
@@ -111,27 +136,25 @@ class Trainer:
             min_lr=args.min_lr,
             cooldown_epochs=args.cooldown_epochs,
         )
-        scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == "float16" else None
-        self.state = TrainState(model, optimizer, scheduler, scaler, ema, args, world, classes)
+        return optimizer, scheduler, num_epochs
 
-        self.erase = self.mixup = None
-        self.loss = nn.CrossEntropyLoss()
+    def _create_loss(self) -> tuple[RandomErasing | None, Mixup | None, nn.Module]:
+        """Random erasing and mixup, where wanted, and the loss."""
+        args, erase = self.args, None
         if args.reprob:
-            self.erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=world.device)
+            erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=self.world.device)
         if args.mixup or args.cutmix:
-            self.mixup = Mixup(
+            mixup = Mixup(
                 mixup_alpha=args.mixup,
                 cutmix_alpha=args.cutmix,
                 prob=args.mixup_prob,
                 switch_prob=args.mixup_switch_prob,
                 mode=args.mixup_mode,
                 label_smoothing=args.smoothing,
-                num_classes=model.num_classes,
+                num_classes=self.model.num_classes,
             )
-            self.loss = SoftTargetCrossEntropy()
-        elif args.smoothing:
-            self.loss = LabelSmoothingCrossEntropy(args.smoothing)
-        self._open_folder()
+            return erase, mixup, SoftTargetCrossEntropy()
+        return erase, None, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
     def _open_folder(self) -> None:
         """Resumes if asked, else refuses a folder that holds a run; then opens the logs."""
@@ -211,8 +234,13 @@ class Trainer:
         total, accum = len(loader), args.grad_accum_steps
         loader.seek(state.epoch, state.batch)
         batches = islice(loader, total - state.batch) if state.batch < total else ()
-        name = f"epoch {state.epoch}"
-        bar = tqdm(total=total, initial=state.batch, desc=name, disable=None if world.primary else True, leave=False)
+        bar = tqdm(
+            total=total,
+            initial=state.batch,
+            desc=f"epoch {state.epoch}",
+            disable=None if world.primary else True,
+            leave=False,
+        )
         seen, data_s, since = 0, 0.0, time.perf_counter()
         ready = since
         for images, labels in batches:
@@ -230,20 +258,7 @@ class Trainer:
             state.updates += 1
             done = state.batch // accum
             if done % args.log_interval == 0 or state.batch == total:
-                values = {
-                    "loss": loss,
-                    "lr": state.optimizer.param_groups[0]["lr"],
-                    "images_per_s": seen / (ready - since),
-                    "data_percent": 100 * data_s / (ready - since),
-                    "memory_mib": peak_memory_mib(world.device),
-                }
-                values = {key: value for key, value in values.items() if value is not None}
-                if world.primary:
-                    bar.set_postfix_str(_line(values))
-                    if bar.disable:
-                        LOGGER.info("%s: batch %d/%d, %s", name, state.batch, total, _line(values))
-                    for key, value in values.items():
-                        self.board.add_scalar(f"step/{key}", value, state.updates)
+                self._log_step(bar, loss, seen / (ready - since), data_s / (ready - since))
                 seen, data_s, since = 0, 0.0, ready
             interval = args.recovery_interval
             if loader.seekable and interval and done % interval == 0 and state.batch < total:
@@ -256,6 +271,25 @@ class Trainer:
         if world.distributed:
             dist.all_reduce(totals)
         return (totals[0] / totals[1]).item()
+
+    def _log_step(self, bar: tqdm, loss: float, images_per_s: float, data_share: float) -> None:
+        """Shows the last update on the progress bar, or in the log, and on the board."""
+        state = self.state
+        values = {
+            "loss": loss,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "images_per_s": images_per_s,
+            "data_percent": 100 * data_share,
+            "memory_mib": peak_memory_mib(self.world.device),
+        }
+        values = {key: value for key, value in values.items() if value is not None}
+        if not self.world.primary:
+            return
+        bar.set_postfix_str(_line(values))
+        if bar.disable:
+            LOGGER.info("epoch %d: batch %d/%d, %s", state.epoch, state.batch, bar.total, _line(values))
+        for key, value in values.items():
+            self.board.add_scalar(f"step/{key}", value, state.updates)
 
     def train_step(self, images: Tensor, labels: Tensor, update: bool) -> float:
         """Adds a batch's gradients, and updates the weights and their average if `update`.
