@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
+from elfatt.analysis.arguments import add_speed_arguments, apply_speed_arguments
 from elfatt.analysis.complexity import count_parameters, count_true
 from elfatt.analysis.diffusion_models import CONFIGS, Meter, Source, Step, denoiser_folder, share_weights, total
 from elfatt.analysis.environment import available_bytes, describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, measure_memory
 from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
 from elfatt.analysis.scaling import parse_size
-from elfatt.analysis.tables import REFUSALS, add_speed_arguments, apply_speed_arguments
-from elfatt.analysis.timing import RunSpec, Timing, summarize, time_in_turns
+from elfatt.analysis.timing import REFUSALS, RunSpec, Timing, summarize, time_in_turns
 from elfatt.conversion import Agent, Plan
 from elfatt.conversion.agent import EARLY
 

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from elfatt.analysis.arguments import add_speed_arguments, apply_speed_arguments
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.results import RESULTS, save_rows, to_markdown
 from elfatt.analysis.rows import select_rows
-from elfatt.analysis.tables import EDGE, Entry, add_speed_arguments, apply_speed_arguments, measure_speed
+from elfatt.analysis.tables import EDGE, Entry, measure_speed
 
 KEY = ("table", "name", "mode")
 TOTALS = ("VDD_IN", "POM_5V_IN")  # rails that carry all of the board's power, by board

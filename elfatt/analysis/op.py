@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from elfatt.analysis.arguments import check_numbers
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.results import RESULTS, save_rows, to_markdown
-from elfatt.analysis.tables import check_numbers
 from elfatt.analysis.timing import WrongOutput, compile_for_timing, record_graph, time_in_turns
 from elfatt.ops import BACKENDS, elfatt_attention, use_backend
 

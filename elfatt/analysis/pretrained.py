@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import elfatt
+from elfatt.analysis.arguments import add_speed_arguments, apply_speed_arguments
 from elfatt.analysis.complexity import count_true
 from elfatt.analysis.diffusion import UNPATCHED, add_times, clock_of, format_times, log_call
 from elfatt.analysis.diffusion_models import Meter, share_weights, total
@@ -25,8 +26,7 @@ from elfatt.analysis.environment import available_bytes, describe_environment, m
 from elfatt.analysis.memory import count_memory, measure_memory
 from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
 from elfatt.analysis.scaling import parse_size
-from elfatt.analysis.tables import REFUSALS, add_speed_arguments, apply_speed_arguments
-from elfatt.analysis.timing import RunSpec, summarize, time_in_turns
+from elfatt.analysis.timing import REFUSALS, RunSpec, summarize, time_in_turns
 from elfatt.backbones.zoo import check_model
 from elfatt.conversion import Plan
 from elfatt.integrations import timm as adapter

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from elfatt.analysis.arguments import add_speed_arguments, apply_speed_arguments
 from elfatt.analysis.edge import set_mode
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
 from elfatt.analysis.rows import Row, select_rows
-from elfatt.analysis.tables import REFUSALS, add_speed_arguments, apply_speed_arguments, fit_row, numerics_shape
-from elfatt.analysis.timing import RunSpec, check_numerics, random_images, time_in_turns
+from elfatt.analysis.tables import fit_row
+from elfatt.analysis.timing import REFUSALS, RunSpec, check_numerics, numerics_shape, random_images, time_in_turns
 from elfatt.export import RUNTIMES, export
 
 KEY = ("table", "name", "runtime", "mode")

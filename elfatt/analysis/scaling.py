@@ -15,18 +15,13 @@ import timm
 import torch
 
 import elfatt  # noqa: F401  registers the models
+from elfatt.analysis.arguments import add_speed_arguments, apply_speed_arguments
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
 from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
 from elfatt.analysis.rivals import RIVALS
-from elfatt.analysis.tables import (
-    KINDS,
-    REFUSALS,
-    add_speed_arguments,
-    apply_speed_arguments,
-    numerics_shape,
-)
-from elfatt.analysis.timing import RunSpec, check_numerics, time_in_turns
+from elfatt.analysis.tables import KINDS
+from elfatt.analysis.timing import REFUSALS, RunSpec, check_numerics, numerics_shape, time_in_turns
 from elfatt.backbones.zoo import MODELS, check_model
 
 DEFAULT_MODELS = [name for name in MODELS if name.startswith("cswin_tiny_")]

@@ -18,33 +18,17 @@ import torch
 from tqdm import tqdm
 
 from elfatt.analysis.accuracy import evaluate
+from elfatt.analysis.arguments import add_speed_arguments, apply_speed_arguments
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.memory import count_memory, fit_batch, measure_memory
 from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown, write_csv
 from elfatt.analysis.rows import TITLES, Row, select_rows
-from elfatt.analysis.timing import PRECISIONS, RunSpec, WrongOutput, check_numerics, time_in_turns
-from elfatt.ops import BACKENDS, active_backend, set_default_backend
+from elfatt.analysis.timing import REFUSALS, RunSpec, check_numerics, numerics_shape, time_in_turns
 
 # the paper's names: softmax attention as two products, or fused, by the backend that is chosen
 KINDS: dict[str, dict[str, Any]] = {"nfa": {"backend": "math"}, "fa": {}}
 EDGE = {"fp32": "float32", "amp": "amp"}  # Tables VIII and IX have a column for each precision
-NUMERICS_SIDE = 224  # pixels of the largest image on which a model's output is compared with the formula's
 KEY = ("table", "name")
-# of one row, which then has no speed: wrong, too large, or not supported by the device in this precision
-REFUSALS = (WrongOutput, MemoryError, RuntimeError, AssertionError)
-
-
-class Protocol(NamedTuple):
-    """How speed is measured; no batch size means the row's own."""
-
-    batch_size: int | None
-    precision: str
-    warm_up: int
-    repeats: int
-
-
-LEAST = {"threads": 1, "batch_size": 1, "repeats": 1, "warm_up": 0, "block": 1, "min_tokens": 0, "steps": 1}
-PROTOCOLS = {"paper": Protocol(None, "amp", 10, 100), "timm": Protocol(256, "float32", 10, 40)}
 
 
 class Column(NamedTuple):
@@ -112,59 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, nargs="+", default=[], metavar="FILE", help="write the tables as .md or .csv")
     add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json once models run)")
     parser.set_defaults(run=run)
-
-
-def add_speed_arguments(parser: argparse.ArgumentParser, precision: bool = True) -> None:
-    """Options of speed measurement, with or without ``--precision``."""
-    add = parser.add_argument_group("speed").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    add("--threads", type=int, help="of the CPU")
-    text = "code of the attention operations, nFA's excepted (default: %(default)s)"
-    add("--backend", choices=BACKENDS, default=active_backend(), help=text)
-    add("--protocol", choices=PROTOCOLS, default="paper", help="what the next four are (default: paper)")
-    add("--batch-size", type=int, help="images a pass; halved where memory is short")
-    if precision:
-        add("--precision", choices=PRECISIONS, help="amp: float16 on a GPU, bfloat16 on a CPU")
-    add("--warm-up", type=int, help="turns before those that count")
-    add("--repeats", type=int, help="turns that count")
-    add("--compile", action="store_true", help="torch.compile the models")
-    add("--cuda-graphs", action="store_true", help="record each pass once and replay it")
-    add("--tf32", action="store_true", help="let a GPU round the operands of float32 products to TF32")
-    add("--cudnn-benchmark", action="store_true", help="let cuDNN choose its algorithms by trial")
-
-
-def apply_speed_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Fill in what the protocol says, set backend and threads, and return the settings for the results.
-
-    Raises:
-        ValueError: A number that is too small, or a backend that cannot run.
-    """
-    set_default_backend(args.backend, args.device)
-    protocol = PROTOCOLS[args.protocol]._asdict()
-    for name, value in protocol.items():
-        if name in args and getattr(args, name) is None:
-            setattr(args, name, value)
-    check_numbers(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.tf32:
-        torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = args.tf32
-    torch.backends.cudnn.benchmark = args.cudnn_benchmark
-    names = ("device", *protocol, "compile", "cuda_graphs", "tf32", "cudnn_benchmark")
-    return {name: getattr(args, name) for name in names if name in args}
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers, such as of threads, images and turns, that are too small.
-
-    Raises:
-        ValueError: Naming the option.
-    """
-    for name, least in LEAST.items():
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -246,11 +177,6 @@ def measure_speed(
                 }
         _compare(group, args.baseline)
         yield group
-
-
-def numerics_shape(size: tuple[int, int]) -> tuple[int, ...]:
-    """One image of the size that is timed, or of what the formula can take."""
-    return (1, 3, *(min(side, NUMERICS_SIDE) for side in size))
 
 
 def _compare(group: list[Entry], pattern: str | None) -> None:

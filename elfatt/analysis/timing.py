@@ -31,6 +31,11 @@ class WrongOutput(RuntimeError):
     """A variant's output is wrong, so its speed is meaningless."""
 
 
+# reasons to leave one variant out: wrong, too large, or not supported by the device in this precision
+REFUSALS = (WrongOutput, MemoryError, RuntimeError, AssertionError)
+NUMERICS_SIDE = 224  # pixels of the largest image on which a model's output is compared with the formula's
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one call: the median over the turns, and the quartiles."""
@@ -173,6 +178,11 @@ def record_graph(run: Callable[[], Output]) -> Callable[[], Output]:
 def random_images(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> torch.Tensor:
     """Normally distributed images, shared by all variants."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def numerics_shape(size: tuple[int, int]) -> tuple[int, ...]:
+    """One image of the size that is timed, or of what the formula can take."""
+    return (1, 3, *(min(side, NUMERICS_SIDE) for side in size))
 
 
 def check_numerics(name: str, model: nn.Module, shape: tuple[int, ...], how: RunSpec) -> float:

@@ -111,7 +111,7 @@ def test_scaling_measures_the_gain_over_plain_pytorch(tmp_path, monkeypatch):
     ids=["scaling", "tables", "edge"],
 )
 def test_the_backend_is_run_and_recorded(tmp_path, monkeypatch, backends_run, command, expected):
-    monkeypatch.setattr("elfatt.analysis.tables.NUMERICS_SIDE", 32)
+    monkeypatch.setattr("elfatt.analysis.timing.NUMERICS_SIDE", 32)
     fast = [*(FAST if command[0] != "edge" else FAST[:-2]), "--repeats", "1", "--batch-size", "1"]
     argv = [*command, *fast, "--results", str(tmp_path / "m.json")]
     assert main([*argv, "--backend", "sdpa"]) == 0
@@ -157,7 +157,7 @@ def test_counted_memory_is_quadratic_for_vanilla_attention_and_linear_for_elfatt
 
 
 def test_edge_steps_through_numbers_of_threads(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("elfatt.analysis.tables.NUMERICS_SIDE", 32)
+    monkeypatch.setattr("elfatt.analysis.timing.NUMERICS_SIDE", 32)
     argv = ["edge", "9", "--rows", "*-ELFATT", "*-GLOBAL", "--thread-modes", "1", "--results", str(tmp_path / "m.json")]
     assert main([*argv, *FAST[:-2], "--repeats", "1"]) == 0
     (run,) = load_runs(tmp_path / "m.json")
