@@ -23,13 +23,19 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line, one subcommand per module."""
     parser = argparse.ArgumentParser(prog="python -m elfatt.analysis", description=__doc__.split(": ")[1])
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").partition("\n")[0]
         module.add_arguments(subparsers.add_parser(name, help=summary, description=summary))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         args.run(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from timm.models import register_notrace_module
 from torch import nn
@@ -46,7 +47,7 @@ def attention_options(name: str) -> list[str]:
     return list(inspect.signature(_ATTENTIONS[name]).parameters)[2:]
 
 
-def create_attention(name: str, *, dim: int, num_heads: int, **options) -> nn.Module:
+def create_attention(name: str, *, dim: int, num_heads: int, **options: Any) -> nn.Module:
     """Build a mechanism.
 
     Args:

@@ -24,7 +24,7 @@ BATCH = 16  # of the evaluation
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = _parser()
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         run(args)
@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
     parser = argparse.ArgumentParser(prog="python -m elfatt.export", description=__doc__.split(": ", 1)[1])
     add = parser.add_argument
     add("model", help="a model of elfatt.list_models(); with --size any of timm, or a config of a segmentor")

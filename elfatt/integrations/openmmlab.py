@@ -61,7 +61,7 @@ class TimmBackbone(BaseModule):
         plan: str | None = None,
         pretrained: str | None = None,
         init_cfg: dict | None = None,
-        **options,
+        **options: Any,
     ):
         if pretrained and init_cfg:
             raise ValueError(f"pretrained={pretrained!r} and init_cfg={init_cfg!r} both name weights: give one")

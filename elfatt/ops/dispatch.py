@@ -18,7 +18,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
@@ -121,12 +121,12 @@ class use_backend:
             _hand_on(inherited)
 
 
-def checkpoint(function: Callable[..., _Result], *args) -> _Result:
+def checkpoint(function: Callable[..., _Result], *args: Any) -> _Result:
     """``torch.utils.checkpoint.checkpoint`` that recomputes on the backend of the forward pass.
 
     Args:
         function: A module or function of tensors.
-        args: Its arguments.
+        *args: Its arguments.
     """
     if torch.compiler.is_compiling():  # one graph holds both passes
         return torch_checkpoint(function, *args, use_reentrant=False)

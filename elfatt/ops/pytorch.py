@@ -25,9 +25,13 @@ class PyTorchBackend:
 
     Attributes:
         name: As ``use_backend`` takes it.
+        devices: Device types that it runs on; empty for any.
+        dtypes: Floating-point dtypes that it runs in; empty for any.
     """
 
     name = "sdpa"
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
 
     def unsupported_reason(
         self, x: torch.Tensor | None = None, widths: tuple[int, ...] = (), bias: torch.Tensor | None = None
@@ -147,14 +151,16 @@ class FlashAttnBackend(PyTorchBackend):
     """``flash_attn``: softmax attention through the flash-attn package."""
 
     name = "flash_attn"
+    devices = ("cuda",)
+    dtypes = (torch.float16, torch.bfloat16)
 
     def unsupported_reason(self, x=None, widths=(), bias=None):
         if x is not None:
             if bias is not None:
                 return "it cannot add a position bias to the scores"
-            if x.device.type != "cuda":
+            if x.device.type not in self.devices:
                 return f"it needs CUDA tensors, not {x.device.type}"
-            if x.dtype not in (torch.float16, torch.bfloat16):
+            if x.dtype not in self.dtypes:
                 return f"it needs float16 or bfloat16, not {dtype_name(x.dtype)}"
             if max(widths) > 256:
                 return f"it takes heads of at most 256 channels, not {max(widths)}"

@@ -15,12 +15,14 @@ class CppBackend(FusedBackend):
     """``cpp``: float32 and bfloat16 on a CPU; needs a C++ compiler."""
 
     name = "cpp"
+    devices = ("cpu",)
+    dtypes = (torch.bfloat16, torch.float32)
     kernels_module = "elfatt.ops.cpp.launch"
 
     def limit(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
-        if device.type != "cpu":
+        if device.type not in self.devices:
             return f"it needs CPU tensors, not {device.type}"
-        if dtype not in (torch.bfloat16, torch.float32):
+        if dtype not in self.dtypes:
             return f"it needs bfloat16 or float32, not {dtype_name(dtype)}"
         return unavailable_reason()
 

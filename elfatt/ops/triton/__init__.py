@@ -31,6 +31,8 @@ class TritonBackend(FusedBackend):
     """``triton``: float16, bfloat16 and float32 on CUDA devices of compute capability 8.0 and newer."""
 
     name = "triton"
+    devices = ("cuda",)
+    dtypes = (*_HALVES, torch.float32)
     kernels_module = "elfatt.ops.triton.launch"
 
     def unsupported_reason(self, x=None, widths=(), bias=None):
@@ -44,9 +46,9 @@ class TritonBackend(FusedBackend):
     def limit(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
         if reason := _missing_package():
             return reason
-        if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        if device.type not in self.devices and not (device.type == "cpu" and _interpreted()):
             return f"it needs CUDA tensors, not {device.type} (TRITON_INTERPRET=1 interprets its kernels on a CPU)"
-        if dtype not in (*_HALVES, torch.float32):
+        if dtype not in self.dtypes:
             return f"it needs float16, bfloat16 or float32, not {dtype_name(dtype)}"
         if max(widths, default=0) > WIDEST:
             return f"it takes heads of at most {WIDEST} channels, not {max(widths)}"
