@@ -8,5 +8,5 @@ from elfatt.attention import create_attention, list_attentions
 from elfatt.backbones import list_models
 from elfatt.integrations.timm import convert
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["checkpoints", "convert", "create_attention", "list_attentions", "list_models", "ops"]

@@ -15,7 +15,7 @@ fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 stamp=.venv/.installed
-wanted=$(cat requirements.txt pyproject.toml | cksum)
+wanted=$(cat requirements.txt pyproject.toml elfatt/__init__.py | cksum)
 [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && exit 0
 
 python=${PYTHON:-python3}
