@@ -22,7 +22,12 @@ def size_limit(model: nn.Module) -> int:
     """Smallest height and width in pixels that a dynamic graph accepts.
 
     On a smaller image a block or window covers the whole map and is computed differently: pass ``size``.
+
+    Raises:
+        ValueError: Another kind of model.
     """
+    if not isinstance(model, HierarchicalTransformer):
+        raise ValueError(f"{type(model).__name__} supports a fixed image size only: pass size (--size)")
     sides = [(needed - 1) * 4 * 2**stage + 1 for stage, _, needed in _cuts(model)]
     return max([64, *sides])  # torch.export takes a side of one token for a constant
 
@@ -40,12 +45,10 @@ def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> Expor
     model = model.eval().requires_grad_(False)
     shape = {0: Dim("batch", min=1, max=LARGEST)}
     if size is None:
-        if not isinstance(model, HierarchicalTransformer):
-            raise ValueError(f"{type(model).__name__} supports a fixed image size only: pass size (--size)")
+        sides = {"min": size_limit(model), "max": LARGEST}
         if any(isinstance(module, CSWinAttention) and module.stripe > 1 for module in model.modules()):
             raise ValueError("CSWin's stripes support a fixed image size only: pass size (--size)")
         size = example_size(model)
-        sides = {"min": size_limit(model), "max": LARGEST}
         shape |= {2: Dim("height", **sides), 3: Dim("width", **sides)}
     image = torch.zeros(3, 3, *size, device=next(model.parameters()).device)
     with use_backend("math"):

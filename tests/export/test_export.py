@@ -199,3 +199,5 @@ def test_images_below_the_limit_are_refused_before_the_work(tmp_path, capsys):
     data = write_classes(tmp_path / "data", count=1)
     assert main(["swin_nano_elfatt", "--to", "onnx", "--evaluate", str(data), "--model-kwargs", "block_size=28"]) == 1
     assert "images of 224 pixels are below the limit of 433: pass --size 224 224" in capsys.readouterr().err
+    assert main(["resnet18", "--to", "onnx", "--evaluate", str(data)]) == 1
+    assert "ResNet supports a fixed image size only: pass size (--size)" in capsys.readouterr().err
