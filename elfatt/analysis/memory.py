@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
-from typing import overload
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,25 +79,9 @@ def count_memory(
     return live.peak
 
 
-@overload
-def fit_batch(name: str, needed: int, batch: int, size: tuple[int, int], how: RunSpec) -> tuple[int, None]: ...
-
-
-@overload
-def fit_batch(
-    name: str, needed: int, batch: int, size: tuple[int, int], how: RunSpec, model: torch.nn.Module
-) -> tuple[int, Callable[[], torch.Tensor]]: ...
-
-
-@overload
-def fit_batch(
-    name: str, needed: int, batch: int, size: tuple[int, int], how: RunSpec, model: torch.nn.Module | None
-) -> tuple[int, Callable[[], torch.Tensor] | None]: ...
-
-
 def fit_batch(
     name: str, needed: int, batch: int, size: tuple[int, int], how: RunSpec, model: torch.nn.Module | None = None
-) -> tuple[int, Callable[[], torch.Tensor] | None]:
+) -> tuple[int, Any]:
     """Halve the batch until it fits in memory; return it with a prepared pass.
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -213,19 +213,7 @@ def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[lis
         yield [entry]
 
 
-@overload
-def fit_row(row: Row, how: RunSpec, args: argparse.Namespace) -> tuple[int, None]: ...
-
-
-@overload
-def fit_row(
-    row: Row, how: RunSpec, args: argparse.Namespace, model: torch.nn.Module
-) -> tuple[int, Callable[[], torch.Tensor]]: ...
-
-
-def fit_row(
-    row: Row, how: RunSpec, args: argparse.Namespace, model: torch.nn.Module | None = None
-) -> tuple[int, Callable[[], torch.Tensor] | None]:
+def fit_row(row: Row, how: RunSpec, args: argparse.Namespace, model: torch.nn.Module | None = None) -> tuple[int, Any]:
     """``fit_batch`` for a row, starting from ``--batch-size`` or the paper's."""
     needed = count_memory(row.build(), (1, 3, *row.img_size), how.backend, how.dtype)
     return fit_batch(row.name, needed, args.batch_size or row.batch_size, row.img_size, how, model)
