@@ -1,1 +1,1 @@
-"""ImageNet training (`train.py`) and evaluation (`validate.py`), wired from timm's parts."""
+"""ImageNet training (``train.py``) and evaluation (``validate.py``), built on timm."""

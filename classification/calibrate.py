@@ -1,7 +1,7 @@
-"""Calibrates an attention plan for a trained ViT: `python -m classification.calibrate --save-plan FILE ...`.
+"""Calibrate an attention plan for a trained ViT: ``python -m classification.calibrate --save-plan FILE ...``.
 
-The plan is for `--plan` of `validate.py`, `train.py` and `distill.py`. It is calibrated on training images to a share
-of attention's multiply-adds, or with `--uniform` it is the paper's ELFATT. See docs/pretrained.md.
+Pass the plan to ``validate.py``, ``train.py`` or ``distill.py`` as ``--plan``. It is calibrated on training images to
+keep a given share of attention's multiply-adds; with ``--uniform`` it is the paper's ELFATT. See docs/pretrained.md.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from elfatt.integrations.timm import calibrate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options beside those of `validate.py`."""
+    """Add the options that ``validate.py`` does not have."""
     parser.prog = "calibrate.py"
     add = parser.add_argument_group("plan").add_argument
     add("--save-plan", type=Path, required=True, metavar="FILE", help="JSON file to write")
-    add("--budget", type=float, default=0.5, help="largest share of attention's multiply-adds to keep")
-    add("--images", type=int, default=64, help="number of images to calibrate on, drawn at random")
+    add("--budget", type=float, default=0.5, help="maximum share of attention's multiply-adds to keep")
+    add("--images", type=int, default=64, help="number of random images to calibrate on")
     add("--split", default="train", help="split to draw them from")
     add("--uniform", action="store_true", help="write the uniform plan, which needs no images")
-    add("--block", type=int, default=8, help="block side of the uniform plan in tokens")
-    add("--lepe", action="store_true", help="add a LePE to each converted layer, for distill.py to train")
+    add("--block", type=int, default=8, help="block size of the uniform plan in tokens")
+    add("--lepe", action="store_true", help="add LePE to each converted layer, to be trained with distill.py")
 
 
 def run(argv: list[str] | None) -> None:
-    """Writes the plan that the options ask for.
+    """Calibrate and write a plan.
 
     Raises:
-        UserError: Anything the user can correct: data, options, checkpoint, model.
+        UserError: Invalid data, options, checkpoint or model.
     """
     args = parse_args(argv, train=False, extend=add_arguments)
     world = init_world(args.device, args.backend)
@@ -54,7 +54,7 @@ def run(argv: list[str] | None) -> None:
         else:
             args.val_split = args.split
             dataset = open_split(args, train=False)
-            if not isinstance(dataset, IterableDataset):  # in order they would be of one class
+            if not isinstance(dataset, IterableDataset):  # the first images would all be of one class
                 chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
                 dataset = Subset(dataset, chosen[: args.images].tolist())
             loader = Loader(dataset, args, data_config(args, model), world, BrokenImages(0), train=False)
@@ -73,7 +73,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the program and return its exit code."""
     return run_main("calibrate.py", lambda: run(argv))
 
 

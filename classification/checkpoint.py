@@ -1,8 +1,8 @@
-"""Checkpoints that an interruption cannot spoil and that hold all a run needs to go on exactly.
+"""Atomic checkpoints with the full training state, for bit-exact resumption.
 
-A file is written under another name, flushed to the disk and renamed. `recovery.pth.tar` is the state inside an
-epoch (or between its last update and its validation); it goes when the epoch's own checkpoint is complete, so where
-it exists it is the newest. Files hold tensors and plain containers only: `torch.load(weights_only=True)` reads them.
+Files are written under a temporary name, fsynced and renamed. ``recovery.pth.tar`` is the mid-epoch state (or the state
+between the last update and validation); it is deleted once the epoch's checkpoint is complete, so if it exists it is
+the newest. Files contain only tensors and plain containers, as ``torch.load(weights_only=True)`` requires.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from elfatt.data.resources import exhausted
 LOGGER = logging.getLogger("classification")
 RECOVERY = "recovery.pth.tar"
 POSITION = ("epoch", "batch", "updates")
-# options that live on in the optimizer and the schedule, where a new value would have no effect
+# restored with the optimizer and schedule, so a new value would have no effect
 RESTORED = {"opt", "opt_kwargs", "lr", "weight_decay", "filter_bias_and_bn", "min_lr", "warmup_lr"}
 RESTORED |= {"warmup_epochs", "epochs", "cooldown_epochs"}
 
 
 def write(state: dict[str, Any], path: str | Path) -> None:
-    """Saves to `path` and returns when the bytes are on the disk. Not atomic by itself: rename afterwards.
+    """Save to ``path`` and fsync. Not atomic: rename the file afterwards.
 
     Raises:
-        UserError: The disk is full; the part that was written is removed.
+        UserError: The disk is full; the partial file is removed.
     """
     try:
         with open(path, "wb") as file:
@@ -53,9 +53,9 @@ def write(state: dict[str, Any], path: str | Path) -> None:
 
 
 def rename(source: str | Path, target: str | Path) -> None:
-    """Puts `source` in the place of `target` in one step, and makes the new name durable."""
+    """Atomically replace ``target`` with ``source`` and fsync the folder."""
     os.replace(source, target)
-    if os.name == "nt":  # Windows opens no folders
+    if os.name == "nt":  # Windows cannot open folders
         return
     folder = os.open(os.path.dirname(target) or ".", os.O_RDONLY)
     try:
@@ -65,7 +65,7 @@ def rename(source: str | Path, target: str | Path) -> None:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """Returns the states of Python's, NumPy's, torch's and the GPU's random numbers of this process."""
+    """Return this process's RNG states of Python, NumPy, PyTorch and the GPU."""
     name, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -78,7 +78,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts back what `rng_state` returned."""
+    """Restore the states returned by ``rng_state``."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -89,15 +89,15 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 @dataclass
 class TrainState:
-    """All that changes in training.
+    """Training state.
 
     Attributes:
-        class_to_idx: The data set's classes, where its reader knows them.
-        epoch: The epoch under way, or the next one where `batch` is 0.
-        batch: Batches of this epoch that this process has finished.
-        updates: Optimizer updates since the beginning.
-        loss_sum: Sum of this epoch's image losses so far, in this process.
-        images: Number of images in that sum.
+        class_to_idx: Class labels by name, if the dataset's reader knows them.
+        epoch: Current epoch, or the next one if ``batch`` is 0.
+        batch: Batches of this epoch finished by this process.
+        updates: Optimizer updates so far.
+        loss_sum: Sum of this epoch's per-image losses in this process.
+        images: Number of images in ``loss_sum``.
     """
 
     model: nn.Module
@@ -115,7 +115,7 @@ class TrainState:
     images: int = 0
 
     def state_dict(self, gather: bool = True) -> dict[str, Any]:
-        """Returns the whole state. A collective call unless `gather` is False: every process gives its own part."""
+        """Return the full state; a collective call unless ``gather`` is False."""
         mine = {"rng": rng_state(self.world.device), "loss_sum": self.loss_sum, "images": self.images}
         processes = [mine]
         if gather and self.world.distributed:
@@ -140,24 +140,24 @@ class TrainState:
         return state
 
     def load_state_dict(self, state: dict[str, Any], path: str | Path) -> None:
-        """Continues from a checkpoint.
+        """Resume from a checkpoint.
 
         Args:
-            state: What `state_dict` returned.
-            path: Where it was read, for messages.
+            state: Result of ``state_dict``.
+            path: Path of the checkpoint, for messages.
 
         Raises:
-            UserError: The checkpoint is another model's or another program's, has other classes, or its position
-                cannot be continued with this number of processes and this batch size.
+            UserError: The checkpoint is of another model or program, has other classes, or is a mid-epoch one of
+                another number of processes or batch size.
         """
         if "position" not in state:
-            raise UserError(f"{path} is no checkpoint of train.py: start from it with --initial-checkpoint")
+            raise UserError(f"{path} is not a checkpoint of train.py: start from it with --initial-checkpoint")
         if state["arch"] != self.args.model:
             raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {self.args.model}: correct --model")
         if classes := state.get("class_to_idx"):
             now = self.class_to_idx or classes
             if difference := mismatch(now, classes):
-                raise UserError(f"the data have other classes than the run of {path}: {difference}")
+                raise UserError(f"the dataset's classes differ from those of {path}: {difference}")
         changed = {
             name: (value, state["args"].get(name))
             for name, value in vars(self.args).items()
@@ -166,18 +166,18 @@ class TrainState:
         for name in RESTORED & changed.keys():
             value, before = changed[name]
             raise UserError(
-                f"--{name.replace('_', '-')} is {value}, the run of {path} has {before}: resume with its args.yaml, or "
-                f"begin a new run from its weights with --initial-checkpoint"
+                f"--{name.replace('_', '-')} is {value}, but {before} in {path}: resume with its args.yaml, or "
+                f"start a new run from its weights with --initial-checkpoint"
             )
         for name, wanted in (("state_dict_ema", self.ema), ("amp_scaler", self.scaler)):
             if (name in state) != (wanted is not None):
                 option = "--model-ema" if wanted is self.ema else "--amp and --amp-dtype"
-                raise UserError(f"{path} was saved with another {option}: resume with the options in args.yaml")
+                raise UserError(f"{path} was saved with a different {option}: resume with the options in args.yaml")
         saved = (len(state["processes"]), state["batch_size"])
         now = (self.world.size, self.args.batch_size)
         if state["position"]["batch"] and saved != now:
             raise UserError(
-                f"{path} stands inside an epoch of {saved[0]} processes × {saved[1]} images: resume it with the "
+                f"{path} is a mid-epoch checkpoint of {saved[0]} processes × {saved[1]} images: resume with the "
                 f"same, not {now[0]} × {now[1]}, or resume from last.pth.tar"
             )
         try:
@@ -197,17 +197,17 @@ class TrainState:
             set_rng_state(mine["rng"], self.world.device)
             self.loss_sum, self.images = mine["loss_sum"], mine["images"]
         else:
-            LOGGER.warning("%d processes instead of %d: random numbers start anew", self.world.size, saved[0])
+            LOGGER.warning("%d processes instead of %d: RNG states are not restored", self.world.size, saved[0])
         for name, (value, before) in changed.items():
-            LOGGER.warning("%s is %r, the resumed run had %r", name, value, before)
+            LOGGER.warning("%s is %r, but %r in the resumed run", name, value, before)
 
 
 class AtomicSaver(CheckpointSaver):
-    """timm's bookkeeping (last, best, the N best epochs), every file put in place by a rename.
+    """timm's ``CheckpointSaver`` (last, best and the N best epochs) with atomic writes.
 
     Args:
         folder: Output folder.
-        max_history: Epoch checkpoints kept.
+        max_history: Number of epoch checkpoints to keep.
     """
 
     def __init__(self, folder: str | Path, max_history: int) -> None:
@@ -224,26 +224,26 @@ class AtomicSaver(CheckpointSaver):
 
     def _duplicate(self, src: str, dst: str) -> None:
         temporary = dst + ".tmp"
-        Path(temporary).unlink(missing_ok=True)  # left by a kill
-        super()._duplicate(src, temporary)  # a hard link where the file system has them
+        Path(temporary).unlink(missing_ok=True)  # left by a killed run
+        super()._duplicate(src, temporary)  # a hard link if the file system supports it
         rename(temporary, dst)
 
     def save_epoch(self, state: dict[str, Any], epoch: int, metric: float) -> float:
-        """Saves a finished, validated epoch, and returns the best metric so far."""
+        """Save a validated epoch and return the best metric so far."""
         self.state = state
         best, _ = self.save_checkpoint(epoch, metric)
-        Path(self.recovery).unlink(missing_ok=True)  # last: it stands for unfinished work
+        Path(self.recovery).unlink(missing_ok=True)  # last: obsolete once the epoch is saved
         return best
 
     def save_recovery(self, state: dict[str, Any], epoch: int, batch_idx: int = 0) -> None:
-        """Saves a state inside an epoch, in place of the one before."""
+        """Save a mid-epoch state over the previous one."""
         self.state = state
         self._save(self.recovery + ".tmp", epoch)
         self._replace(self.recovery + ".tmp", self.recovery)
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, tensors and plain containers only.
+    """Load a checkpoint onto the CPU with ``weights_only=True``.
 
     Raises:
         UserError: The file is missing or cannot be read.
@@ -252,16 +252,16 @@ def load(path: str | Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
-    except Exception as error:  # truncated and foreign files fail in many ways
+    except Exception as error:  # truncated or foreign files fail in many ways
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def find_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the path and content of the newest readable checkpoint of a run, or None where there is no file.
+    """Return the path and content of a run's newest readable checkpoint, or None if it has no checkpoints.
 
     Raises:
-        UserError: There are checkpoints, and none can be read.
+        UserError: There are checkpoints, but none can be read.
     """
     folder = Path(folder)
     paths = [folder / RECOVERY, folder / "last.pth.tar"]
@@ -273,5 +273,5 @@ def find_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
         except UserError as error:
             LOGGER.warning("%s; trying an older one", error)
     if paths:
-        raise UserError(f"no checkpoint in {folder} can be read: remove the folder or choose another --experiment")
+        raise UserError(f"no checkpoint in {folder} can be read: remove the folder or pass another --experiment")
     return None

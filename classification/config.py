@@ -1,8 +1,8 @@
-"""Every option of `train.py` and `validate.py`: one table, filled by a YAML file, overridden on the command line.
+"""Options of ``train.py`` and ``validate.py``, set by a YAML file and overridden on the command line.
 
-A YAML key is an option's name without its dashes (`batch-size: 256`). `base: file.yaml` (relative to the file
-that names it) is read first, and the file's own keys replace what the base says. `variants:` names sets of further
-keys, of which `--variant` chooses one.
+YAML keys are option names without the leading dashes (``batch-size: 256``). ``base: file.yaml``, relative to the file,
+is read first and overridden by the file's own keys. ``variants:`` maps names to further keys; ``--variant`` selects
+one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from elfatt.suggest import did_you_mean
 READERS = ("", "wds", "hfds", "hfids", "tfds", "torch")  # '' is a folder or tar files
 CROP_MODES = ("center", "squash", "border")  # timm's
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-# what a number may be: from, to, and whether the ends belong to it, as in [0, 1)
+# lower bound, upper bound, and brackets as in [0, 1)
 RANGES = {
     **dict.fromkeys(
         ("batch_size", "epochs", "grad_accum_steps", "checkpoint_hist", "log_interval"), (1, math.inf, "[)")
@@ -39,7 +39,7 @@ RANGES = {
     "img_size": (4, math.inf, "[)"),
     "seed": (0, 2**32, "[)"),
 }
-NO_FOLDER_PREFIXES = ("hfds", "hfids", "tfds", "torch")  # these readers find or download their own data
+NO_FOLDER_PREFIXES = ("hfds", "hfids", "tfds", "torch")  # readers that find or download the data themselves
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _MergeKwargs(ParseKwargs):
-    """`--model-kwargs a=1 b=2`: replaces single keys of what the YAML file gave."""
+    """Merge ``--model-kwargs a=1 b=2`` into the YAML file's value."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         base = dict(getattr(namespace, self.dest, None) or {})
@@ -64,84 +64,84 @@ SWITCH = argparse.BooleanOptionalAction
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--data-dir", help="root of the data set, see docs/data.md")
+    add("--data-dir", help="dataset root, see docs/data.md")
     add(
         "--dataset",
         default="",
-        help="timm reader: '' for folder or tar, or wds/, hfds/, hfids/, tfds/, torch/NAME",
+        help="timm reader: '' for a folder or tar file, or wds/, hfds/, hfids/, tfds/, torch/NAME",
     )
     add("--val-split", default="val", help="name of the validation split")
-    add("--val-num-samples", type=int, help="images of the validation split (WebDataset without _info.json)")
-    add("--class-map", default="", help="text file that maps class names to indices")
-    add("--dataset-download", action=SWITCH, default=False, help="let the reader download the data set")
+    add("--val-num-samples", type=int, help="number of validation images (WebDataset without _info.json)")
+    add("--class-map", default="", help="text file mapping class names to indices")
+    add("--dataset-download", action=SWITCH, default=False, help="download the dataset")
     add(
         "--dataset-trust-remote-code",
         action=SWITCH,
         default=False,
-        help="let a Hugging Face data set run its code",
+        help="allow a Hugging Face dataset to run its own code",
     )
-    add("--input-key", help="image key or extension for readers that have one")
-    add("--target-key", help="label key for readers that have one")
-    add("--workers", type=int, default=8, help="data loading processes per GPU")
-    add("--max-broken-images", type=int, default=0, help="unreadable images a process skips before it stops")
+    add("--input-key", help="image key or extension, if the reader has one")
+    add("--target-key", help="label key, if the reader has one")
+    add("--workers", type=int, default=8, help="data loading workers per process")
+    add("--max-broken-images", type=int, default=0, help="unreadable images that each process may skip")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", help="timm model name, e.g. cswin_tiny_elfatt")
-    add("--model-kwargs", nargs="*", default={}, action=_MergeKwargs, help="model keywords, e.g. lepe=False")
-    add("--plan", help="JSON of classification/calibrate.py: which attention each head of a pretrained ViT runs")
-    add("--num-classes", type=int, help="outputs of the classifier (default: the model's own)")
-    add("--img-size", type=int, help="side of the square input in pixels (default: the model's own)")
-    add("--crop-pct", type=float, help="share of the resized image that the evaluation crop keeps")
+    add("--model-kwargs", nargs="*", default={}, action=_MergeKwargs, help="model keyword arguments, e.g. lepe=False")
+    add("--plan", help="attention plan for a pretrained ViT: JSON file of classification/calibrate.py")
+    add("--num-classes", type=int, help="number of classes (default: the model's)")
+    add("--img-size", type=int, help="input size in pixels (default: the model's)")
+    add("--crop-pct", type=float, help="evaluation crop as a share of the resized image")
     add(
         "--crop-mode",
         choices=CROP_MODES,
-        help="center cuts the longer side off, squash changes the aspect ratio, border pads the shorter side",
+        help="center crops the longer side, squash changes the aspect ratio, border pads the shorter side",
     )
-    add("--interpolation", default="bicubic", choices=INTERPOLATIONS, help="resampling at evaluation")
+    add("--interpolation", default="bicubic", choices=INTERPOLATIONS, help="evaluation interpolation")
 
 
 def _add_computation_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("computation").add_argument
-    add("--device", help="cuda or cpu (default: cuda where there is one)")
-    add("--backend", default=active_backend(), choices=BACKENDS, help="code of the attention operations")
-    add("--batch-size", type=int, default=128, help="images per process and step")
+    add("--device", help="cuda or cpu (default: cuda if available)")
+    add("--backend", default=active_backend(), choices=BACKENDS, help="backend of the attention operations")
+    add("--batch-size", type=int, default=128, help="batch size per process")
     add("--amp", action=SWITCH, default=True, help="mixed precision")
-    add("--amp-dtype", default="float16", choices=["float16", "bfloat16"], help="float16 scales the loss")
+    add("--amp-dtype", default="float16", choices=["float16", "bfloat16"], help="float16 uses loss scaling")
     add("--channels-last", action=SWITCH, default=False, help="channels-last memory format")
     add("--compile", action=SWITCH, default=False, help="torch.compile the model")
 
 
 def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation").add_argument
-    add("--checkpoint", help="weights to evaluate")
-    add("--no-ema", dest="use_ema", action="store_false", default=True, help="evaluate the raw weights")
-    add("--results-file", help="write the results here: .json replaces the file, .csv appends a row")
+    add("--checkpoint", help="checkpoint to evaluate")
+    add("--no-ema", dest="use_ema", action="store_false", default=True, help="evaluate the raw weights, not the EMA")
+    add("--results-file", help="file for the results: .json is overwritten, .csv appended to")
 
 
 def _add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training data and augmentation").add_argument
     add("--train-split", default="train", help="name of the training split")
-    add("--train-num-samples", type=int, help="images of the training split (WebDataset without _info.json)")
+    add("--train-num-samples", type=int, help="number of training images (WebDataset without _info.json)")
     add("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area range of the random crop")
-    add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect range of the random crop")
+    add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio range of the random crop")
     add("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
-    add("--color-jitter", type=float, default=0.4, help="colour jitter, where --aa is not used")
+    add("--color-jitter", type=float, default=0.4, help="colour jitter, unless --aa is given")
     add("--aa", default=None, help="AutoAugment policy, e.g. rand-m9-mstd0.5-inc1")
-    add("--train-interpolation", default="random", choices=("random", *INTERPOLATIONS), help="resampling in training")
+    add("--train-interpolation", default="random", choices=("random", *INTERPOLATIONS), help="training interpolation")
     add("--reprob", type=float, default=0.0, help="probability of random erasing")
-    add("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erasing fills in")
-    add("--recount", type=int, default=1, help="most regions that erasing fills in one image")
-    add("--mixup", type=float, default=0.0, help="mixup alpha, 0 is off")
-    add("--cutmix", type=float, default=0.0, help="cutmix alpha, 0 is off")
+    add("--remode", default="pixel", choices=["const", "rand", "pixel"], help="fill of erased regions")
+    add("--recount", type=int, default=1, help="maximum number of erased regions per image")
+    add("--mixup", type=float, default=0.0, help="mixup alpha, 0 to disable")
+    add("--cutmix", type=float, default=0.0, help="cutmix alpha, 0 to disable")
     add("--mixup-prob", type=float, default=1.0, help="probability of mixup or cutmix")
-    add("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix where both are on")
+    add("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix over mixup if both are enabled")
     add(
         "--mixup-mode",
         default="batch",
         choices=["batch", "pair", "elem"],
-        help="what shares one mixing ratio",
+        help="draw one mixing ratio per batch, pair or element",
     )
     add("--smoothing", type=float, default=0.0, help="label smoothing")
 
@@ -149,43 +149,43 @@ def _add_augmentation_options(parser: argparse.ArgumentParser) -> None:
 def _add_optimization_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimization").add_argument
     add("--opt", default="adamw", help="timm optimizer")
-    add("--opt-kwargs", nargs="*", default={}, action=_MergeKwargs, help="optimizer keywords, e.g. eps=1e-6")
-    add("--lr", type=float, default=1e-3, help="peak learning rate; it is not scaled with the batch")
+    add("--opt-kwargs", nargs="*", default={}, action=_MergeKwargs, help="optimizer keyword arguments, e.g. eps=1e-6")
+    add("--lr", type=float, default=1e-3, help="peak learning rate, not scaled with the batch size")
     add("--weight-decay", type=float, default=0.05, help="weight decay")
-    add("--filter-bias-and-bn", action=SWITCH, default=True, help="no decay on 1-D parameters and biases")
-    add("--epochs", type=int, default=300, help="epochs of the cosine schedule, warm-up included")
+    add("--filter-bias-and-bn", action=SWITCH, default=True, help="no weight decay on biases and 1-D parameters")
+    add("--epochs", type=int, default=300, help="epochs of the cosine schedule, including warm-up")
     add("--warmup-epochs", type=int, default=20, help="epochs of linear warm-up")
-    add("--warmup-lr", type=float, default=1e-6, help="learning rate of the first warm-up epoch")
+    add("--warmup-lr", type=float, default=1e-6, help="initial learning rate of the warm-up")
     add(
         "--min-lr",
         type=float,
         default=1e-5,
-        help="learning rate at the end of the cosine and in the cool-down",
+        help="final learning rate of the cosine schedule, kept during cool-down",
     )
     add("--cooldown-epochs", type=int, default=10, help="epochs at --min-lr after the schedule")
     add("--grad-accum-steps", type=int, default=1, help="batches per optimizer update")
-    add("--clip-grad", type=float, help="largest gradient norm (default: no clipping)")
-    add("--drop-path", type=float, help="stochastic depth rate (default: the model's own)")
+    add("--clip-grad", type=float, help="maximum gradient norm (default: no clipping)")
+    add("--drop-path", type=float, help="stochastic depth rate (default: the model's)")
     add("--grad-checkpointing", action=SWITCH, default=False, help="recompute activations to save memory")
-    add("--model-ema", action=SWITCH, default=False, help="keep an average of the weights, updated every step")
-    add("--model-ema-decay", type=float, default=0.9999, help="decay of that average")
-    add("--seed", type=int, default=42, help="seed of everything random")
+    add("--model-ema", action=SWITCH, default=False, help="keep an exponential moving average (EMA) of the weights")
+    add("--model-ema-decay", type=float, default=0.9999, help="EMA decay per update")
+    add("--seed", type=int, default=42, help="random seed")
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
-    add("--initial-checkpoint", help="weights to start from (EMA weights where the file has them)")
-    add("--allow-mismatch", action="append", help="key prefix the file may lack, e.g. head. (repeatable)")
-    add("--resume", help="checkpoint to continue, or auto: the newest one of the output folder, if any")
-    add("--output", default="runs/classification", help="folder of all runs")
-    add("--experiment", help="folder of this run in --output (default: the name of variant, config or model)")
+    add("--initial-checkpoint", help="weights to start from (EMA weights if present)")
+    add("--allow-mismatch", action="append", help="prefix of tensors that need not match, e.g. head. (repeatable)")
+    add("--resume", help="checkpoint to resume, or auto for the newest in the output folder, if any")
+    add("--output", default="runs/classification", help="parent folder of all runs")
+    add("--experiment", help="name of this run's folder in --output (default: the variant's, config's or model's)")
     add(
         "--validation-batch-size",
         type=int,
-        help="images per process and validation step (default: --batch-size)",
+        help="validation batch size per process (default: --batch-size)",
     )
-    add("--checkpoint-hist", type=int, default=10, help="checkpoints kept, the best ones")
-    add("--recovery-interval", type=int, default=500, help="updates between mid-epoch checkpoints, 0: none")
+    add("--checkpoint-hist", type=int, default=10, help="number of best checkpoints to keep")
+    add("--recovery-interval", type=int, default=500, help="updates between mid-epoch checkpoints, 0 to disable")
     add("--log-interval", type=int, default=50, help="updates between log lines")
 
 
@@ -194,21 +194,21 @@ TRAINING_OPTIONS = (_add_augmentation_options, _add_optimization_options, _add_r
 
 
 def build_parser(train: bool) -> argparse.ArgumentParser:
-    """Returns the command line of `train.py` (train=True) or of `validate.py` (train=False)."""
+    """Build the parser of ``train.py`` (``train=True``) or ``validate.py`` (``train=False``)."""
     name = "train.py" if train else "validate.py"
     parser = _Parser(prog=name, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--config", help="YAML file of option values; the command line overrides it")
-    parser.add_argument("--variant", help="one of the variants that the YAML file holds, such as a row of an ablation")
+    parser.add_argument("--config", help="YAML file of options, overridden by the command line")
+    parser.add_argument("--variant", help="variant in the YAML file, e.g. a row of an ablation")
     for add_options in (*COMMON_OPTIONS, *(TRAINING_OPTIONS if train else (_add_evaluation_options,))):
         add_options(parser)
     return parser
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML file and the files it is based on into one dictionary, keys with underscores.
+    """Load a YAML file merged over its bases, with underscores in the keys.
 
     Raises:
-        UserError: The file is missing, is no mapping, or is its own base.
+        UserError: The file is missing, not a mapping, or its own base.
     """
     return _load_yaml(Path(path), ())
 
@@ -223,7 +223,7 @@ def _load_yaml(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"config file {path} must hold 'key: value' lines")
+        raise UserError(f"config file {path} must contain 'key: value' lines")
     base = values.pop("base", None)
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
     inherited = _load_yaml(path.parent / base, (*users, path.resolve())) if base else {}
@@ -231,13 +231,13 @@ def _load_yaml(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _choose(values: dict[str, Any], name: str | None, path: str) -> dict[str, Any]:
-    """The values of a file with those of one of its variants over them."""
+    """Merge the selected variant over the file's values."""
     variants = values.pop("variants", {})
     if not isinstance(variants, dict) or not all(isinstance(own, dict) for own in variants.values()):
-        raise UserError(f"{path}: variants must hold 'name: {{key: value}}' lines")
+        raise UserError(f"{path}: variants must contain 'name: {{key: value}}' lines")
     variants = {str(key): own for key, own in variants.items()}
     if not variants and name:
-        raise UserError(f"{path} has no variants: leave --variant {name} out")
+        raise UserError(f"{path} has no variants: omit --variant {name}")
     if variants and name not in variants:
         close = did_you_mean(name, variants) if name else f", one of {', '.join(variants)}"
         raise UserError(f"{path} has no variant '{name}'{close}" if name else f"{path} needs --variant{close}")
@@ -250,7 +250,7 @@ def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def _convert(action: argparse.Action, value: Any, path: str) -> Any:
-    """Checks a YAML value as the command line would check it; `2e-3` is a string to YAML and a float here."""
+    """Validate and convert a YAML value as the command line does; YAML reads ``2e-3`` as a string."""
     name = action.dest.replace("_", "-")
 
     def scalar(item: Any) -> Any:
@@ -283,14 +283,13 @@ def _convert(action: argparse.Action, value: Any, path: str) -> Any:
 def parse_args(
     argv: Sequence[str] | None, train: bool, extend: Callable[[argparse.ArgumentParser], None] | None = None
 ) -> argparse.Namespace:
-    """Parses the command line over the YAML file that `--config` names, and checks the result.
+    """Parse the command line on top of the YAML file given by ``--config`` and validate the result.
 
-    A YAML file may serve both programs: `validate.py` passes over the keys that only `train.py` knows. `extend` adds a
-    program's own options to the parser.
+    Both programs can share a YAML file: each ignores the keys of the other. ``extend`` adds options to the parser.
 
     Raises:
-        UserError: An unknown key or a value that cannot be; the message names it and the remedy.
-        SystemExit: With code 2, where the command line itself is wrong.
+        UserError: Unknown key or invalid value; the message names the remedy.
+        SystemExit: Malformed command line (code 2).
     """
     parser = build_parser(train)
     if extend:
@@ -312,14 +311,14 @@ def parse_args(
         parser.set_defaults(**{key: value for key, value in values.items() if key in mine})
         args = parser.parse_args(argv)
     elif first.variant:
-        raise UserError(f"--variant {first.variant} needs a --config that holds it")
+        raise UserError(f"--variant {first.variant} needs a --config that defines it")
     _check(args, train)
     return args
 
 
 def _check(args: argparse.Namespace, train: bool) -> None:
     if not args.model:
-        raise UserError("no model: pass --model NAME, or --config with a model in it")
+        raise UserError("no model: pass --model NAME, or a --config that sets it")
     base_name = args.model.split(".")[0]
     if not timm.is_model(base_name) and not args.model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         raise UserError(f"unknown model '{args.model}'{did_you_mean(base_name, timm.list_models())}")
@@ -346,7 +345,7 @@ def _check(args: argparse.Namespace, train: bool) -> None:
     for name in ("scale", "ratio"):
         low, high = getattr(args, name)
         if not 0 < low <= high:
-            raise UserError(f"--{name} must be two growing numbers above 0, got {low} {high}")
+            raise UserError(f"--{name} must be two increasing positive numbers, got {low} {high}")
     if args.warmup_epochs >= args.epochs:
         raise UserError(f"--warmup-epochs must be below --epochs {args.epochs}, got {args.warmup_epochs}")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
@@ -354,6 +353,6 @@ def _check(args: argparse.Namespace, train: bool) -> None:
 
 
 def save_yaml(args: argparse.Namespace, path: str | Path) -> None:
-    """Writes all options to a file that `--config` reads back."""
+    """Write all options to a YAML file for ``--config``."""
     values = {key.replace("_", "-"): value for key, value in vars(args).items() if key not in ("config", "variant")}
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False))

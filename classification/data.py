@@ -1,11 +1,10 @@
-"""Images from any timm reader to batches on the device, exactly reproducible and never silently replaced.
+"""Reproducible data loading with any timm reader; unreadable images are never replaced silently.
 
-Three rules:
-1. A training image is a pure function of (seed, epoch, index): the sampler hands (epoch, index) to the worker and
-   the worker seeds its random numbers from them. So the number of workers, or a restart, changes nothing.
-2. The order is a permutation from (seed, epoch), dealt to the processes in turn. A run can start at any batch.
-   Evaluation deals the images in turn too, without padding: each image counts once, on any number of processes.
-3. An image that cannot be read travels through the loader as a `Broken` record; the main process counts it.
+1. A training image is a pure function of (seed, epoch, index): the sampler yields (epoch, index) and the worker seeds
+   its RNGs with them, so results are independent of the number of workers and of restarts.
+2. The order is a permutation seeded with (seed, epoch) and dealt round-robin to the processes; a run can start at any
+   batch. Evaluation deals images in order without padding: each counts once, on any number of processes.
+3. An unreadable image passes through the loader as a ``Broken`` record and is counted in the main process.
 
 Iterable readers (WebDataset, TFDS, streaming Hugging Face) have their own order and cannot seek.
 """
@@ -40,17 +39,17 @@ IMAGE_MODES = {3: "RGB", 1: "L"}  # by the model's input channels
 
 @dataclass(frozen=True)
 class Broken:
-    """An image that could not be read."""
+    """An unreadable image."""
 
     path: str
     reason: str
 
 
 class BrokenImages:
-    """Counts the different unreadable images that this process meets, and stops the run above the limit.
+    """Count the distinct unreadable images of this process and stop the run above a limit.
 
     Args:
-        limit: How many may be skipped.
+        limit: Maximum number to skip.
     """
 
     def __init__(self, limit: int) -> None:
@@ -58,10 +57,10 @@ class BrokenImages:
         self.paths: set[str] = set()
 
     def report(self, images: list[Broken]) -> None:
-        """Logs each new broken image.
+        """Log each new broken image.
 
         Raises:
-            UserError: More than `limit` of them so far.
+            UserError: More than ``limit`` so far.
         """
         for image in images:
             if image.path in self.paths:
@@ -78,12 +77,12 @@ class BrokenImages:
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seeds Python's, NumPy's and torch's CPU random numbers from `key`, and puts the caller's state back after."""
+    """Seed the CPU RNGs of Python, NumPy and PyTorch with ``key``, and restore their states on exit."""
     saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = [int(word) for word in np.random.SeedSequence(key).generate_state(3)]
     random.seed(words[0])
     np.random.seed(words[1])
-    torch.default_generator.manual_seed(words[2])  # torch.manual_seed would touch the GPU's generators as well
+    torch.default_generator.manual_seed(words[2])  # torch.manual_seed would seed the GPU as well
     try:
         yield
     finally:
@@ -93,13 +92,13 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 class Samples(Dataset):
-    """A map-style data set whose items are pure functions of (seed, epoch, index).
+    """Map-style dataset whose items are pure functions of (seed, epoch, index).
 
     Args:
-        dataset: timm's or torchvision's data set, without a transform.
+        dataset: timm or torchvision dataset without a transform.
         transform: Image to array or tensor.
-        seed: Seed of the run.
-        mode: Mode of the images: RGB, or L for grey.
+        seed: Run seed.
+        mode: Image mode: RGB, or L for greyscale.
     """
 
     def __init__(self, dataset: Dataset, transform: Callable, seed: int, mode: str = "RGB") -> None:
@@ -112,11 +111,11 @@ class Samples(Dataset):
         return len(self.dataset)
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        if hasattr(self.dataset, "reader"):  # not timm's dataset[index], which puts another image for an unreadable one
+        if hasattr(self.dataset, "reader"):  # timm's dataset[index] replaces unreadable images
             file, label = self.dataset.reader[index]
             with file:
                 return read_image(file, self.mode), label
-        if samples := getattr(self.dataset, "samples", None):  # torchvision's folders, whose own loader clips 16 bits
+        if samples := getattr(self.dataset, "samples", None):  # torchvision's own loader clips 16-bit images
             path, label = samples[index]
             return read_image(path, self.mode), label
         image, label = self.dataset[index]
@@ -134,18 +133,18 @@ class Samples(Dataset):
         try:
             image, label = self._read(index)
             check_shape("it", image.size)
-        except Exception as error:  # a broken file makes Pillow raise almost anything
+        except Exception as error:  # Pillow raises almost anything on a broken file
             return Broken(self._name(index), f"{type(error).__name__}: {error}")
         with seeded(self.seed, epoch, index):
             return self.transform(image), label
 
 
 class StreamTransform:
-    """A transform for iterable readers: an image that it cannot take becomes a `Broken` record.
+    """Transform for iterable readers that turns bad images into ``Broken`` records.
 
     Args:
         transform: Image to array or tensor.
-        mode: Mode of the images: RGB, or L for grey.
+        mode: Image mode: RGB, or L for greyscale.
     """
 
     def __init__(self, transform: Callable, mode: str) -> None:
@@ -161,13 +160,13 @@ class StreamTransform:
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields this process's (epoch, index) pairs; can start at any sample.
+    """Sampler of this process's (epoch, index) pairs; can start at any sample.
 
     Args:
-        num_images: Images of the data set.
-        world: This process among all.
-        seed: Seed of the permutations; None keeps the order (evaluation).
-        multiple: Images of an epoch are cut to a multiple of this (the images of one update over all processes).
+        num_images: Size of the dataset.
+        world: This process.
+        seed: Seed of the permutations; None for sequential order (evaluation).
+        multiple: Truncate epochs to a multiple of this (the images per update over all processes).
     """
 
     def __init__(self, num_images: int, world: World, seed: int | None = None, multiple: int = 1) -> None:
@@ -192,11 +191,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 class Collate:
-    """Stacks the readable samples of a batch and lists the others: (images, labels, list of Broken).
+    """Collate function that stacks readable samples and lists the broken ones.
 
     Args:
-        stack: Collates the readable samples.
-        even: Drop one readable sample where their number is odd (timm's Mixup needs pairs).
+        stack: Collate function for the readable samples.
+        even: Drop one readable sample if their number is odd (timm's Mixup needs pairs).
     """
 
     def __init__(self, stack: Callable, even: bool) -> None:
@@ -204,7 +203,7 @@ class Collate:
         self.even = even
 
     def __call__(self, batch: list) -> tuple[Tensor | None, Tensor | None, list[Broken]]:
-        """Stack the readable samples: images, targets (None where all are broken), and the broken ones."""
+        """Return images and labels (None if all samples are broken) and the broken samples."""
         batch = [
             sample[0] if isinstance(sample, tuple) and isinstance(sample[0], Broken) else sample for sample in batch
         ]
@@ -217,7 +216,7 @@ class Collate:
 
 
 class _Checked:
-    """The (images, labels) of a DataLoader, broken images reported on the way."""
+    """Yield a DataLoader's (images, labels), reporting broken images."""
 
     def __init__(self, loader: DataLoader, broken: BrokenImages, train: bool) -> None:
         self.loader = loader
@@ -233,22 +232,22 @@ class _Checked:
             if images is not None:
                 yield images, labels
             elif self.train:
-                raise UserError(f"a whole batch of {len(broken)} images cannot be read, the last: {broken[-1].path}")
+                raise UserError(f"all {len(broken)} images of a batch are unreadable, the last: {broken[-1].path}")
 
 
 class Loader:
-    """Batches of normalized images [B, 3 or 1, H, W] and labels [B] on the device.
+    """Loader of normalised images ``[B, 3 or 1, H, W]`` and labels ``[B]`` on the device.
 
     Args:
-        dataset: Data set from `splits.open_split`.
+        dataset: Dataset from ``splits.open_split``.
         args: Parsed options.
-        config: timm's data configuration of the model.
+        config: timm's data config of the model.
         world: This process.
-        broken: Where unreadable images are counted.
-        train: Shuffle, augment, drop the incomplete last update; else every image once, in order.
+        broken: Counter of unreadable images.
+        train: Shuffle, augment and drop the incomplete last update; otherwise load every image once, in order.
 
     Raises:
-        UserError: A training split that does not fill one update.
+        UserError: The training split is smaller than one update.
     """
 
     def __init__(
@@ -269,7 +268,7 @@ class Loader:
         transform = _checked_transform(args, config, train, on_gpu)
         mode = IMAGE_MODES[len(config["mean"])]
         collate = Collate(fast_collate if on_gpu else default_collate, train and bool(args.mixup or args.cutmix))
-        self.generator = torch.Generator()  # the workers' seeds come from here, not from the global state
+        self.generator = torch.Generator()  # seeds the workers independently of the global RNG
         common = {
             "batch_size": batch_size,
             "num_workers": args.workers,
@@ -301,7 +300,7 @@ class Loader:
             self.loader = PrefetchLoader(self.loader, config["mean"], config["std"], channels, device=world.device)
 
     def seek(self, epoch: int, batch: int = 0) -> None:
-        """Sets the epoch and the batch (of this process) that the next iteration starts with."""
+        """Set the epoch, and the batch of this process, that the next iteration starts at."""
         seed = int(np.random.SeedSequence((self.seed, epoch, self.world.rank)).generate_state(1)[0])
         self.generator.manual_seed(seed)
         if self.seekable:
@@ -310,7 +309,7 @@ class Loader:
             self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, wherever it starts; in training a multiple of the accumulation steps."""
+        """Return the batches of a full epoch, whatever was sought; in training a multiple of the accumulation steps."""
         if not self.seekable:
             return len(self.loader) // self.accum * self.accum
         return -(-(len(self.sampler) + self.sampler.start) // self.batch_size)
@@ -322,9 +321,9 @@ class Loader:
 def _checked_transform(args: argparse.Namespace, *rest: Any) -> Callable:
     try:
         return _transform(args, *rest)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:  # timm asserts what a policy's text must be
+    except (AssertionError, KeyError, TypeError, ValueError) as error:  # timm asserts the syntax of policies
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the images cannot be transformed with --aa {args.aa}: {reason}") from error
+        raise UserError(f"cannot build the transform with --aa {args.aa}: {reason}") from error
 
 
 def _transform(args: argparse.Namespace, config: dict[str, Any], train: bool, on_gpu: bool) -> Callable:
@@ -337,7 +336,7 @@ def _transform(args: argparse.Namespace, config: dict[str, Any], train: bool, on
             crop_mode=config["crop_mode"],
             use_prefetcher=on_gpu,
         )
-    return create_transform(  # random erasing works on normalized batches: in train.py, on the device
+    return create_transform(  # train.py erases on the device, as it needs normalised batches
         **shared,
         is_training=True,
         scale=args.scale,
@@ -351,16 +350,16 @@ def _transform(args: argparse.Namespace, config: dict[str, Any], train: bool, on
 
 
 def data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """Returns timm's input size, mean, std, crop and interpolation for a model under the options.
+    """Return timm's data config of a model (input size, mean, std, crop, interpolation) with the options applied.
 
     Raises:
-        UserError: The model takes neither RGB nor grey images.
+        UserError: The model takes neither RGB nor greyscale images.
     """
     names = ("img_size", "crop_pct", "crop_mode", "interpolation")
     config = resolve_data_config({name: getattr(args, name) for name in names}, model=model)
     channels = args.model_kwargs.get("in_chans", 3)
     if channels not in IMAGE_MODES:
-        raise UserError(f"in_chans={channels}: images are read as RGB (3 channels) or grey (1)")
+        raise UserError(f"in_chans={channels}: images are read as RGB (3 channels) or greyscale (1)")
     if channels == 1:
         config["input_size"] = (1, *config["input_size"][1:])
         config |= {name: (sum(config[name]) / len(config[name]),) for name in ("mean", "std")}

@@ -1,8 +1,8 @@
-"""Distills a ViT into its converted copy: `python -m classification.distill --plan FILE --initial-checkpoint FILE ...`.
+"""Distil a ViT into its converted copy: ``python -m classification.distill --plan FILE --initial-checkpoint FILE ...``.
 
-The student starts from the teacher's weights. For the first half of the epochs each converted attention layer is fed
-the teacher's input and trained to match its output; for the second half the logits are matched. Labels are not used.
-The other options are those of `train.py`.
+The student starts from the teacher's weights. In the first half of the epochs, each converted attention layer is fed
+the teacher's input and trained to match its output; in the second half, the logits are matched. Labels are not used.
+All other options are those of ``train.py``.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from elfatt.integrations.timm import vit_of
 
 
 class Distiller(Trainer):
-    """A training run whose loss is the distance to a teacher.
+    """Trainer whose loss is the distance to a teacher.
 
     Args:
-        args: Parsed options of `train.py`.
+        args: Parsed options of ``train.py``.
 
     Raises:
-        UserError: As `Trainer`, or no plan or teacher was given.
+        UserError: No plan or no teacher; otherwise see ``Trainer``.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -39,16 +39,16 @@ class Distiller(Trainer):
             )
         plan = read_plan(args.plan)
         names = [name for name, layer in plan.layers.items() if not layer.is_exact]
-        if plan.lepe:  # which the teacher lacks
+        if plan.lepe:  # the teacher has none
             args.allow_mismatch = [*(args.allow_mismatch or ()), *(f"{name}.lepe." for name in names)]
         super().__init__(args)
         teacher = build_model(argparse.Namespace(**{**vars(args), "plan": None}))
         load_weights(teacher, args.initial_checkpoint, use_ema=True)
         self.teacher = teacher.requires_grad_(False).eval().to(self.world.device, memory_format=self.memory_format)
-        self.inputs: dict[str, tuple] = {}  # arguments of the teacher's layers
-        self.targets: dict[str, Tensor] = {}  # and their outputs
-        self.outputs: dict[str, Tensor] = {}  # of the student's layers
-        self.feeding = False  # whether the student's layers take the teacher's inputs
+        self.inputs: dict[str, tuple] = {}  # of the teacher's layers
+        self.targets: dict[str, Tensor] = {}  # outputs of the teacher's layers
+        self.outputs: dict[str, Tensor] = {}  # outputs of the student's layers
+        self.feeding = False  # feed the teacher's inputs to the student's layers
         ours, theirs = vit_of(self.model).layers, vit_of(teacher).layers
         for name in names:
             theirs[name].register_forward_pre_hook(partial(self._keep_input, name), with_kwargs=True)
@@ -66,7 +66,7 @@ class Distiller(Trainer):
         return (x + 0 * args[0], *rest), options  # DDP needs a gradient for every weight
 
     def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Relative squared error of the attention layers' outputs, or Kullback-Leibler divergence of the logits."""
+        """Return the relative squared error of the attention outputs, or the KL divergence of the logits."""
         with torch.no_grad():
             wanted = self.teacher(images)
         self.feeding = 2 * self.state.epoch < self.num_epochs
@@ -78,7 +78,7 @@ class Distiller(Trainer):
             (self.outputs[name] - target).float().square().sum() / target.float().square().sum()
             for name, target in self.targets.items()
         ]
-        return torch.stack(errors).mean() + 0 * found.sum()  # likewise
+        return torch.stack(errors).mean() + 0 * found.sum()  # DDP, as above
 
 
 def _keep_output(outputs, name, layer, args, out):
@@ -86,7 +86,7 @@ def _keep_output(outputs, name, layer, args, out):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a distillation; returns the exit code."""
+    """Run a distillation and return the exit code."""
     return run_main("distill.py", lambda: Distiller(parse_args(argv, train=True)).fit())
 
 

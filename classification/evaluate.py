@@ -1,4 +1,4 @@
-"""Exact evaluation on any number of processes: every image counts once, sums are reduced, nothing is padded."""
+"""Exact evaluation on any number of processes: every image counts once, without padding."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def evaluate(
     channels_last: bool = False,
     name: str = "validate",
 ) -> dict[str, float]:
-    """Classifies every image of the loader.
+    """Evaluate a classifier.
 
     Args:
-        model: Images [B, 3, H, W] to logits [B, K]; switched to evaluation mode. Not wrapped in DDP.
-        loader: Images and labels [B]; each process has its own share, of any length.
-        world: This process among all.
+        model: Maps images ``[B, 3, H, W]`` to logits ``[B, K]``; put in eval mode. Not wrapped in DDP.
+        loader: Images and labels ``[B]`` of this process; processes may have different numbers of batches.
+        world: This process.
         autocast: Mixed-precision context.
-        channels_last: Give the model channels-last images.
-        name: What the progress bar shows.
+        channels_last: Convert images to channels-last.
+        name: Label of the progress bar.
 
     Returns:
-        top1 and top5 in percent, the mean cross-entropy `loss`, `images` counted over all processes, and
-        `images_per_s` over all processes, reading included.
+        ``top1`` and ``top5`` in percent, mean cross-entropy ``loss``, number of ``images``, and ``images_per_s``
+        including data loading, all over all processes.
 
     Raises:
-        UserError: No process has an image.
+        UserError: No images on any process.
     """
     model.eval()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -57,7 +57,7 @@ def evaluate(
         dist.all_reduce(totals)
     images, top1, top5, loss = totals.tolist()
     if not images:
-        raise UserError("no image to evaluate: correct --data-dir or --val-split")
+        raise UserError("no images to evaluate: correct --data-dir or --val-split")
     return {
         "top1": 100 * top1 / images,
         "top5": 100 * top5 / images,

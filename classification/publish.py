@@ -1,7 +1,7 @@
-"""Publishes a run: `python -m classification.publish RUN_FOLDER --output FOLDER`, and `--push USER/NAME` to the Hub.
+"""Publish a run: ``python -m classification.publish RUN_FOLDER --output FOLDER``, or ``--push USER/NAME`` to the Hub.
 
-Exports `model_best.pth.tar` (the EMA weights, if any) in the format of timm's `local-dir:` and `hf-hub:`, with a model
-card generated from the run's own files.
+Exports ``model_best.pth.tar`` (EMA weights if present) in the format of timm's ``local-dir:`` and ``hf-hub:``, with a
+model card generated from the run's files.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ WEIGHTS = {"ema": "averaged (EMA)", "raw": "raw"}
 
 
 def read_run(folder: Path, results: Path | None = None, license: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The best model of a run and its keyword arguments for `save_pretrained`.
+    """Return a run's best model and its keyword arguments for ``save_pretrained``.
 
     Args:
-        folder: Folder of the run.
-        results: JSON of `validate.py --results-file`, in place of the run's own scores.
+        folder: Run folder.
+        results: JSON of ``validate.py --results-file`` to use instead of the run's own scores.
         license: License of the weights.
 
     Raises:
@@ -47,7 +47,7 @@ def read_run(folder: Path, results: Path | None = None, license: str | None = No
     plan = read_plan(str(folder / "plan.json")) if args.plan else None
     if plan and plan.lepe:
         raise UserError(
-            f"{folder} was trained with LePE, which timm's architecture cannot hold: publish a run without it"
+            f"{folder} was trained with LePE, which timm's architecture does not support: publish a run without it"
         )
     model = build_model(argparse.Namespace(**{**vars(args), "plan": None}))
     report = load_weights(model, str(checkpoint), use_ema=True)
@@ -69,7 +69,7 @@ def read_run(folder: Path, results: Path | None = None, license: str | None = No
 
 
 def scores_of_epoch(path: Path, epoch: int, weights: str) -> dict[str, Any]:
-    """Scores of an epoch of a run for `raw` or `ema` weights.
+    """Return an epoch's scores of the ``raw`` or ``ema`` weights.
 
     Raises:
         UserError: The file has no such scores.
@@ -94,19 +94,19 @@ def _scores_of(path: Path) -> dict[str, Any]:
 
 
 def run(argv: list[str] | None) -> None:
-    """Publish as the options say.
+    """Publish a run.
 
     Raises:
-        UserError: Anything the user can correct.
+        UserError: Invalid options or run, or a failed upload.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run", type=Path, help="folder of a run of train.py")
+    add("run", type=Path, help="run folder of train.py")
     add("--output", type=Path, metavar="FOLDER", help="new folder to write")
     add("--push", metavar="USER/NAME", help="repository on the Hugging Face Hub to upload to")
     add("--private", action="store_true", help="make a new repository private")
-    add("--results", type=Path, metavar="FILE", help=".json of validate.py --results-file for the card's figures")
-    add("--license", help="of the weights, by the Hub's name, such as mit")
+    add("--results", type=Path, metavar="FILE", help="take the card's scores from this .json of validate.py")
+    add("--license", help="license of the weights as named on the Hub, e.g. mit")
     args = parser.parse_args(argv)
     if not args.output and not args.push:
         raise UserError("nothing to do: pass --output FOLDER, --push USER/NAME or both")
@@ -121,7 +121,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the program and return its exit code."""
     return run_main("publish.py", lambda: run(argv))
 
 

@@ -1,4 +1,4 @@
-"""What `train.py` and `validate.py` share before the first image: processes, device, logging, the model."""
+"""Setup shared by ``train.py`` and ``validate.py``: processes, device, logging and model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOGGER = logging.getLogger("classification")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """Device and rank of this process, and number of processes."""
 
     device: torch.device
     rank: int = 0
@@ -39,7 +39,7 @@ class World:
 
     @property
     def distributed(self) -> bool:
-        """Whether there are other processes."""
+        """Whether there is more than one process."""
         return self.size > 1
 
     @property
@@ -49,10 +49,10 @@ class World:
 
 
 def init_world(device: str | None, backend: str) -> World:
-    """Joins the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), sets up logging and the backend.
+    """Join torchrun's process group (NCCL on GPUs, Gloo on CPUs) and set up logging and the backend.
 
     Raises:
-        UserError: The device is not there, or the backend cannot run on it.
+        UserError: The device is not available, or the backend does not support it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -71,7 +71,7 @@ def init_world(device: str | None, backend: str) -> World:
         stream=sys.stdout,
         force=True,
     )
-    logging.getLogger("timm.utils.checkpoint_saver").setLevel(logging.WARNING)  # prints a table every epoch
+    logging.getLogger("timm.utils.checkpoint_saver").setLevel(logging.WARNING)  # it prints a table every epoch
     torch.backends.cudnn.benchmark = True
     try:
         set_default_backend(backend, world.device)
@@ -81,19 +81,19 @@ def init_world(device: str | None, backend: str) -> World:
 
 
 def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    """Returns the mixed-precision context that the options ask for."""
+    """Return the autocast context for the options."""
     return torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
 
 
 def build_model(args: argparse.Namespace, **kwargs) -> nn.Module:
-    """Creates the model that the options name, on the CPU, with the attention of `args.plan`.
+    """Build the model on the CPU and apply the attention plan ``args.plan``.
 
     Args:
         args: Parsed options.
-        **kwargs: Further model keywords; a value of None is left out.
+        **kwargs: Further keyword arguments of the model; None values are dropped.
 
     Raises:
-        UserError: The model refuses a keyword, a value or the plan.
+        UserError: The model rejects a keyword argument, a value or the plan.
     """
     model = _create_model(args, **kwargs)
     if args.plan:
@@ -106,10 +106,10 @@ def build_model(args: argparse.Namespace, **kwargs) -> nn.Module:
 
 
 def read_plan(path: str) -> Plan:
-    """Reads a plan.
+    """Load a plan.
 
     Raises:
-        UserError: The file is missing or holds none.
+        UserError: The file is missing or not a plan.
     """
     try:
         return Plan.from_json(path)
@@ -127,7 +127,7 @@ def _create_model(args, **kwargs):
         except TypeError as error:
             if "img_size" not in str(error) or "img_size" in args.model_kwargs:
                 raise
-            kwargs.pop("img_size")  # convolutional models have no tables that depend on the input size
+            kwargs.pop("img_size")  # convolutional models have no size-dependent tables
             return timm.create_model(args.model, **kwargs)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if value is not None)
@@ -135,7 +135,7 @@ def _create_model(args, **kwargs):
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Peak memory so far: of the GPU, or of this process where there is none; None where the system does not tell."""
+    """Return the peak memory in MiB of the GPU, or of this process on CPU; None if not available."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:
@@ -145,16 +145,16 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 
 def load_weights(model: nn.Module, path: str, use_ema: bool, allow: Sequence[str] = ()) -> LoadReport:
-    """Loads a checkpoint's weights, all of them or none.
+    """Load a checkpoint's weights, all or nothing.
 
     Args:
-        model: Takes the weights.
+        model: Model to load into.
         path: Checkpoint.
-        use_ema: Take the averaged weights where the file has them.
-        allow: Prefixes of tensors that the file may lack (`--allow-mismatch` in `train.py`).
+        use_ema: Load the EMA weights if present.
+        allow: Prefixes of tensors that need not match (``--allow-mismatch`` of ``train.py``).
 
     Raises:
-        UserError: The file is missing or holds another model's weights.
+        UserError: The file is missing or its weights do not fit the model.
     """
     try:
         return load_checkpoint(model, path, use_ema=use_ema, allow=tuple(allow))
@@ -164,7 +164,7 @@ def load_weights(model: nn.Module, path: str, use_ema: bool, allow: Sequence[str
 
 
 def run_main(program: str, run: Callable[[], None]) -> int:
-    """Runs a program; a user's mistake or a full machine becomes one line on stderr and exit code 1."""
+    """Run a program; report user errors and exhausted resources in one line on stderr, with exit code 1."""
     try:
         run()
     except (UserError, OSError, RuntimeError) as error:
@@ -173,5 +173,5 @@ def run_main(program: str, run: Callable[[], None]) -> int:
             raise
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         return 1
-    leave_process_group()  # not after an error: the other processes may wait in a collective
+    leave_process_group()  # not after an error: other processes may be waiting in a collective
     return 0

@@ -1,7 +1,7 @@
-"""Opens a data set's splits, and refuses what would train on wrong labels.
+"""Open a dataset's splits and reject any that would train on wrong labels.
 
-Folders and tar files are listed here, other sources by timm's readers. The classes are the visible folders of the first
-level; what lies outside them, or in hidden folders, is passed over and counted.
+Folders and tar files are listed here, other sources by timm's readers. Classes are the visible top-level folders; files
+outside them or in hidden folders are skipped and counted.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from elfatt.data.images import walk
 
 LOGGER = logging.getLogger("classification")
 SYNONYMS = [("train", "training"), ("val", "valid", "validation", "eval", "evaluation")]
-set_img_extensions(sorted(EXTENSIONS))  # what timm looks for in tar files
+set_img_extensions(sorted(EXTENSIONS))  # that timm reads from tar files
 
 
 class FolderReader(ReaderImageFolder):
-    """timm's reader of image files, told which they are.
+    """timm's ``ReaderImageFolder`` over given images.
 
     Args:
         root: Folder of the split.
@@ -46,16 +46,15 @@ class FolderReader(ReaderImageFolder):
 
 
 def open_split(args: argparse.Namespace, train: bool, trained: Mapping[str, int] | None = None) -> Dataset:
-    """Opens the training or the validation split.
+    """Open the training or validation split.
 
     Args:
         args: Parsed options.
-        train: The training split, or the validation split.
-        trained: Labels of the classes that a checkpoint knows. Folders are numbered by it and may be fewer.
+        train: Open the training split instead of the validation split.
+        trained: Class labels of a checkpoint. Folders are labelled by them and may be a subset.
 
     Raises:
-        UserError: No such folder or split, an empty class folder, or classes that contradict the class map or
-            `trained`.
+        UserError: Missing folder or split, empty class folder, or classes that contradict the class map or ``trained``.
     """
     split = args.train_split if train else args.val_split
     class_map = None
@@ -72,7 +71,7 @@ def open_split(args: argparse.Namespace, train: bool, trained: Mapping[str, int]
         dataset = _open_images(root, split, class_map, trained)
     classes = class_names(dataset) or {}
     if hidden := [name for name in classes if name.startswith(".")]:
-        raise UserError(f"split '{split}' takes the hidden folder {shown(hidden)} for a class: remove it")
+        raise UserError(f"split '{split}' has the hidden folder {shown(hidden)} as a class: remove it")
     if trained and classes:
         _compare_with_checkpoint(split, classes, trained, mapped=class_map is not None)
     return dataset
@@ -82,20 +81,20 @@ def _compare_with_checkpoint(split: str, classes: dict[str, int], trained: Mappi
     shared = classes.keys() & trained.keys()
     if mapped and not shared and len(classes) == len(trained):
         LOGGER.warning(
-            "split '%s': --class-map renames the checkpoint's classes, which are matched by number",
+            "split '%s': --class-map renames the checkpoint's classes, which are matched by index",
             split,
         )
     elif len(shared) < len(classes):
         raise UserError(
-            f"split '{split}' has other classes than the checkpoint: {differences(classes, trained)}; where the same "
-            "classes have other names, list all of these in the checkpoint's order with --class-map"
+            f"split '{split}' has different classes from the checkpoint: {differences(classes, trained)}; if only the "
+            "names differ, list them all in the checkpoint's order with --class-map"
         )
     elif reason := renumbered(classes, trained):
         raise UserError(f"split '{split}' and the checkpoint number classes differently: {reason}; correct --class-map")
 
 
 def class_names(dataset: Dataset) -> dict[str, int] | None:
-    """Returns the data set's class names and their labels, or None where its reader does not know them."""
+    """Return a dataset's labels by class name, or None if its reader does not know them."""
     for holder in (getattr(dataset, "reader", None), dataset):
         if getattr(holder, "class_to_idx", None):
             return {str(name): int(label) for name, label in holder.class_to_idx.items()}
@@ -103,24 +102,24 @@ def class_names(dataset: Dataset) -> dict[str, int] | None:
 
 
 def check_same_classes(train: Dataset, val: Dataset) -> None:
-    """Compares the class names of two splits.
+    """Check that two splits have the same classes.
 
     Raises:
-        UserError: They differ, so one index would mean two classes.
+        UserError: They differ, so a label would mean two classes.
     """
     first, second = class_names(train), class_names(val)
     if first and second and (reason := mismatch(second, first)):
         raise UserError(
-            f"the validation split has other classes than the training split: {reason}; give both the same class "
-            "folders, or name the classes with --class-map"
+            f"the validation split has different classes from the training split: {reason}; use the same class "
+            "folders in both, or list the classes with --class-map"
         )
 
 
 def check_class_count(dataset: Dataset, num_classes: int) -> None:
-    """Compares the number of classes with the model's outputs.
+    """Check that the model has one output per class.
 
     Raises:
-        UserError: They differ.
+        UserError: It does not.
     """
     classes = class_names(dataset)
     if classes is None:
@@ -128,14 +127,14 @@ def check_class_count(dataset: Dataset, num_classes: int) -> None:
     count = max(classes.values()) + 1
     if count != num_classes:
         raise UserError(
-            f"the data have {count} classes ({shown(classes)}), the model has {num_classes} outputs: "
-            f"remove the folders that are no classes, name the classes with --class-map, or build a model of {count} "
-            f"classes with --num-classes {count}"
+            f"the dataset has {count} classes ({shown(classes)}), the model has {num_classes} outputs: "
+            f"remove folders that are not classes, list the classes with --class-map, or build a model with "
+            f"--num-classes {count}"
         )
 
 
 def _find_split(root: Path, split: str, option: str) -> Path:
-    """The folder or tar file of a split; its synonyms are tried as well."""
+    """Return the folder or tar file of a split, trying synonyms of its name."""
     if not root.exists():
         raise UserError(f"data folder {root} does not exist: correct --data-dir (see docs/data.md)")
     if root.is_file():
@@ -144,14 +143,14 @@ def _find_split(root: Path, split: str, option: str) -> Path:
     found = next((root / name for name in names if (root / name).exists()), None)
     if found is None:
         there = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-        raise UserError(f"no split '{split}' in {root} (it holds {there}): correct --data-dir or {option}")
+        raise UserError(f"no split '{split}' in {root} (it contains {there}): correct --data-dir or {option}")
     return found
 
 
 def _open_images(
     root: Path, split: str, class_map: dict[str, int] | None, trained: Mapping[str, int] | None
 ) -> ImageDataset:
-    """The images of a folder or a tar file."""
+    """Open the images of a folder or tar file."""
     tar = None if root.is_dir() else _open_tar(root)
     paths, others = _list_folder(root) if tar is None else _list_tar(tar)
     names = [path[0] if len(path) > 1 and not _is_hidden(path) else None for path in paths]
@@ -159,9 +158,9 @@ def _open_images(
     if others:
         kinds = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in others)
         kinds = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-        LOGGER.warning("split '%s': passed over %d file(s) (%s), e.g. %s", split, len(others), kinds, others[0])
+        LOGGER.warning("split '%s': skipped %d file(s) (%s), e.g. %s", split, len(others), kinds, others[0])
 
-    # natural_key alone leaves A and a, 1 and 01 in the random order of a set
+    # the name breaks ties of natural_key, such as A and a or 1 and 01
     found = dict.fromkeys(sorted(set(names) - {None}, key=lambda name: (natural_key(name), name)))
     labels = class_map or {name: label for label, name in enumerate(found)}
     if trained and not class_map and all(name in trained for name in found):
@@ -170,13 +169,13 @@ def _open_images(
         for entry in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
             if entry.name not in found and not class_map:
                 raise UserError(
-                    f"class folder {entry} holds no image: fill it, remove it, or name the classes with --class-map"
+                    f"class folder {entry} contains no images: fill it, remove it, or list the classes with --class-map"
                 )
     if not found:
-        raise UserError(f"split '{split}' has no image in a class folder of {root}: correct --data-dir")
+        raise UserError(f"split '{split}' has no images in class folders of {root}: correct --data-dir")
     if difference := differences(found, labels):
         if class_map and not labels.keys() >= set(found) and not labels.keys() <= set(found):
-            raise UserError(f"split '{split}' has other classes than --class-map: {difference}")
+            raise UserError(f"split '{split}' has different classes from --class-map: {difference}")
         LOGGER.warning("split '%s': folders and classes differ: %s", split, difference)
 
     chosen = [index for index, name in enumerate(names) if name in labels]
@@ -190,7 +189,7 @@ def _open_images(
 
 
 def _list_folder(root: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The images of a folder as parts of their paths, and the other visible files."""
+    """Return a folder's images as path parts, and its other visible files."""
     images, others = [], []
     for folder, files in walk(root):
         parts = Path(folder).relative_to(root).parts
@@ -206,17 +205,17 @@ def _open_tar(path: Path) -> ReaderImageInTar:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 1024))
         if file.read().strip(b"\0") and tarfile.is_tarfile(path):
-            raise UserError(f"{path} is truncated, it has no end-of-archive marker: copy or pack it again")
+            raise UserError(f"{path} is truncated (no end-of-archive marker): copy or pack it again")
     try:
         return ReaderImageInTar(str(path))
     except (AssertionError, OSError, ValueError, tarfile.TarError) as error:  # timm asserts the extension
-        raise UserError(f"{path} is no tar file with images: correct --data-dir or the split's name") from error
+        raise UserError(f"{path} is not a tar file of images: correct --data-dir or the split's name") from error
 
 
 def _list_tar(reader: ReaderImageInTar) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The images of a tar file as parts of their paths, from the first folder on at which these differ."""
+    """Return a tar file's images as path parts, without the leading folders that all of them share."""
     paths = []
-    for sample, _, archive in reader.samples:  # the archive inside the archive, if any, counts as a folder
+    for sample, _, archive in reader.samples:  # a nested archive counts as a folder
         parent = (os.path.splitext(archive.name)[0],) if archive else ()
         paths.append(tuple(part for name in (*parent, sample.path) for part in name.split("/") if part != "."))
     folders = [path[:-1] for path in paths if not _is_hidden(path)]
@@ -230,7 +229,7 @@ def _is_hidden(path: tuple[str, ...]) -> bool:
 
 
 def _open_reader(args: argparse.Namespace, train: bool, split: str, class_map: dict[str, int] | None) -> Dataset:
-    """A data set of one of timm's other readers."""
+    """Open a dataset with one of timm's other readers."""
     kind = args.dataset.split("/")[0].lower()
     if args.data_dir and kind == "wds" and "://" not in args.data_dir and not os.path.isdir(args.data_dir):
         raise UserError(f"data folder {args.data_dir} does not exist: correct --data-dir")
@@ -245,7 +244,7 @@ def _open_reader(args: argparse.Namespace, train: bool, split: str, class_map: d
             batch_size=args.batch_size,
             num_samples=args.train_num_samples if train else args.val_num_samples,
             seed=getattr(args, "seed", 0),
-            input_img_mode="RGB" if kind == "tfds" else "",  # TensorFlow decodes; others leave the pixels to data.py
+            input_img_mode="RGB" if kind == "tfds" else "",  # TFDS decodes images itself, for others data.py does
             input_key=args.input_key,
             target_key=args.target_key,
             trust_remote_code=args.dataset_trust_remote_code,

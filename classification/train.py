@@ -1,8 +1,8 @@
-"""Trains an image classifier: `python -m classification.train --config FILE --data-dir FOLDER`, or under torchrun.
+"""Train an image classifier: ``python -m classification.train --config FILE --data-dir FOLDER``, or under torchrun.
 
-The recipe is a YAML file of configs/classification; every option is in `config.py`. A run stopped at any moment
-and continued with `--resume auto` ends with the same weights, bit for bit, as one that was never stopped (on CPUs;
-on GPUs as far as the kernels are deterministic).
+Recipes are YAML files in configs/classification; the options are defined in ``config.py``. A run interrupted at any
+point and resumed with ``--resume auto`` ends with bit-identical weights (on CPUs; on GPUs as far as the kernels are
+deterministic).
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from elfatt.layers import align_gradients
 
 
 class Trainer:
-    """One training run.
+    """Training run.
 
     Args:
-        args: Parsed options of `config.build_parser(train=True)`.
+        args: Parsed options of ``config.build_parser(train=True)``.
 
     Raises:
-        UserError: Anything the user can correct: data, options, checkpoints.
+        UserError: Invalid data, options or checkpoints.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -79,7 +79,7 @@ class Trainer:
         self._open_folder()
 
     def _open_data(self) -> dict[str, int] | None:
-        """Opens both splits and checks their classes, which it returns by name where the data set has names."""
+        """Open both splits, check their classes and return the labels by class name, if known."""
         args, world = self.args, self.world
         config = data_config(args, self.model)
         train, val = (open_split(args, is_train) for is_train in (True, False))
@@ -91,7 +91,7 @@ class Trainer:
         return class_names(train)
 
     def _prepare_model(self, classes: dict[str, int] | None) -> None:
-        """Loads initial weights and moves the model to the device."""
+        """Load the initial weights and move the model to the device."""
         args, model = self.args, self.model
         if args.initial_checkpoint:
             report = load_weights(model, args.initial_checkpoint, use_ema=True, allow=args.allow_mismatch or ())
@@ -103,13 +103,13 @@ class Trainer:
         model.to(self.world.device, memory_format=self.memory_format)
 
     def _wrap_model(self) -> ModelEmaV3 | None:
-        """Sets up DDP, the averaged weights, which it returns, and compilation."""
+        """Set up DDP, EMA and compilation, and return the EMA."""
         args, world, model = self.args, self.world, self.model
         self.net: nn.Module = model
         if world.distributed:
             align_gradients(model)
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self.net = DistributedDataParallel(model, device_ids=ids)  # gives every process rank 0's weights
+            self.net = DistributedDataParallel(model, device_ids=ids)  # broadcasts rank 0's weights
         self.no_sync = self.net.no_sync if world.distributed else nullcontext
         ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
         self.evaluated = {"raw": model} | ({"ema": ema.module} if ema else {})
@@ -119,7 +119,7 @@ class Trainer:
         return ema
 
     def _create_optimizer(self) -> tuple[Optimizer, Scheduler, int]:
-        """The optimizer, its schedule, and the epochs with cool-down."""
+        """Return the optimizer, its schedule, and the number of epochs including cool-down."""
         args = self.args
         decay = {"lr": args.lr, "weight_decay": args.weight_decay}
         groups = self.model if args.filter_bias_and_bn else self.parameters
@@ -139,7 +139,7 @@ class Trainer:
         return optimizer, scheduler, num_epochs
 
     def _create_loss(self) -> tuple[RandomErasing | None, Mixup | None, nn.Module]:
-        """Random erasing and mixup, where wanted, and the loss."""
+        """Return random erasing and mixup, if enabled, and the loss."""
         args, erase = self.args, None
         if args.reprob:
             erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=self.world.device)
@@ -157,7 +157,7 @@ class Trainer:
         return erase, None, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
     def _open_folder(self) -> None:
-        """Resumes if asked, else refuses a folder that holds a run; then opens the logs."""
+        """Resume if requested, otherwise reject a folder that contains a run; then open the logs."""
         args, world = self.args, self.world
         self.saver = AtomicSaver(self.folder, args.checkpoint_hist) if world.primary else None
         found = find_newest(self.folder) if args.resume == "auto" else None
@@ -165,7 +165,7 @@ class Trainer:
         if args.resume not in (None, "auto"):
             found = Path(args.resume), load(args.resume)
         if (elsewhere or not args.resume) and any(self.folder.glob("*.pth.tar")):
-            raise UserError(f"{self.folder} holds a run: continue it with --resume auto, or pass another --experiment")
+            raise UserError(f"{self.folder} contains a run: resume it with --resume auto, or pass another --experiment")
         if found:
             path, state = found
             self.state.load_state_dict(state, path)
@@ -175,7 +175,7 @@ class Trainer:
         elif args.resume:
             LOGGER.info("no checkpoint in %s yet: starting from the beginning", self.folder)
         if world.distributed:
-            dist.barrier()  # nobody writes before everybody has read
+            dist.barrier()  # no process may write before all have read
         if world.primary:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -187,12 +187,12 @@ class Trainer:
             trim_summary(str(self.folder / "summary.csv"), self.state.epoch)
             self.board = SummaryWriter(str(self.folder), purge_step=self.state.updates)
         if found and args.resume != "auto":
-            self.save_recovery()  # from now on the newest state, whatever an abandoned run left behind
+            self.save_recovery()  # must be newer than whatever an abandoned run left behind
         if not self.train_loader.seekable:
             LOGGER.info("%s cannot seek: checkpoints at the end of each epoch only", args.dataset)
 
     def fit(self) -> float | None:
-        """Trains to the end and returns the best top-1 in percent (on rank 0)."""
+        """Train to the end and return the best top-1 accuracy in percent (on rank 0)."""
         args, state = self.args, self.state
         LOGGER.info(
             "%s: %.2f M parameters, %d epochs of %d updates, global batch %d, %s, backend %s, output in %s",
@@ -228,7 +228,7 @@ class Trainer:
         return best
 
     def train_epoch(self) -> float:
-        """Trains the rest of the current epoch and returns its mean training loss over all processes."""
+        """Train the rest of the current epoch and return its mean loss over all processes."""
         args, state, world, loader = self.args, self.state, self.world, self.train_loader
         self.net.train()
         total, accum = len(loader), args.grad_accum_steps
@@ -273,7 +273,7 @@ class Trainer:
         return (totals[0] / totals[1]).item()
 
     def _log_step(self, bar: tqdm, loss: float, images_per_s: float, data_share: float) -> None:
-        """Shows the last update on the progress bar, or in the log, and on the board."""
+        """Log the last update to the progress bar or the log, and to TensorBoard."""
         state = self.state
         values = {
             "loss": loss,
@@ -292,11 +292,11 @@ class Trainer:
             self.board.add_scalar(f"step/{key}", value, state.updates)
 
     def train_step(self, images: Tensor, labels: Tensor, update: bool) -> float:
-        """Adds a batch's gradients, and updates the weights and their average if `update`.
+        """Accumulate the gradients of a batch, and update the weights and their EMA if ``update``.
 
         Args:
-            images: [B, 3, H, W], normalized, on the device.
-            labels: [B].
+            images: ``[B, 3, H, W]``, normalised, on the device.
+            labels: ``[B]``.
             update: Whether this batch completes an update.
 
         Returns:
@@ -308,7 +308,7 @@ class Trainer:
         args, state = self.args, self.state
         if self.mixup:
             images, labels = self.mixup(images, labels)
-        if self.erase:  # after mixing, as in timm 0.3.4's loader, which CSWin's recipe runs
+        if self.erase:  # after mixing, as in timm 0.3.4's loader, used by CSWin's recipe
             images = self.erase(images)
         with nullcontext() if update else self.no_sync():
             with self.autocast:
@@ -332,11 +332,11 @@ class Trainer:
         return value
 
     def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch as it goes into the model."""
+        """Return the loss of an augmented batch."""
         return self.loss(self.net(images), labels)
 
     def _stop(self, loss: float, images: Tensor, labels: Tensor) -> None:
-        """Saves the state and the batch of a loss that is not finite, and ends the run."""
+        """Save the state and the batch with a non-finite loss, and stop the run."""
         state = self.state
         path = self.folder / f"nan-rank{self.world.rank}.pth.tar"
         batch = {"images": images.detach(), "labels": labels}
@@ -344,22 +344,22 @@ class Trainer:
         lr = state.optimizer.param_groups[0]["lr"]
         raise UserError(
             f"the loss is {loss} at epoch {state.epoch}, batch {state.batch}, update {state.updates}, "
-            f"learning rate {lr:.3g}; the weights before it and the batch are in {path}: "
-            f"resume with --amp-dtype bfloat16 or --clip-grad, or begin a new run with a lower --lr"
+            f"learning rate {lr:.3g}; the weights before it and the batch were saved to {path}: "
+            f"resume with --amp-dtype bfloat16 or --clip-grad, or start a new run with a lower --lr"
         )
 
     def save_recovery(self) -> None:
-        """Saves the state inside the epoch; every process must call it."""
+        """Save the mid-epoch state; every process must call it."""
         content = self.state.state_dict()
         if self.saver:
             self.saver.save_recovery(content, self.state.epoch)
 
     def validate(self) -> dict[str, float]:
-        """Evaluates the raw and the averaged weights: {"raw/top1": …, "ema/top1": …}."""
+        """Evaluate the raw and EMA weights: ``{"raw/top1": …, "ema/top1": …}``."""
         results = {}
         for name, model in self.evaluated.items():
             if self.world.distributed:
-                distribute_bn(model, self.world.size)  # batch norm's averages differ between processes
+                distribute_bn(model, self.world.size)  # batch norm statistics differ between processes
             self.val_loader.seek(0)
             scores = evaluate(model, self.val_loader, self.world, self.autocast, self.args.channels_last, name=name)
             results |= {f"{name}/{key}": scores[key] for key in ("top1", "top5", "loss")}
@@ -371,7 +371,7 @@ def _line(values: dict[str, float]) -> str:
 
 
 def _warn_of_other_classes(report: LoadReport, classes: dict[str, int] | None) -> None:
-    """A classifier that starts from other classes trains all the same, but its rows mean nothing at first."""
+    """Warn if the initial classifier was trained on other classes: it works, but starts from meaningless rows."""
     if any(name.startswith("head.") for name in report.skipped) or not (classes and report.class_to_idx):
         return
     if difference := mismatch(classes, report.class_to_idx):
@@ -379,7 +379,7 @@ def _warn_of_other_classes(report: LoadReport, classes: dict[str, int] | None) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a training; returns the exit code."""
+    """Train a model and return the exit code."""
     return run_main("train.py", lambda: Trainer(parse_args(argv, train=True)).fit())
 
 

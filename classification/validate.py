@@ -1,8 +1,8 @@
-"""Evaluates a checkpoint: `python -m classification.validate --config FILE --data-dir FOLDER --checkpoint FILE`.
+"""Evaluate a checkpoint: ``python -m classification.validate --config FILE --data-dir FOLDER --checkpoint FILE``.
 
-Runs alone or under torchrun; on any number of processes each image counts exactly once. Published accuracies are
-those of the averaged (EMA) weights, which are the default where the file has them, and of their authors' crop, which is
-taken for weights of theirs, whatever a configuration says, unless the command line has --crop-pct or --crop-mode.
+Runs standalone or under torchrun; each image counts exactly once on any number of processes. Published accuracies are
+those of the EMA weights, used by default if present, and of the authors' crop, used for the authors' own weights
+whatever the config says, unless ``--crop-pct`` or ``--crop-mode`` is given on the command line.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from elfatt.checkpoints import LoadReport, published_crop
 from elfatt.data import UserError
 
 CHOSEN = ("model", "checkpoint", "weights", "backend")
-COLUMNS = (*CHOSEN, "top1", "top5", "loss", "images", "images_per_s")  # of a table of results
+COLUMNS = (*CHOSEN, "top1", "top5", "loss", "images", "images_per_s")  # of the results file
 WEIGHTS = {"ema": "averaged (EMA) weights", "raw": "raw weights"}
 
 
 def run(argv: list[str] | None) -> dict[str, float | str]:
-    """Evaluates as the options say and returns what is printed.
+    """Run an evaluation and return the results.
 
     Raises:
-        UserError: Anything the user can correct: data, options, checkpoint.
+        UserError: Invalid data, options or checkpoint.
     """
     args = parse_args(argv, train=False)
     world = init_world(args.device, args.backend)
@@ -51,7 +51,7 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
     config = evaluation_config(argv, args, model, report)
     loader = Loader(dataset, args, config, world, broken, train=False)
     if world.distributed and not loader.seekable:
-        LOGGER.warning("%s deals the images itself: check the number of images below", args.dataset)
+        LOGGER.warning("%s shards the images itself: check the number of images below", args.dataset)
     loader.seek(0)
     compiled = torch.compile(model) if args.compile else model
     scores = evaluate(compiled, loader, world, autocast(args, world.device), args.channels_last)
@@ -71,28 +71,28 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
 def evaluation_config(
     argv: list[str] | None, args: argparse.Namespace, model: torch.nn.Module, report: LoadReport
 ) -> dict[str, Any]:
-    """timm's data configuration, with the crop of the weights' authors where the command line gives none."""
+    """Return timm's data config, with the crop of the weights' authors unless set on the command line."""
     config = data_config(args, model)
     crop = published_crop(report.source, config["input_size"][-1])
     if crop is None:
         return config
-    # values that stand in a namespace are no defaults any more: what is not None was typed
+    # defaults do not override a namespace's values, so what is not None was typed
     typed = build_parser(train=False).parse_known_args(argv, argparse.Namespace(**dict.fromkeys(crop._fields)))[0]
     if typed.crop_pct is not None or typed.crop_mode is not None:
         return config
     config |= {name: value for name, value in crop._asdict().items() if getattr(typed, name) is None}
     LOGGER.info(
-        "crop of the authors of %s: --crop-pct %s --crop-mode %s (%s); give these options to choose otherwise",
+        "using the crop of the authors of %s: --crop-pct %s --crop-mode %s (%s); pass these options to override it",
         *(report.source, config["crop_pct"], config["crop_mode"], config["interpolation"]),
     )
     return config
 
 
 def check_table(path: Path) -> None:
-    """Looks at the columns of results that are there already.
+    """Check the columns of an existing results file.
 
     Raises:
-        UserError: They are not those of today's results, or no file can be written there.
+        UserError: They differ from the current ones, or the folder cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,14 +103,14 @@ def check_table(path: Path) -> None:
     with path.open(newline="") as file:
         try:
             header = list(json.load(file)) if path.suffix == ".json" else next(csv.reader(file), None)
-        except (TypeError, ValueError):  # no JSON, or no dictionary
+        except (TypeError, ValueError):  # not JSON, or not a dictionary
             header = None
     if header != list(COLUMNS):
         raise UserError(f"{path} has other columns than {', '.join(COLUMNS)}: pass another --results-file")
 
 
 def write_results(results: dict[str, float | str], path: Path) -> None:
-    """Writes the results to a .json file, or appends them to a .csv table."""
+    """Write the results to a .json file, or append them to a .csv file."""
     if path.suffix == ".json":
         part = path.with_name(path.name + ".tmp")
         part.write_text(json.dumps(results, indent=2) + "\n")
@@ -129,7 +129,7 @@ def _is_new(path):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs an evaluation; returns the exit code."""
+    """Run an evaluation and return the exit code."""
     return run_main("validate.py", lambda: run(argv))
 
 

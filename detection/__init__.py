@@ -1,1 +1,1 @@
-"""Detection: programs over mmengine; see docs/segmentation_detection.md."""
+"""Detection programs based on mmengine; see docs/segmentation_detection.md."""

@@ -1,4 +1,4 @@
-"""Draws the instances in an image file: ``python -m detection.inference CONFIG CHECKPOINT IMAGE OUTPUT``."""
+"""Draw the instances in an image: ``python -m detection.inference CONFIG CHECKPOINT IMAGE OUTPUT``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from elfatt.integrations import mm_errors, mm_runner
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the program with these arguments, by default the command line's."""
+    """Run the program."""
     args = mm_runner.parse_inference(argv, "detection")
     from mmdet.apis import inference_detector, init_detector
     from mmdet.visualization import DetLocalVisualizer

@@ -1,6 +1,6 @@
 """Save models in timm's Hub format: safetensors, ``config.json`` and a model card, in a folder or on the Hub.
 
-``timm.create_model`` loads them from ``hf-hub:USER/NAME`` or ``local-dir:FOLDER`` with all their options. Arguments
+``timm.create_model`` loads them from ``hf-hub:USER/NAME`` or ``local-dir:FOLDER``, including all options. Arguments
 follow huggingface_hub's ``PyTorchModelHubMixin``; ``classification/publish.py`` publishes a training run.
 """
 
@@ -55,12 +55,12 @@ class Card:
     """Contents of a model card. Unset fields are left out.
 
     Attributes:
-        description: One sentence.
-        details: Rows of a table, by name.
-        dataset: Data set of training and evaluation.
+        description: One-sentence description.
+        details: Rows of the details table, by name.
+        dataset: Dataset used for training and evaluation.
         top1: Top-1 accuracy in percent.
         top5: Top-5 accuracy in percent.
-        license: License of the weights, as named on the Hub.
+        license: License of the weights, by its Hub identifier.
     """
 
     description: str = "An image classifier of [ELFATT](https://arxiv.org/abs/2501.06098)'s codebase."
@@ -71,12 +71,12 @@ class Card:
     license: str | None = None
 
     def render(self, name: str, source: str, converted: bool = False) -> str:
-        """The card as Markdown, with the Hub's metadata header.
+        """Return the card as Markdown with the Hub's metadata header.
 
         Args:
-            name: Name of the model.
-            source: Name under which ``timm.create_model`` loads it.
-            converted: Whether to apply the ``plan.json`` saved with the weights.
+            name: Model name.
+            source: Name to load it by with ``timm.create_model``.
+            converted: Whether the example applies the ``plan.json`` saved with the weights.
         """
         scores = {"accuracy": ("Top-1 accuracy", self.top1), "top-5-accuracy": ("Top-5 accuracy", self.top5)}
         results = [
@@ -122,16 +122,16 @@ def save_pretrained(
     plan: Plan | None = None,
     source: str | None = None,
 ) -> Path:
-    """Write a model of ``timm.create_model`` for ``local-dir:`` or the Hub.
+    """Save a timm model in a folder, for ``local-dir:`` or the Hub.
 
     Args:
         model: Any model created by timm.
-        save_directory: A new or empty folder.
+        save_directory: New or empty folder.
         card: Contents of the model card.
         label_names: Class names, in order.
-        data_config: Preprocessing, in timm's terms, where it differs from the model's ``pretrained_cfg``.
-        plan: Plan that the model was trained with; saved along, and applied by the card's example.
-        source: Name under which the card's example loads the model (default: ``local-dir:`` and the folder).
+        data_config: Preprocessing in timm's terms, if it differs from the model's ``pretrained_cfg``.
+        plan: Plan that the model was trained with; saved with it and applied by the card's example.
+        source: Name by which the card's example loads the model (default: ``local-dir:`` and the folder).
 
     Returns:
         The folder.
@@ -142,7 +142,7 @@ def save_pretrained(
     """
     folder = Path(save_directory)
     if not hasattr(model, "pretrained_cfg"):
-        raise TypeError(f"{type(model).__name__} was not created by timm.create_model, which could not load it")
+        raise TypeError(f"{type(model).__name__} was not created by timm.create_model, which could not reload it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: choose another")
     if label_names is not None and len(label_names) != model.num_classes:
@@ -175,7 +175,7 @@ def push_to_hub(
         repo_id: ``USER/NAME``; created if missing.
         commit_message: Commit message.
         private: Make a new repository private.
-        token: Hub token (default: that of ``hf auth login``).
+        token: Hub token (default: from ``hf auth login``).
         revision: Branch to push to.
         create_pr: Open a pull request.
         **options: ``card``, ``label_names``, ``data_config`` and ``plan`` of ``save_pretrained``.
@@ -184,7 +184,7 @@ def push_to_hub(
         URL of the commit.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: The Hub refused, e.g. for want of a token.
+        huggingface_hub.errors.HfHubHTTPError: The Hub rejected the request, e.g. without a valid token.
     """
     api = HfApi(token=token, library_name="elfatt")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

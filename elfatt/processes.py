@@ -1,4 +1,4 @@
-"""Helpers for data loader workers and process groups."""
+"""Helpers for DataLoader workers and process groups."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch._utils import ExceptionWrapper
 
 
 def start_worker(prepare: Callable[[int], None] | None, worker: int) -> None:
-    """First call in a worker of a data loader: what it cannot hand over becomes an error of the program.
+    """Initialise a DataLoader worker so that batches it cannot send raise in the main process.
 
-    Python prints such an error in the worker, and the program waits for the batch for ever.
+    By default, Python prints the error in the worker, and the main process waits for the batch forever.
 
     Args:
-        prepare: The loader's own ``worker_init_fn``.
-        worker: Number.
+        prepare: The DataLoader's own ``worker_init_fn``.
+        worker: Worker id.
     """
     Queue._on_queue_feeder_error = _hand_over  # type: ignore[attr-defined]  # private
     if prepare:
@@ -29,10 +29,10 @@ def _hand_over(queue: Queue, error: Exception, batch: tuple) -> None:
 
 
 def leave_process_group() -> None:
-    """Destroy the process group, if there is one.
+    """Destroy the process group, if any.
 
-    A thread of gloo that still holds a tensor when the interpreter goes aborts the process. The group joins its threads
-    when it is freed, and models wrapped in DDP, which hold it, are in reference cycles.
+    A gloo thread that still holds a tensor at interpreter shutdown aborts the process. The group joins its threads when
+    freed, but DDP models keep it alive in reference cycles, hence the garbage collection.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The attention alone: a drop-in layer for maps ``[B, H, W, C]``, and the operation on tensors."""
+"""Standalone attention: a drop-in layer for maps ``[B, H, W, C]``, and the functional op on tensors."""
 
 import torch
 
@@ -10,7 +10,7 @@ for name in elfatt.list_attentions():
     layer = elfatt.create_attention(name, dim=96, num_heads=4)
     print(f"{name}: {tuple(layer(x).shape)}")
 
-# what ELFATT computes between its two linear layers: 48 channels linear in 2 heads, 48 in blocks of 7 × 7 in 2 heads
+# ELFATT between its two projections: 48 channels with 2 linear heads, 48 with 2 heads in 7 × 7 blocks
 qkv = torch.randn(1, 48, 64, 3 * 96)
 with use_backend("math"):
     expected = elfatt_attention(qkv, num_heads=(2, 2), global_channels=48, block_size=7)

@@ -1,4 +1,4 @@
-"""A backbone in your own model: an ELFATT encoder with a small head that predicts a class per pixel."""
+"""Use a backbone in your own model: an ELFATT encoder with a small per-pixel classification head."""
 
 import timm
 import torch
@@ -9,7 +9,7 @@ import elfatt  # noqa: F401  registers the models with timm
 
 
 class Segmenter(nn.Module):
-    """Sums the four feature maps of a backbone at stride 4."""
+    """Per-pixel classifier that sums the logits of a backbone's four feature maps at stride 4."""
 
     def __init__(self, name: str, classes: int):
         super().__init__()

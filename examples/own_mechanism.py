@@ -1,4 +1,4 @@
-"""A mechanism of your own: registered under a name, it runs in every backbone."""
+"""Register your own attention mechanism, for use in every backbone."""
 
 import timm
 import torch
@@ -9,7 +9,7 @@ from elfatt.attention.registry import register_attention
 
 @register_attention("mean")
 class MeanAttention(QKVAttention):
-    """Every token gets the mean of the values, gated by its own query."""
+    """Return the mean of the values for every token, gated by its query."""
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         q, _, v = qkv.chunk(3, dim=-1)

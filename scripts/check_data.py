@@ -1,10 +1,10 @@
-"""Checks a user's ADE20K or COCO folder before training starts: one line a problem, with its path and the remedy.
+"""Check a user's ADE20K or COCO folder before training: one line per problem, with its path and the remedy.
 
-File names and annotation files are read completely. Images and masks are opened for a sample, or all with `--full`.
-Needs no mm package. Exit code: 0 where nothing is wrong, else 1. A line that begins with "note" says what is lost or
-open, and is no problem. The rules are those of the training programs.
+File names and annotation files are checked completely, images and masks for a sample, or all with ``--full``. Needs no
+mm package and applies the rules of the training programs. Exits with 0 if there are no problems, 1 otherwise. Lines
+that start with "note" report losses and open questions, not problems.
 
-ADE20K: images/{training,validation}/*, annotations/{training,validation}/* of the same names, with any extension
+ADE20K: images/{training,validation}/*, annotations/{training,validation}/* with the same names and any extension
 COCO:   {train,val}2017/*, annotations/instances_{train,val}2017.json
 """
 
@@ -37,21 +37,21 @@ from elfatt.data.masks import check_classes, check_labels, check_mask
 ADE20K_IMAGES = {"training": 20_210, "validation": 2_000}
 COCO_IMAGES = {"train2017": 118_287, "val2017": 5_000}
 COCO_CATEGORIES = 80
-SAMPLE = 100  # images opened at the start of each split, and as many more at random
-SHOWN = 20  # lines with the same remedy
-DOWNLOAD = "download and unpack this part again, or pass --any-size for data of your own"
+SAMPLE = 100  # images to open at the start of each split, and again at random
+SHOWN = 20  # maximum lines per remedy
+DOWNLOAD = "download and unpack this part again, or pass --any-size for your own data"
 
 
 Found = UserError | str  # a problem, or a note
 
 
 def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[Found]:
-    """Problems and notes of ``root/images/{split}`` and ``root/annotations/{split}``.
+    """Yield the problems and notes of ``root/images/{split}`` and ``root/annotations/{split}``.
 
     Args:
-        root: The folder of the data set.
+        root: Dataset folder.
         split: ``training`` or ``validation``.
-        args: The command line.
+        args: Parsed options.
     """
     folders = root / "images" / split, root / "annotations" / split
     listed = yield from _caught(list_images, folders[0], ".jpg")
@@ -60,12 +60,12 @@ def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[F
         return
     (images, others), (masks, _) = listed, labelled
     if others:
-        yield f"{folders[0]}: {len(others):,} files are passed over, first {others[0]}"
+        yield f"{folders[0]}: {len(others):,} files are skipped, first {others[0]}"
     yield from _check_count(folders[0], len(images), ADE20K_IMAGES[split], args)
     for name in sorted(images.keys() - masks.keys()):
-        yield UserError(images[name], "has no mask", f"add one of the same name to {folders[1]}, or remove the image")
+        yield UserError(images[name], "has no mask", f"add one with the same name to {folders[1]}, or remove the image")
     for name in sorted(masks.keys() - images.keys()):
-        yield UserError(masks[name], "has no image", f"add one of the same name to {folders[0]}, or remove the mask")
+        yield UserError(masks[name], "has no image", f"add one with the same name to {folders[0]}, or remove the mask")
     first = 0 if args.keep_zero else 1
     largest = first + args.classes - 1
     remedy = (
@@ -89,20 +89,20 @@ def check_ade20k(root: Path, split: str, args: argparse.Namespace) -> Iterator[F
     if split == "training" and read:
         names = [str(label) for label in range(first, largest + 1)]
         for problem in _caught(check_classes, folders[1], pixels, names, read):
-            yield problem if read == len(pairs) else str(problem)  # as in training: the others may differ
+            yield problem if read == len(pairs) else str(problem)  # as in training: other masks may differ
 
 
 def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Found]:
-    """Problems and notes of ``root/{split}`` and ``root/annotations/instances_{split}.json``.
+    """Yield the problems and notes of ``root/{split}`` and ``root/annotations/instances_{split}.json``.
 
     Args:
-        root: The folder of the data set.
+        root: Dataset folder.
         split: ``train2017`` or ``val2017``.
-        args: The command line.
+        args: Parsed options.
     """
     folder, path = root / split, root / "annotations" / f"instances_{split}.json"
     if not folder.is_dir():
-        yield UserError(folder, "is no folder", "see --help for what is expected")
+        yield UserError(folder, "is not a folder", "see --help for the expected layout")
     content = yield from _read_coco(path, not args.no_masks)
     if content is None:
         return
@@ -116,10 +116,10 @@ def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Fou
     present, turned = [], []
     for image in content["images"]:
         file = folder / image["file_name"]
-        if image["file_name"] in files or file.is_file():  # the second for names with a folder
+        if image["file_name"] in files or file.is_file():  # is_file for names with a folder
             present.append(image)
         else:
-            yield UserError(file, f"is named in {path.name} and not there", "add it, or unpack the images again")
+            yield UserError(file, f"is listed in {path.name} but missing", "add it, or unpack the images again")
     for image in _sample(present, f"{split} images", args.full):
         file = folder / image["file_name"]
         if not (yield from _caught(_open, file)):
@@ -130,7 +130,7 @@ def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Fou
 
 
 def _read_coco(path: Path, masks: bool) -> Generator[Found, None, dict[str, Any] | None]:
-    """Yields what is wrong with an annotation file; returns its content, or None where that cannot be used."""
+    """Yield the problems of an annotation file; return its content, or None if it cannot be used."""
     content = yield from _caught(load_coco, path)
     if content is None:
         return None
@@ -164,20 +164,20 @@ def _check_instances(path: Path, content: dict[str, Any], split: str, args: argp
 
 
 def _compare_categories(path: Path, content: dict[str, Any]) -> Iterator[UserError]:
-    """Whether the other annotation file, where it can be read, has the same categories in the same order."""
+    """Check that the training annotations, if readable, have the same categories in the same order."""
     other = path.with_name("instances_train2017.json")
     try:
         classes = [category["name"] for category in load_coco(other)["categories"]]
     except (UserError, LookupError, TypeError):
-        return  # its own check names the fault
+        return  # reported by its own check
     extra = [category["name"] for category in content["categories"] if category["name"] not in classes]
     if extra:
-        yield UserError(path, f"has the category {extra[0]}, {other.name} has not", "list the same in both files")
+        yield UserError(path, f"has the category {extra[0]}, missing in {other.name}", "list the same in both files")
     yield from _caught(check_categories, path, content, classes)
 
 
 def _caught(rule: Callable, path: Path, *others) -> Generator[UserError, None, Any]:
-    """Yields the problem that a rule raises about a file; returns what it returns, or None."""
+    """Yield the problem that a rule raises about a file; return the rule's result, or None."""
     try:
         return rule(path, *others)
     except UserError as error:
@@ -187,7 +187,7 @@ def _caught(rule: Callable, path: Path, *others) -> Generator[UserError, None, A
 
 
 def _open(path: Path) -> bool:
-    """Reads an image; whether it could be."""
+    """Read and check an image; return True."""
     check_shape(path, read_image(path).size)
     return True
 
@@ -200,20 +200,20 @@ def _read_labels(path: Path) -> np.ndarray:
 def _turned(images: list[Path]) -> Iterator[str]:
     if images:
         yield (
-            f"{len(images)} of the images opened are turned upright by their EXIF orientation, first {images[0]}: "
-            "where labels were drawn on the pixels as they are stored, remove the tag (exiftool -Orientation= FILE)"
+            f"{len(images)} of the images opened are rotated by their EXIF orientation, first {images[0]}: "
+            "if labels were drawn on the pixels as stored, remove the tag (exiftool -Orientation= FILE)"
         )
 
 
 def _check_count(folder: Path, count: int, expected: int, args: argparse.Namespace) -> Iterator[UserError]:
     if not count:
-        yield UserError(folder, "has no images", "see --help for what is expected")
+        yield UserError(folder, "has no images", "see --help for the expected layout")
     elif count != expected and not args.any_size:
         yield UserError(folder, f"has {count:,} images, expected {expected:,}", DOWNLOAD)
 
 
 def _sample(items: list, title: str, full: bool) -> Iterator:
-    """The first ones and as many more at random, or all; with a progress bar on a terminal."""
+    """Return the first items and as many random ones, or all, with a progress bar on a terminal."""
     first, rest = items[:SAMPLE], items[SAMPLE:]
     if not full and len(rest) > SAMPLE:
         rest = random.Random(0).sample(rest, SAMPLE)
@@ -221,24 +221,26 @@ def _sample(items: list, title: str, full: bool) -> Iterator:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the problems and their number; returns the exit code."""
+    """Print the problems and their number, and return the exit code."""
     checks = {"ade20k": (check_ade20k, ADE20K_IMAGES), "coco": (check_coco, COCO_IMAGES)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=checks, help="layout of the folder")
-    parser.add_argument("root", type=Path, help="folder of the data set")
+    parser.add_argument("dataset", choices=checks, help="dataset layout")
+    parser.add_argument("root", type=Path, help="dataset folder")
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these, e.g. validation or val2017")
-    parser.add_argument("--any-size", action="store_true", help="any number of images and categories: data of your own")
+    parser.add_argument(
+        "--any-size", action="store_true", help="any number of images and categories, for your own data"
+    )
     parser.add_argument("--classes", type=int, default=150, help="number of classes, for ade20k (default: 150)")
     parser.add_argument(
-        "--keep-zero", action="store_true", help="label 0 is a class: reduce_zero_label=False in ade20k"
+        "--keep-zero", action="store_true", help="for ade20k: label 0 is a class, as with reduce_zero_label=False"
     )
-    parser.add_argument("--no-masks", action="store_true", help="boxes alone, for coco: no segmentation is needed")
-    parser.add_argument("--full", action="store_true", help="open all images and masks, not a sample")
+    parser.add_argument("--no-masks", action="store_true", help="for coco: boxes only, without segmentations")
+    parser.add_argument("--full", action="store_true", help="open all images and masks instead of a sample")
     args = parser.parse_args(argv)
     check, splits = checks[args.dataset]
     for split in args.splits or ():
         if split not in splits:
-            parser.error(f"{args.dataset} has no split '{split}': give {' or '.join(splits)}")
+            parser.error(f"{args.dataset} has no split '{split}': pass {' or '.join(splits)}")
     counts: Counter[str] = Counter()
     for split in args.splits or splits:
         for found in check(args.root, split, args):
@@ -250,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tqdm.write(str(found))
     for remedy, count in counts.items():
         if count > SHOWN:
-            print(f"… and {count - SHOWN:,} more lines that say: {remedy}")
+            print(f"… and {count - SHOWN:,} more with the remedy: {remedy}")
     opened = "all images" if args.full else "a sample of the images; --full opens all"
     print(f"{args.root}: {counts.total():,} problem(s) found, having opened {opened}")
     return int(bool(counts))

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains a small UNet and a small DiT of diffusers on real digits, replaces their attention without training, reports.
+# Train a small UNet and DiT on real digits, replace their attention without retraining, and write a report.
 set -euo pipefail
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/diffusion_digits.sh
 
-Trains two small class-conditional diffusion models on scikit-learn's handwritten digits at 32×32 pixels, and a
-classifier; then samples from both with attention replaced by ELFATT, token merging and Agent at several budgets, without
-training, and writes runs/diffusion_digits/report.md: a table, a grid of pictures, curves of quality over cost. Started
-again, it goes on where it was stopped; trained models are kept.
+Train two small class-conditional diffusion models and a classifier on scikit-learn's handwritten digits at 32×32, sample
+from both models with training-free ELFATT, token merging and Agent at several budgets, and write
+runs/diffusion_digits/report.md with a table, an image grid and curves of quality over cost. Interrupted runs resume;
+trained models are kept.
 USAGE
     exit 0
 fi

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Tables VIII and IX on this device: PyTorch eager and compiled, our kernels, and the models exported to other runtimes.
+# Benchmark Tables VIII and IX on this device: eager and compiled PyTorch, this package's kernels, other runtimes.
 set -euo pipefail
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/edge_benchmark.sh [OPTIONS...]
 
-Exports the models to ONNX Runtime, OpenVINO and TensorRT (trtexec), times them beside PyTorch at batch 128 (Table VIII) and
-1 (Table IX), adds to results/MACHINE.json and writes docs/results.md. A runtime that the device lacks is skipped.
+Export the models to ONNX Runtime, OpenVINO and TensorRT (trtexec), benchmark them against PyTorch at batch 128 (Table
+VIII) and 1 (Table IX), add to results/MACHINE.json and write docs/results.md. Missing runtimes are skipped.
 
-  OPTIONS  such as --threads 4, --repeats 20, --modes 0 1 2 on a Jetson; see `python -m elfatt.analysis runtimes --help`
+  OPTIONS  e.g. --threads 4, --repeats 20, --modes 0 1 2 on a Jetson; see `python -m elfatt.analysis runtimes --help`
 
 environment:
-  TABLES  which of them (default: 8 9)
-  ROWS    models (default: all), such as "*-ELFATT *-GLOBAL"
-  BATCH   images a pass (default: 128 and 1)
+  TABLES  tables (default: 8 9)
+  ROWS    models, e.g. "*-ELFATT *-GLOBAL" (default: all)
+  BATCH   batch size (default: 128 and 1)
 USAGE
     exit 0
 fi

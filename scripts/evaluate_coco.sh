@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Evaluates a checkpoint on the validation images of COCO.
+# Evaluate a checkpoint on the COCO validation set.
 set -euo pipefail
 
 if [[ $# -lt 3 || $1 == -h || $1 == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/evaluate_coco.sh CONFIG DATA_DIR CHECKPOINT [OPTIONS...]
 
-  CONFIG      the config that trained it, e.g. configs/detection.mask_rcnn_swin_tiny_elfatt_1x
+  CONFIG      its training config, e.g. configs/detection/mask_rcnn_swin_tiny_elfatt_1x.py
   DATA_DIR    COCO 2017, see docs/segmentation_detection.md
   CHECKPOINT  e.g. runs/detection/mask_rcnn_swin_tiny_elfatt_1x/epoch_12.pth
-  OPTIONS     any of detection.test, e.g. --show-dir pictures
+  OPTIONS     options of detection.test, e.g. --show-dir pictures
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Evaluates a checkpoint on ImageNet-1K's validation images, each counted once on any number of GPUs.
+# Evaluate a checkpoint on the ImageNet-1K validation set, counting each image once on any number of GPUs.
 set -euo pipefail
 
 if [[ $# -lt 3 || $1 == -h || $1 == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/evaluate_imagenet.sh CONFIG DATA_DIR CHECKPOINT [OPTIONS...]
 
-  CONFIG      the config that trained it, e.g. configs/classification/cswin_tiny_elfatt_224.yaml
+  CONFIG      its training config, e.g. configs/classification/cswin_tiny_elfatt_224.yaml
   DATA_DIR    ImageNet, see docs/data.md
   CHECKPOINT  e.g. runs/classification/cswin_tiny_elfatt_224/model_best.pth.tar
-  OPTIONS     any of classification.validate, e.g. --no-ema, --results-file results.csv
+  OPTIONS     options of classification.validate, e.g. --no-ema, --results-file results.csv
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Fine-tunes a base model at 384 × 384, from the averaged (EMA) weights of its 224 × 224 run.
+# Fine-tune a base model at 384 × 384 from the EMA weights of its 224 × 224 run.
 set -euo pipefail
 
 if [[ $# -lt 3 || $1 == -h || $1 == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/finetune_imagenet_384.sh CONFIG DATA_DIR CHECKPOINT [OPTIONS...]
 
-  CONFIG      e.g. configs/classification/cswin_base_elfatt_384.yaml; it names the global batch of 8 GPUs
+  CONFIG      e.g. configs/classification/cswin_base_elfatt_384.yaml; its batch size is for 8 GPUs
   DATA_DIR    ImageNet, see docs/data.md
-  CHECKPOINT  of the 224 run, e.g. runs/classification/cswin_base_elfatt_224/model_best.pth.tar
-  OPTIONS     any of classification.train, e.g. --resume auto, --grad-checkpointing
+  CHECKPOINT  checkpoint of the 224 run, e.g. runs/classification/cswin_base_elfatt_224/model_best.pth.tar
+  OPTIONS     options of classification.train, e.g. --resume auto, --grad-checkpointing
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE

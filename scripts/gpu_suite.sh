@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one command: its tests, the operation, Table I's CSWin-T block, dense maps, training.
+# Run all GPU tests and benchmarks: the operation, CSWin-T of Table I, dense maps and training.
 set -euo pipefail
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/gpu_suite.sh
 
-For one GPU; needs torch, triton, timm and pytest alone, and uses mmsegmentation (a dense row of Table VII) and matplotlib
-(figures) where they are. Adds to results/GPU.json and writes docs/results.md. Without a GPU it runs on the CPU, tiny.
+Run on one GPU. Needs torch, triton, timm and pytest; also uses mmsegmentation (a dense row of Table VII) and matplotlib
+(figures) if installed. Adds to results/GPU.json and writes docs/results.md. Without a GPU, runs tiny sizes on the CPU.
 
 environment:
-  BATCH    images of the 224² measurements (default: 512, halved where memory is short)
-  REPEATS  turns that count (default: 30)
+  BATCH    batch size of the 224² benchmarks (default: 512, halved until it fits in memory)
+  REPEATS  timed rounds (default: 30)
 USAGE
     exit 0
 fi

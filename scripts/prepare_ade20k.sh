@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Checks an ADE20K folder before training starts.
+# Check an ADE20K folder before training.
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/prepare_ade20k.sh DATA_DIR [OPTIONS...]
 
-  DATA_DIR  the unpacked http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip:
+  DATA_DIR  unpacked http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip:
               images/{training,validation}/*.jpg        20,210 and 2,000 images
               annotations/{training,validation}/*.png   their masks, labels 0 (other) to 150, 255 ignored
-  OPTIONS   any of scripts.check_data, e.g. --any-size --classes 10 for data of your own, --full
+  OPTIONS   options of scripts.check_data, e.g. --any-size --classes 10 for your own data, --full
 USAGE
     [[ $# -ge 1 ]] && exit 0 || exit 2
 fi

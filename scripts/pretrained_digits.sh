@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains a small ViT on real digits, converts its attention at several budgets, aligns it with what it was, reports.
+# Train a small ViT on real digits, convert its attention at several budgets, distil it, and write a report.
 set -euo pipefail
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/pretrained_digits.sh
 
-Trains a small ViT of timm on scikit-learn's handwritten digits at 64×64 pixels with classification.train, makes a
-uniform and calibrated plans with classification.calibrate, evaluates them without training and after some hundred steps
-of classification.distill, and writes runs/pretrained_digits/report.md: a table and curves of accuracy over cost, and
-speed at 64², 128² and 256². Started again, it goes on where it was stopped.
+Train a small timm ViT on scikit-learn's handwritten digits at 64×64 with classification.train, create uniform and
+calibrated plans with classification.calibrate, evaluate them zero-shot and after a few hundred steps of
+classification.distill, and write runs/pretrained_digits/report.md with a table and curves of accuracy over cost, and
+speed at 64², 128² and 256². Interrupted runs resume.
 USAGE
     exit 0
 fi

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# From nothing to three trained and evaluated models: sets up, trains a nano ELFATT on real digits, then UperNet and
-# Mask R-CNN from its weights on scenes of digits, reports.
+# From scratch to three trained and evaluated models: set up, train a nano ELFATT on real digits, then UperNet and
+# Mask R-CNN from its weights on scenes of digits, and write a report.
 set -euo pipefail
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/quickstart.sh
 
-Trains cswin_nano_elfatt on scikit-learn's handwritten digits with classification.train under torchrun,
-and evaluates the held-out digits with classification.validate. From its weights, trains UperNet with
-segmentation.train and Mask R-CNN with detection.train on scenes of several digits, evaluates held-out scenes, and
-writes runs/quickstart/report.md with its pictures. Started again, it continues where it was stopped.
+Train cswin_nano_elfatt on scikit-learn's handwritten digits with classification.train under torchrun, and evaluate it
+on held-out digits with classification.validate. From its weights, train UperNet with segmentation.train and Mask R-CNN
+with detection.train on scenes of several digits, evaluate them on held-out scenes, and write
+runs/quickstart/report.md with figures. Interrupted runs resume.
 
 environment:
-  NGPUS  processes of the classification (default: one for every GPU that PyTorch sees, or else for every CPU core, up
-         to two; the recipe is for a global batch of 64 or 128); the other two are trained by one
+  NGPUS  classification processes (default: one per GPU, or per CPU core without a GPU, up to two; the recipe is for a
+         global batch of 64 or 128); the other two models use one process
 USAGE
     exit 0
 fi

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Measures every table of the paper on this machine and writes docs/results.md.
+# Reproduce every table of the paper on this machine and write docs/results.md.
 set -euo pipefail
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/reproduce_tables.sh [OPTIONS...]
 
-Tables I to VII with parameters, multiply-adds, speed and memory; VIII and IX at the power mode that is set; the scaling
-curves; figures beside the results file; docs/results.md.
+Measure parameters, multiply-adds, speed and memory of Tables I to VII, speed of VIII and IX at the current power mode,
+and the scaling curves; write figures next to the results file, and docs/results.md.
 
-  OPTIONS  how speed is measured, e.g. --batch-size 64, --repeats 20, --compile, --threads 4; see
+  OPTIONS  speed options, e.g. --batch-size 64, --repeats 20, --compile, --threads 4; see
            `python -m elfatt.analysis edge --help`
 
 environment:
-  TABLES       which of them (default: 1 2 3 4 5 6 7 8 9)
-  PRECISION    of Tables I to VII and of the curves (default: amp; VIII and IX have float32 and amp)
-  SIZES        of the curves (default: 224 384 512 768 1024 1536 2048)
-  CHECKPOINTS  folder of checkpoints, each named as its configuration, for the accuracies
-  IMAGENET, ADE20K, COCO  folders of the data sets, for the accuracies of the tables that need them
+  TABLES       tables (default: 1 2 3 4 5 6 7 8 9)
+  PRECISION    precision of Tables I to VII and the curves (default: amp; VIII and IX use float32 and amp)
+  SIZES        image sizes of the curves (default: 224 384 512 768 1024 1536 2048)
+  CHECKPOINTS  folder of checkpoints named after their configs, to evaluate accuracy
+  IMAGENET, ADE20K, COCO  dataset folders, to evaluate accuracy
 USAGE
     exit 0
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up where needed and runs the tests in two processes of one thread each; arguments go to pytest.
+# Set up if needed and run the tests in two single-threaded processes; arguments are passed to pytest.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

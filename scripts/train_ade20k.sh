@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains one model on ADE20K.
+# Train a model on ADE20K.
 set -euo pipefail
 
 if [[ $# -lt 2 || $1 == -h || $1 == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/train_ade20k.sh CONFIG DATA_DIR [OPTIONS...]
 
-  CONFIG    e.g. configs/segmentation.upernet_swin_tiny_elfatt; it is for 8 GPUs
+  CONFIG    e.g. configs/segmentation/upernet_swin_tiny_elfatt.py, for 8 GPUs
   DATA_DIR  ADEChallengeData2016, see docs/segmentation_detection.md
-  OPTIONS   any of segmentation.train, e.g. --pretrained CHECKPOINT, --resume auto
+  OPTIONS   options of segmentation.train, e.g. --pretrained CHECKPOINT, --resume auto
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE

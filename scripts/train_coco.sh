@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains one model on COCO.
+# Train a model on COCO.
 set -euo pipefail
 
 if [[ $# -lt 2 || $1 == -h || $1 == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/train_coco.sh CONFIG DATA_DIR [OPTIONS...]
 
-  CONFIG    e.g. configs/detection.mask_rcnn_swin_tiny_elfatt_1x; it is for 8 GPUs
+  CONFIG    e.g. configs/detection/mask_rcnn_swin_tiny_elfatt_1x.py, for 8 GPUs
   DATA_DIR  COCO 2017, see docs/segmentation_detection.md
-  OPTIONS   any of detection.train, e.g. --pretrained CHECKPOINT, --resume auto
+  OPTIONS   options of detection.train, e.g. --pretrained CHECKPOINT, --resume auto
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains one model of Table I on ImageNet-1K.
+# Train a model of Table I on ImageNet-1K.
 set -euo pipefail
 
 if [[ $# -lt 2 || $1 == -h || $1 == --help ]]; then
     cat <<'USAGE'
 usage: bash scripts/train_imagenet.sh CONFIG DATA_DIR [OPTIONS...]
 
-  CONFIG    e.g. configs/classification/cswin_tiny_elfatt_224.yaml; it names the global batch of 8 GPUs
+  CONFIG    e.g. configs/classification/cswin_tiny_elfatt_224.yaml; its batch size is for 8 GPUs
   DATA_DIR  ImageNet, see docs/data.md
-  OPTIONS   any of classification.train, e.g. --resume auto, --grad-accum-steps 2 on 4 GPUs
+  OPTIONS   options of classification.train, e.g. --resume auto, --grad-accum-steps 2 on 4 GPUs
 
 NGPUS, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see scripts/torchrun.sh
 USAGE

@@ -1,1 +1,1 @@
-"""Segmentation: programs over mmengine; see docs/segmentation_detection.md."""
+"""Segmentation programs based on mmengine; see docs/segmentation_detection.md."""

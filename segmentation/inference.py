@@ -1,4 +1,4 @@
-"""Draws the segmentation of an image file: ``python -m segmentation.inference CONFIG CHECKPOINT IMAGE OUTPUT``."""
+"""Draw the segmentation of an image: ``python -m segmentation.inference CONFIG CHECKPOINT IMAGE OUTPUT``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from elfatt.integrations import mm_errors, mm_runner
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the program with these arguments, by default the command line's."""
+    """Run the program."""
     args = mm_runner.parse_inference(argv, "segmentation")
     from mmseg.apis import inference_model, init_model, show_result_pyplot
 

@@ -1,4 +1,4 @@
-"""Trains UperNet on ADE20K: ``python -m segmentation.train CONFIG``."""
+"""Train UperNet on ADE20K: ``python -m segmentation.train CONFIG``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from elfatt.integrations import mm_errors, mm_runner
 
 
 def main(argv: list[str] | None = None):
-    """Runs the program with these arguments, by default the command line's."""
+    """Run the program."""
     return mm_runner.train(mm_runner.parse_train(argv, "segmentation"), "segmentation")
 
 

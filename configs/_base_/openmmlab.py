@@ -1,4 +1,4 @@
-# What both dense tasks share: where the backbones are registered, the optimizer's rules, logs and checkpoints.
+# Shared by segmentation and detection: backbone registration, optimizer, logs and checkpoints.
 custom_imports = dict(imports=["elfatt.integrations.openmmlab"])
 
 _no_decay = dict(decay_mult=0.0)
@@ -12,7 +12,7 @@ optim_wrapper = dict(
             "norm": _no_decay,
             # Agent's position biases, as in its configs (LeapLabTHU/Agent-Attention, downstream/*/configs/agent_swin)
             **{f"{table}_bias": _no_decay for table in ("an", "na", "ah", "aw", "ha", "wa")},
-            # norms of timm's ConvNeXt that are not called so
+            # norms of timm's ConvNeXt without "norm" in the name
             "features.model.stem.1.": _no_decay,
             "downsample.0.": _no_decay,
         }

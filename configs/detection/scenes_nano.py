@@ -24,7 +24,7 @@ train_pipeline = [
     dict(type="LoadImage"),
     dict(type="CheckInstances"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="PhotoMetricDistortion"),  # and no mirroring: a mirrored digit is another sign
+    dict(type="PhotoMetricDistortion"),  # no flips: digits are not mirror-invariant
     dict(type="PackDetInputs"),
 ]
 test_pipeline = _base_.test_pipeline

@@ -1,6 +1,6 @@
 # bash scripts/quickstart.sh
 # hardware: two CPU cores
-# expected: 78 % mIoU over the background and the ten digits, on 100 held-out scenes (goal: 75 %)
+# expected: 78 % mIoU over background and ten digits on 100 held-out scenes (goal: 75 %)
 _base_ = ["_base_/cswin_tiny.py", "_base_/ade20k_160k.py"]
 
 data_root = "runs/quickstart/data/scenes"  # --data-dir
@@ -18,11 +18,11 @@ train_pipeline = [
     dict(type="LoadImage"),
     dict(type="LoadAnnotations"),
     dict(type="CheckMask", num_classes=num_classes),
-    dict(type="PhotoMetricDistortion"),  # and no mirroring: a mirrored digit is another sign
+    dict(type="PhotoMetricDistortion"),  # no flips: digits are not mirror-invariant
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [*train_pipeline[:3], dict(type="PackSegInputs")]
-tta_pipeline = None  # a mirrored digit is another sign
+tta_pipeline = None  # no flips either
 _dataset = dict(type="BaseSegDataset", data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(**_dataset, pipeline=train_pipeline))
 val_dataloader = dict(num_workers=1, dataset=dict(**_dataset, pipeline=test_pipeline))

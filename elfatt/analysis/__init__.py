@@ -1,1 +1,1 @@
-"""Benchmarks and the paper's tables: the top layer, which also runs the task folders' programs."""
+"""Benchmarks and the paper's tables, on top of the package and the task folders' programs."""

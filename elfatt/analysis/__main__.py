@@ -1,4 +1,4 @@
-"""``python -m elfatt.analysis``: cost and speed of the models, beside the paper's figures."""
+"""``python -m elfatt.analysis``: benchmark the models and compare them with the paper."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the command line, one subcommand per module."""
+    """Build the argument parser, with one subcommand per module."""
     parser = argparse.ArgumentParser(prog="python -m elfatt.analysis", description=__doc__.split(": ")[1])
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run a command and return the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:

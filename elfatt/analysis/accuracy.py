@@ -12,12 +12,12 @@ from elfatt.analysis.rows import CONFIGS, Row
 from elfatt.ops import active_backend
 
 SUFFIXES = (".pth", ".pth.tar", ".pt", ".safetensors")
-PROGRAMS = {  # of the task folders of a checkout, run as subprocesses
+PROGRAMS = {  # in a checkout's task folders, run as subprocesses
     "classification": "classification.validate",
     "segmentation": "segmentation.test",
     "detection": "detection.test",
 }
-METRICS = {  # metric of the program: column of the published tables
+METRICS = {  # the program's metric: column of the published tables
     "classification": {"top1": "top1_percent"},
     "segmentation": {"mIoU": "miou_percent", "mAcc": "macc_percent"},
     "detection": {
@@ -29,18 +29,18 @@ METRICS = {  # metric of the program: column of the published tables
 
 
 def evaluate(row: Row, checkpoints: Path, data: dict[str, Path | None], device: str) -> dict[str, float | str]:
-    """Metrics of a row in percent, keyed by table column, and the checkpoint's file name.
+    """Return a row's metrics in percent by table column, and the checkpoint's file name.
 
-    Nothing where the checkpoint or the data set is missing.
+    Empty if the checkpoint or the dataset is missing.
 
     Args:
-        row: It says which configuration and which file name.
-        checkpoints: Folder of the files.
-        data: Folder of the data set of each task.
+        row: Row that determines the config and the checkpoint's name.
+        checkpoints: Folder of checkpoints.
+        data: Dataset folder of each task.
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        RuntimeError: The program failed; its last line is in the message.
+        RuntimeError: The program failed; the message contains its last line.
     """
     task = {6: "detection", 7: "segmentation"}.get(row.table, "classification")
     files = [checkpoints.resolve() / (row.config + suffix) for suffix in SUFFIXES]

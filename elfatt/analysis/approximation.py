@@ -1,13 +1,12 @@
-"""How well a mechanism approximates softmax attention on given queries, keys and values.
+"""Approximation error of a mechanism against softmax attention on given queries, keys and values.
 
-A mechanism is linear in V, so each head has a matrix of N × N weights, N = H · W tokens. It is compared with the matrix
-of softmax attention over the whole map in the same heads, ``softmax(q kᵀ / √d)`` with d the channels of that head; a
-channel split can change d, and with it what is compared. Outputs are compared without LePE, the other convolutions of
-V and the output projection. Errors are relative, ``‖A − S‖ / ‖S‖``; those of maps are means over channels (a wide head
-counts more than a narrow one) and images, those of outputs ``[N, C]``, all heads side by side, means over images.
-Everything runs in float64.
+A mechanism is linear in V, so each head has an N × N matrix of weights, N = H · W tokens. It is compared with global
+softmax attention in the same heads, ``softmax(q kᵀ / √d)`` with d channels per head; a channel split can change d and
+thus the reference. Outputs are compared without LePE, other convolutions of V and the output projection. Errors are
+relative, ``‖A − S‖ / ‖S‖``: map errors are averaged over channels (wide heads weigh more than narrow ones) and images,
+errors of the concatenated outputs ``[N, C]`` over images. Everything runs in float64.
 
-arXiv 2501.06098 bounds such an error; what is computed here are the errors themselves, not that bound.
+arXiv 2501.06098 bounds such an error; this module computes the errors themselves, not the bound.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ COLUMNS = {
     "entropy": "entropy of the map / log N",
     "concentration": "mass on the top 10 % of keys",
 }
-MECHANISMS = {  # with what is compared beside ELFATT
+MECHANISMS = {  # compared alongside ELFATT, with their options
     "vanilla": {},
     "effatt": {},
     "swin": {"window_size": 7},
@@ -47,16 +46,16 @@ MECHANISMS = {  # with what is compared beside ELFATT
 
 
 def bare_attention(name: str, dim: int, num_heads: int, **options: Any) -> QKVAttention:
-    """A mechanism with all parameters set to zero: projections, convolutions and position terms.
+    """Build a mechanism with all parameters zero: projections, convolutions and position terms.
 
     Args:
         name: A mechanism of ``elfatt.attention``.
         dim: Channels C.
-        num_heads: Attention heads.
-        **options: The mechanism's own keywords.
+        num_heads: Number of attention heads.
+        **options: Keyword arguments of the mechanism.
 
     Raises:
-        ValueError: Unknown name, or a value that does not fit.
+        ValueError: Unknown name or invalid value.
     """
     attention = cast(QKVAttention, create_attention(name, dim=dim, num_heads=num_heads, **options))
     for parameter in attention.parameters():
@@ -65,21 +64,21 @@ def bare_attention(name: str, dim: int, num_heads: int, **options: Any) -> QKVAt
 
 
 def attention_map(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The matrix by which each head of a mechanism multiplies V: its own code, applied to the columns of the identity.
+    """Return the attention matrix of each head, computed by running the mechanism on the columns of the identity.
 
-    Rows sum to one, or to less where zero padding takes part in a softmax (blocks, stripes or windows that do not fit
-    the map) and where FLatten's 1e-6 outweighs the keys that answer a query.
+    Rows sum to one, or to less if zero padding enters a softmax (blocks, stripes or windows that do not divide the map)
+    or if FLatten's 1e-6 outweighs the weights of a query.
 
     Args:
-        attention: A mechanism, its position terms included; its convolutions of V are left out.
+        attention: A mechanism, including its position terms; LePE is excluded.
         q: Queries ``[B, H, W, C]``.
         k: Keys ``[B, H, W, C]``.
 
     Returns:
-        ``[B, heads, N, N]`` in float64; row n holds the weights of query n.
+        ``[B, heads, N, N]`` in float64; row n contains the weights of query n.
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: Invalid shape.
     """
     _check_shapes(attention, q, k)
     attention = _without_lepe(attention).to(q.device)
@@ -101,21 +100,21 @@ def attention_map(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor) -> 
 def received_attention(
     attention: QKVAttention, q: torch.Tensor, k: torch.Tensor, query: int | None = None
 ) -> torch.Tensor:
-    """One row of ``attention_map``, or the sum of all rows, in one backward pass and linear memory.
+    """Return one row of ``attention_map``, or the sum of all rows, in one backward pass and linear memory.
 
-    The output is linear in V, so its derivatives with respect to V are the weights.
+    The output is linear in V, so its gradient with respect to V gives the weights.
 
     Args:
         attention: A mechanism.
         q: Queries ``[B, H, W, C]``.
         k: Keys ``[B, H, W, C]``.
-        query: Token whose row is wanted; None sums over all.
+        query: Token of the row; None to sum over all.
 
     Returns:
         ``[B, heads, N]`` in float64: the weight each token receives.
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: Invalid shape.
     """
     _check_shapes(attention, q, k)
     attention = _without_lepe(attention).to(q.device)
@@ -129,7 +128,7 @@ def received_attention(
 
 
 def softmax_map(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Softmax attention over the whole map in the heads of ``attention``: ``[B, heads, N, N]`` in float64."""
+    """Return global softmax attention in the heads of ``attention``: ``[B, heads, N, N]`` in float64."""
     _check_shapes(attention, q, k)
     branches = _branches(attention)
     channels = [width for width, _ in branches]
@@ -143,13 +142,13 @@ def softmax_map(attention: QKVAttention, q: torch.Tensor, k: torch.Tensor) -> to
 
 
 def entropy(weights: torch.Tensor) -> torch.Tensor:
-    """Mean entropy of the rows of ``[..., N, M]``, each scaled to sum to one: 0 for one key, 1 for all keys alike."""
+    """Return the mean normalised entropy of the rows of ``[..., N, M]``: 0 for a single key, 1 for uniform weights."""
     rows = weights / weights.sum(-1, keepdim=True)
     return torch.special.entr(rows).sum(-1).mean(-1) / torch.tensor(weights.shape[-1]).to(rows).log()
 
 
 def concentration(weights: torch.Tensor, share: float = 0.1) -> torch.Tensor:
-    """Mean part of the mass of a row of ``[..., N, M]`` that lies on its largest ``share`` of keys, rounded."""
+    """Return the mean mass of the top ``share`` of keys (rounded) in the rows of ``[..., N, M]``."""
     top = weights.topk(max(1, round(share * weights.shape[-1])), dim=-1).values
     return (top.sum(-1) / weights.sum(-1)).mean(-1)
 
@@ -157,20 +156,20 @@ def concentration(weights: torch.Tensor, share: float = 0.1) -> torch.Tensor:
 def compare(
     attention: QKVAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exact: torch.Tensor | None = None
 ) -> dict[str, float]:
-    """Compare a mechanism's map and output with softmax attention's.
+    """Compare the map and output of a mechanism with those of softmax attention.
 
     Args:
-        attention: A mechanism, such as one of ``bare_attention``.
-        q: Queries ``[B, H, W, C]``; ``k`` and ``v`` alike.
-        k: Keys.
-        v: Values.
-        exact: ``softmax_map(attention, q, k)``, where it is known already.
+        attention: A mechanism, e.g. from ``bare_attention``.
+        q: Queries ``[B, H, W, C]``.
+        k: Keys ``[B, H, W, C]``.
+        v: Values ``[B, H, W, C]``.
+        exact: ``softmax_map(attention, q, k)``, if already computed.
 
     Returns:
-        A figure for each of ``COLUMNS``.
+        A value for each of ``COLUMNS``.
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: Invalid shape.
     """
     _check_shapes(attention, q, k, v)
     found = attention_map(attention, q, k)
@@ -197,25 +196,25 @@ def sweep(
     blocks: Iterable[int] = (2, 4, 7, 14, 28),
     splits: Iterable[float] = (0, 0.25, 0.5, 0.75, 1),
 ) -> list[dict[str, Any]]:
-    """``compare`` for every mechanism, and for ELFATT over block side and channel split.
+    """Run ``compare`` on every mechanism, and on ELFATT over block sizes and channel splits.
 
     Args:
-        q: Queries ``[B, H, W, C]``; ``k`` and ``v`` alike.
-        k: Keys.
-        v: Values.
-        num_heads: Attention heads; each branch of ELFATT has half of them.
-        blocks: Sides of ELFATT's blocks in tokens; those beyond the map count as the map.
-        splits: Shares c1/c of the channels that go to ELFATT's global branch; at 1 there are no blocks.
+        q: Queries ``[B, H, W, C]``.
+        k: Keys ``[B, H, W, C]``.
+        v: Values ``[B, H, W, C]``.
+        num_heads: Number of attention heads; each branch of ELFATT has half of them.
+        blocks: Block sizes of ELFATT in tokens, clipped to the map.
+        splits: Shares c1/c of channels in ELFATT's global branch; at 1 there are no blocks.
 
     Returns:
-        A row for each variant: ``mechanism``, ``block_size``, ``channel_split`` and ``COLUMNS``. What cannot be built
-        with so many channels and heads is left out, with a line on stderr.
+        A row per variant: ``mechanism``, ``block_size``, ``channel_split`` and ``COLUMNS``. Variants that do not
+        support these channels and heads are skipped, with a line on stderr.
 
     Raises:
-        ValueError: A shape does not fit, or the channels cannot be split into the heads.
+        ValueError: Invalid shape, or channels not divisible by the heads.
     """
     _check_shapes(None, q, k, v)
-    bare_attention("vanilla", q.shape[-1], num_heads)  # where this fails there is nothing to compare with
+    bare_attention("vanilla", q.shape[-1], num_heads)  # fail early without a reference
     sides = sorted({min(side, max(q.shape[1:3])) for side in blocks})
     variants: list[tuple[str, int | None, float | None, Mapping[str, float]]] = [
         *((name, None, None, options) for name, options in MECHANISMS.items()),
@@ -230,7 +229,7 @@ def sweep(
         try:
             attention = bare_attention(name, q.shape[-1], num_heads, **options)
         except ValueError as error:
-            print(f"left out: {name}: {error}", file=sys.stderr)
+            print(f"skipped: {name}: {error}", file=sys.stderr)
             continue
         heads = tuple(_head_widths(attention))
         if heads not in exact:
@@ -243,18 +242,18 @@ def sweep(
 def random_qkv(
     size: tuple[int, int], dim: int, *, images: int = 1, scale: float = 1.0, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Independent normal q, k, v ``[B, H, W, C]`` in float64; q and k have the standard deviation ``scale``."""
+    """Return random normal q, k, v ``[B, H, W, C]`` in float64; q and k have standard deviation ``scale``."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(3, images, *size, dim, generator=generator, dtype=torch.float64)
     return q * scale, k * scale, v
 
 
 def layer_qkv(model: nn.Module, layer: str, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of one attention layer for given images, each ``[B, H, W, C]``.
+    """Return the queries, keys and values of one attention layer, each ``[B, H, W, C]``.
 
     Args:
         model: A model of the package.
-        layer: Name of the attention layer, such as ``stages.2.blocks.0.attn``.
+        layer: Name of the attention layer, e.g. ``stages.2.blocks.0.attn``.
         images: Normalised images ``[B, 3, H, W]``.
 
     Raises:
@@ -264,7 +263,7 @@ def layer_qkv(model: nn.Module, layer: str, images: torch.Tensor) -> tuple[torch
     if layer not in layers:
         raise ValueError(f"no attention layer {layer!r}: choose one of {', '.join(layers)}")
     seen = []
-    # the map before Swin pads it
+    # the map before Swin's padding
     hook = layers[layer].register_forward_pre_hook(lambda module, inputs: seen.append(module.qkv(inputs[0])))
     try:
         with torch.no_grad():
@@ -277,13 +276,13 @@ def layer_qkv(model: nn.Module, layer: str, images: torch.Tensor) -> tuple[torch
 def _check_shapes(attention: QKVAttention | None, *tensors: torch.Tensor) -> None:
     shapes = [tuple(x.shape) for x in tensors]
     if len(set(shapes)) > 1 or len(shapes[0]) != 4 or shapes[0][1] * shapes[0][2] < 2:
-        raise ValueError(f"q, k and v must be maps [B, H, W, C] of one shape and two or more tokens, got {shapes}")
+        raise ValueError(f"q, k and v must be maps [B, H, W, C] of one shape with at least two tokens, got {shapes}")
     if attention is not None and shapes[0][-1] != attention.dim:
-        raise ValueError(f"expected maps of {attention.dim} channels, got {shapes}")
+        raise ValueError(f"expected maps with {attention.dim} channels, got {shapes}")
 
 
 def _branches(attention: QKVAttention) -> list[tuple[int, int]]:
-    """Channels and heads of each branch, in the order of the channels."""
+    """Return the channels and heads of each branch, in channel order."""
     if not isinstance(attention, ELFATT):
         return [(attention.dim, attention.num_heads)]
     widths = attention.global_channels, attention.dim - attention.global_channels

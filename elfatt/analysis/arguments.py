@@ -1,4 +1,4 @@
-"""Options of the commands that measure speed, and what they must hold."""
+"""Options of the speed benchmarks and their validation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from elfatt.ops import BACKENDS, active_backend, set_default_backend
 
 
 class Protocol(NamedTuple):
-    """How speed is measured; no batch size means the row's own."""
+    """Settings of a speed benchmark; a batch size of None means the row's own."""
 
     batch_size: int | None
     precision: str
@@ -25,29 +25,29 @@ PROTOCOLS = {"paper": Protocol(None, "amp", 10, 100), "timm": Protocol(256, "flo
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser, precision: bool = True) -> None:
-    """Options of speed measurement, with or without ``--precision``."""
+    """Add the options of speed benchmarks, with or without ``--precision``."""
     add = parser.add_argument_group("speed").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    add("--threads", type=int, help="of the CPU")
-    text = "code of the attention operations, nFA's excepted (default: %(default)s)"
+    add("--threads", type=int, help="number of CPU threads")
+    text = "backend of the attention operations, except for nFA (default: %(default)s)"
     add("--backend", choices=BACKENDS, default=active_backend(), help=text)
-    add("--protocol", choices=PROTOCOLS, default="paper", help="what the next four are (default: paper)")
-    add("--batch-size", type=int, help="images a pass; halved where memory is short")
+    add("--protocol", choices=PROTOCOLS, default="paper", help="defaults of the next four options (default: paper)")
+    add("--batch-size", type=int, help="batch size, halved until it fits in memory")
     if precision:
         add("--precision", choices=PRECISIONS, help="amp: float16 on a GPU, bfloat16 on a CPU")
-    add("--warm-up", type=int, help="turns before those that count")
-    add("--repeats", type=int, help="turns that count")
+    add("--warm-up", type=int, help="warm-up rounds")
+    add("--repeats", type=int, help="timed rounds")
     add("--compile", action="store_true", help="torch.compile the models")
-    add("--cuda-graphs", action="store_true", help="record each pass once and replay it")
-    add("--tf32", action="store_true", help="let a GPU round the operands of float32 products to TF32")
-    add("--cudnn-benchmark", action="store_true", help="let cuDNN choose its algorithms by trial")
+    add("--cuda-graphs", action="store_true", help="capture each forward pass in a CUDA graph and replay it")
+    add("--tf32", action="store_true", help="use TF32 for float32 products on a GPU")
+    add("--cudnn-benchmark", action="store_true", help="let cuDNN benchmark its algorithms")
 
 
 def apply_speed_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Fill in what the protocol says, set backend and threads, and return the settings for the results.
+    """Apply the protocol's defaults, set the backend and threads, and return the settings for the results.
 
     Raises:
-        ValueError: A number that is too small, or a backend that cannot run.
+        ValueError: A number is too small, or the backend is not supported.
     """
     set_default_backend(args.backend, args.device)
     protocol = PROTOCOLS[args.protocol]._asdict()
@@ -66,10 +66,10 @@ def apply_speed_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers, such as of threads, images and turns, that are too small.
+    """Check the lower bounds of numeric options.
 
     Raises:
-        ValueError: Naming the option.
+        ValueError: A number is too small; the message names the option.
     """
     for name, least in LEAST.items():
         value = getattr(args, name, None)

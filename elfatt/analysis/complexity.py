@@ -1,8 +1,8 @@
-"""Parameters and multiply-adds by the rules of the paper's tables, which are fvcore's.
+"""Count parameters and multiply-adds by the rules of the paper's tables, which are fvcore's.
 
-One multiply-add counts 1, LayerNorm 5 per element, batch norm 2 per element, adaptive pooling 1 per input element,
-bilinear resizing 4 and nearest 1 per output element; softmax, GELU and bicubic resizing count 0. torch's
-``FlopCounterMode`` does the counting, so a model on the ``meta`` device needs neither memory nor time.
+A multiply-add counts 1, LayerNorm 5 per element, batch norm 2 per element, adaptive pooling 1 per input element,
+bilinear resizing 4 and nearest 1 per output element; softmax, GELU and bicubic resizing count 0. Counting uses
+PyTorch's ``FlopCounterMode``, so a model on the ``meta`` device costs neither memory nor time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from elfatt.ops import selective_scan, use_backend
 
 aten = torch.ops.aten
 
-# torch's counter gives 2 per multiply-add, so every rule here is doubled
+# PyTorch's counter counts 2 per multiply-add, so the rules here are doubled
 _ELEMENTWISE = {
     aten.native_layer_norm: lambda shape, *_, out_shape, **__: 10 * shape.numel(),
     aten.native_batch_norm: lambda shape, *_, out_shape, **__: 4 * shape.numel(),
@@ -33,14 +33,13 @@ _ELEMENTWISE = {
 
 @dataclass(frozen=True)
 class Complexity:
-    """Size of a model at one image size.
+    """Complexity of a model at one image size.
 
     Attributes:
         params: Trainable and frozen parameters.
-        macs_nfa: Multiply-adds with softmax attention as explicit products ("nFA").
-        macs_fa: Multiply-adds with softmax attention fused and, as in the paper, not counted ("FA").
-        macs_true: Multiply-adds with the fused operator counted, and VMamba's selective scan, which neither of the
-            others has.
+        macs_nfa: Multiply-adds with explicit softmax attention ("nFA").
+        macs_fa: Multiply-adds with fused softmax attention, which the paper does not count ("FA").
+        macs_true: Multiply-adds including fused attention and, unlike the other two, VMamba's selective scan.
     """
 
     params: int
@@ -50,7 +49,7 @@ class Complexity:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -58,7 +57,7 @@ def measure_complexity(model: nn.Module, img_size: tuple[int, int], in_chans: in
     """Count a model's parameters and the multiply-adds of one image.
 
     Args:
-        model: A model on any device, ``meta`` included.
+        model: A model on any device, including ``meta``.
         img_size: Height and width of the image in pixels.
         in_chans: Channels of the image.
     """
@@ -77,10 +76,10 @@ def measure_complexity(model: nn.Module, img_size: tuple[int, int], in_chans: in
 
 @contextmanager
 def count_true() -> Iterator[Callable[[], int]]:
-    """Context manager that counts multiply-adds like ``Complexity.macs_true``.
+    """Count multiply-adds inside the context, as in ``Complexity.macs_true``.
 
     Yields:
-        A function that gives the count so far.
+        A function that returns the count so far.
     """
     with torch.no_grad(), FusedAttention() as fused, _SelectiveScans() as scans, use_backend("sdpa"), _count() as rest:
         yield lambda: rest() + fused.macs + scans.macs
@@ -94,7 +93,7 @@ def _count():
 
 
 class FusedAttention(TorchFunctionMode):
-    """Count the fused attention operator separately from torch's FLOP counter."""
+    """Count fused attention separately from PyTorch's FLOP counter."""
 
     def __init__(self):
         super().__init__()
@@ -106,11 +105,11 @@ class FusedAttention(TorchFunctionMode):
         q, k, v = args[:3]
         self.macs += q.numel() * k.shape[-2] + q.shape[:-1].numel() * v.shape[-2] * v.shape[-1]
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        return out + 0 * q.sum() if q.requires_grad else out  # a link back to q, for what counts memory in training
+        return out + 0 * q.sum() if q.requires_grad else out  # keeps q in the graph, for memory counts in training
 
 
 class _SelectiveScans(TorchFunctionMode):
-    """Counts selective scans as VMamba's authors do, 9 a state and 1 for the skip, and leaves out what they compute."""
+    """Count selective scans as VMamba's authors do, 9 per state and 1 for the skip, without computing them."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +124,7 @@ class _SelectiveScans(TorchFunctionMode):
 
 
 class _NearestResizing(TorchFunctionMode):
-    """Counts the outputs of nearest-neighbour resizing, which PyTorch turns into indexing before its counter looks."""
+    """Count the outputs of nearest-neighbour resizing, which reaches PyTorch's counter as indexing."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Diffusion models with other attention, untrained: seconds, memory and multiply-adds beside the unpatched model.
+"""Benchmark training-free attention in diffusion models: time, memory and multiply-adds against the unpatched model.
 
-Every variant has its own copy of the model around the same weights, and they take turns. What depends on the step, as
-Agent does, is measured in each of its phases and averaged by their shares.
+Each variant has its own copy of the model, with shared weights, and variants are timed in turns. Variants that depend
+on the step, such as Agent, are measured in each phase and averaged by the phases' shares.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ from elfatt.conversion.agent import EARLY
 
 KEY = ("model", "height", "width", "part", "variant")
 UNPATCHED = "unpatched"
-NO_ATTENTION = "no attention"  # what is left of a step and of its layers, and so the most that any variant could gain
+NO_ATTENTION = "no attention"  # lower bound on the time of any variant
 
 
 class Plans:
     """Attention plans shared by the variants of one model.
 
     Args:
-        model: It, or its pipeline.
-        run: Runs it, for calibration.
-        given: A plan in place of calibration.
-        args: Options of the command.
+        model: The model or its pipeline.
+        run: Runs the model, for calibration.
+        given: Plan to use instead of calibration.
+        args: Command-line options.
     """
 
     def __init__(self, model: object, run: Callable[[], object], given: Plan | None, args: argparse.Namespace):
         self.model, self.run, self.given, self.args = model, run, given, args
 
     def options(self, variant: Variant) -> dict[str, Any]:
-        """Arguments of ``apply``."""
+        """Return the arguments of ``apply`` for a variant."""
         options = {"block": self.args.block, "min_tokens": self.args.min_tokens, "merge_ratio": variant.merge_ratio}
         return options | {"plan": variant.plan(self)}
 
     @property
     def exact(self) -> Plan:
-        """Leave the model unpatched."""
+        """Plan that leaves the model unpatched."""
         from elfatt.integrations.diffusers import denoiser, name_of
 
         return Plan(name_of(denoiser(self.model)[0]))
 
     @cached_property
     def calibrated(self) -> Plan:
-        """The plan that was given, or one under the budget of cost, calibrated when first asked for."""
+        """The given plan, or one calibrated to ``--cost`` on first use."""
         from elfatt.integrations import diffusers as adapter
 
         if self.given:
             return self.given
-        weighing = {} if self.args.model else {"weigh_every": 0}  # random weights: no layer matters more than another
+        weighing = {} if self.args.model else {"weigh_every": 0}  # weighing is meaningless with random weights
         measured = adapter.calibrate(
             self.model, lambda _: self.run(), [None], min_tokens=self.args.min_tokens, **weighing
         )
@@ -78,9 +78,9 @@ class Variant:
     """One replacement of attention.
 
     Attributes:
-        plan: Chooses the plan, or the function that takes its place; by default ELFATT's uniform one.
-        merge_ratio: Share of the tokens that tomesd merges.
-        phases: Share and time step of each kind of step.
+        plan: Selects the plan or attention function; ELFATT's uniform plan by default.
+        merge_ratio: Fraction of tokens that tomesd merges.
+        phases: Share and timestep of each phase.
     """
 
     plan: Callable[[Plans], Any] = lambda plans: None
@@ -104,23 +104,23 @@ VARIANTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the ``diffusion`` command."""
+    """Add the options of the ``diffusion`` command."""
     add = parser.add_argument
-    add("--config", nargs="+", choices=CONFIGS, default=["sd15"], help="with random weights (default: sd15)")
-    add("--model", type=Path, metavar="PATH", help="your own pipeline, as diffusers saves it, in place of --config")
+    add("--config", nargs="+", choices=CONFIGS, default=["sd15"], help="models with random weights (default: sd15)")
+    add("--model", type=Path, metavar="PATH", help="a pipeline saved by diffusers, instead of --config")
     add("--sizes", nargs="+", default=["512"], metavar="SIZE", help="side or HEIGHTxWIDTH in pixels (default: 512)")
-    add("--layers", action="store_true", help="single self-attention layers only, each kind once")
+    add("--layers", action="store_true", help="time single self-attention layers, one of each kind")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
-    add("--block", type=int, default=8, help="block side of ELFATT in tokens (default: %(default)s)")
-    add("--min-tokens", type=int, default=1024, help="layers of fewer stay exact in ELFATT (default: %(default)s)")
-    text = "share of attention's multiply-adds that the calibrated plan may take (default: %(default)s)"
+    add("--block", type=int, default=8, help="block size of ELFATT in tokens (default: %(default)s)")
+    add("--min-tokens", type=int, default=1024, help="layers with fewer stay exact in ELFATT (default: %(default)s)")
+    text = "maximum share of attention's multiply-adds in the calibrated plan (default: %(default)s)"
     add("--cost", type=float, default=0.5, help=text)
-    add("--plan", type=Path, metavar="FILE", help="a plan from a file in place of calibration")
-    add("--memory", action="store_true", help="measure peak memory as well, in fresh processes on a CPU")
-    add("--prompts", type=Path, metavar="FILE", help="of --model: one prompt a line; adds quality and pictures")
-    add("--steps", type=int, default=50, help="steps of a picture (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the first picture; each next one has one more")
-    add("--clip", default="openai/clip-vit-base-patch16", help="CLIP of the score: name or folder")
+    add("--plan", type=Path, metavar="FILE", help="load a plan instead of calibrating one")
+    add("--memory", action="store_true", help="also measure peak memory, in fresh processes on a CPU")
+    add("--prompts", type=Path, metavar="FILE", help="prompts for --model, one per line; adds image quality and images")
+    add("--steps", type=int, default=50, help="sampling steps per image (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the first image, incremented for each further one")
+    add("--clip", default="openai/clip-vit-base-patch16", help="CLIP model of the CLIP score, a name or folder")
     add("--grid", type=Path, default=Path("runs/diffusion.png"), metavar="FILE", help="default: %(default)s")
     add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json)")
     add_speed_arguments(parser)
@@ -132,13 +132,13 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         ImportError: diffusers is not installed.
-        OSError: A file that cannot be read.
-        ValueError: Prompts without a model, a file without a prompt, plan or pipeline, or a number out of range.
+        OSError: A file cannot be read.
+        ValueError: Prompts without a model, a file without prompts, plan or pipeline, or a number out of range.
     """
-    import elfatt.integrations.diffusers  # noqa: F401  says what to install where diffusers is missing
+    import elfatt.integrations.diffusers  # noqa: F401  names the package to install
 
     if args.prompts and not args.model:
-        raise ValueError(f"--prompts {args.prompts} needs the weights of --model PATH: random ones draw noise")
+        raise ValueError(f"--prompts {args.prompts} needs the weights of --model PATH: random ones only draw noise")
     if not 0 < args.cost <= 1:
         raise ValueError(f"--cost {args.cost} must be a share above 0 and at most 1")
     if args.grid.suffix != ".png":
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
         denoiser_folder(args.model)
     prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()] if args.prompts else []
     if args.prompts and not prompts:
-        raise ValueError(f"--prompts {args.prompts} has no line: write one prompt a line")
+        raise ValueError(f"--prompts {args.prompts} contains no prompts: write one per line")
     if UNPATCHED not in args.variants:
         args.variants.insert(0, UNPATCHED)
     names = ("block", "min_tokens", "cost", *(["steps", "seed"] if prompts else []))
@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> None:
 def measure(
     source: Source, prompts: list[str], plan: Plan | None, args: argparse.Namespace
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows of a model at a size: of the pictures, then of a step or of its layers, with the same plan."""
+    """Yield the rows of a model at a size: of images, then of a step or its layers, with the same plan."""
     what = f"{source.name} at {source.size[0]}x{source.size[1]}"
     head = {"model": Path(source.name).name, "height": source.size[0], "width": source.size[1]}
     if prompts:
@@ -195,7 +195,7 @@ def measure(
 
 
 def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What was measured of a step, or of a layer, by variant."""
+    """Benchmark a step or a layer, and return the row of each variant."""
     from elfatt.integrations import diffusers as adapter
 
     how = RunSpec(args.device, args.precision, compile=args.compile, cuda_graph=args.cuda_graphs)
@@ -210,7 +210,7 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
         return {name: {"refused": text} for name in args.variants}
     model, eager = source.build(args.device), replace(how, compile=False, cuda_graph=False)
     plans = Plans(model, eager.prepare(Step(model, text=source.text), shape), plan, args)
-    inside = how == eager  # hooks would break a graph
+    inside = how == eager  # hooks break graphs
     rows: dict[str, dict[str, Any]] = {}
     passes: dict[tuple[str, int], Callable[[], object]] = {}
     logs: dict[tuple[str, int], list] = {}
@@ -250,7 +250,7 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
 
 
 def add_times(what: str, timings: dict[str, Timing], rows: dict[str, dict[str, Any]]) -> None:
-    """Milliseconds, quartiles and speed-ups of variants, into their rows."""
+    """Add milliseconds, quartiles and speed-ups to the rows of the variants."""
     for name, timing in timings.items():
         rows[name][f"{what}_ms"] = 1e3 * timing.median
         rows[name][f"{what}_ms_quartiles"] = [1e3 * timing.low, 1e3 * timing.high]
@@ -261,7 +261,7 @@ def add_times(what: str, timings: dict[str, Timing], rows: dict[str, dict[str, A
 def count(
     source: Source, variant: Variant, options: dict[str, Any], shape: tuple[int, ...], how: RunSpec
 ) -> dict[str, float]:
-    """Multiply-adds of a call and of its self-attention layers, and the bytes alive, on the meta device."""
+    """Count the multiply-adds of a call and of its self-attention, and its live MiB, on the meta device."""
     from elfatt.integrations import diffusers as adapter
 
     found = {"macs": 0.0, "attention_macs": 0.0, "counted_memory_mib": 0.0}
@@ -280,7 +280,7 @@ def count(
 
 
 def clock_of(device: str) -> Callable[[], Any]:
-    """What a ``Meter`` reads to time calls on a device."""
+    """Return the clock that a ``Meter`` reads on a device."""
     return _event if device == "cuda" else time.perf_counter
 
 
@@ -291,7 +291,7 @@ def _event():
 
 
 def log_call(call: Callable[[], object], meter: Meter, log: list) -> None:
-    """Call, and keep what the meter found meanwhile."""
+    """Run a call and log the meter's spans."""
     meter.take()
     call()
     log.append(meter.take())
@@ -307,13 +307,13 @@ def _prepare(source, options, timestep, how, shape):
 
 
 def _mean(timings: dict[tuple[str, int], Timing], name: str) -> Timing:
-    """Over the phases of a variant, by their shares."""
+    """Average a variant's phases, weighted by their shares."""
     parts = [(share, timings[name, timestep]) for share, timestep in VARIANTS[name].phases]
     return Timing(*(sum(share * getattr(t, key) for share, t in parts) for key in ("median", "low", "high")))
 
 
 def format_times(row: dict[str, Any], what: str) -> str:
-    """Milliseconds of a row and their quartiles, for a table."""
+    """Format the milliseconds and quartiles of a row."""
     if f"{what}_ms" not in row:
         return ""
     low, high = row[f"{what}_ms_quartiles"]
@@ -345,7 +345,7 @@ PICTURES = {
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a table of the steps and layers, and one of the pictures."""
+    """Format Markdown tables of steps and layers, and of images."""
     tables = []
     for columns, pictures in ((COLUMNS, False), (PICTURES, True)):
         lines = [

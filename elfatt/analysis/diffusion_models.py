@@ -1,6 +1,6 @@
-"""Diffusion models for measuring: real configurations with random weights, or a user's own; whole or one layer of them.
+"""Diffusion models to benchmark: published configs with random weights or a user's own, whole or one layer at a time.
 
-Configurations as published in the models' ``config.json``; the tests hold their numbers of parameters.
+Configs are from the models' published ``config.json``; tests check their parameter counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from elfatt.analysis.complexity import count_true
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
 
-PATCH = 8  # pixels along a side of one latent
+PATCH = 8  # pixels per latent, along each side
 Model = TypeVar("Model", bound=nn.Module)
 KINDS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 PIXART = {"caption_channels": 4096}
@@ -30,12 +30,12 @@ PIXART = {"caption_channels": 4096}
 
 @dataclass(frozen=True)
 class Config:
-    """A model of diffusers.
+    """Config of a diffusers model.
 
     Attributes:
-        kind: Its class.
-        options: What the class takes.
-        text: Tokens of a prompt.
+        kind: Class name.
+        options: Keyword arguments of the class.
+        text: Tokens per prompt.
     """
 
     kind: str
@@ -62,7 +62,7 @@ CONFIGS = {
     ),
     "pixart-alpha": Config("PixArtTransformer2DModel", PIXART, text=120),
     "pixart-sigma": Config("PixArtTransformer2DModel", {**PIXART, "use_additional_conditions": False}, text=300),
-    "tiny": Config(  # to try the commands
+    "tiny": Config(  # for trying out the commands
         "UNet2DConditionModel",
         {
             "block_out_channels": (16, 32),
@@ -78,12 +78,12 @@ CONFIGS = {
 
 
 class Step(nn.Module):
-    """One call of a denoiser: latents ``[B, C, h, w]`` to its prediction, with the same text for all.
+    """One denoiser call that maps latents ``[B, C, h, w]`` to predictions, with the same text for all.
 
     Args:
         model: The UNet or transformer.
-        timestep: Of all latents.
-        text: Tokens of the prompts.
+        timestep: Timestep of all latents.
+        text: Tokens per prompt.
     """
 
     def __init__(self, model: ModelMixin, timestep: int = 500, text: int = 77):
@@ -109,14 +109,14 @@ class Step(nn.Module):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from.
+    """Source of a model.
 
     Attributes:
-        name: One of ``CONFIGS``, or the folder of a pipeline.
-        size: Height and width of the pictures in pixels.
-        dtype: Of the weights.
-        layer: Name of a self-attention layer that is to run alone, on ``tokens`` tokens.
-        tokens: Those.
+        name: One of ``CONFIGS``, or a pipeline's folder.
+        size: Height and width of the images in pixels.
+        dtype: Dtype of the weights.
+        layer: Name of a self-attention layer to run on its own.
+        tokens: Number of tokens of that layer.
     """
 
     name: str
@@ -132,14 +132,14 @@ class Source:
 
     @property
     def text(self) -> int:
-        """Tokens of a prompt."""
+        """Tokens per prompt."""
         return CONFIGS[self.name].text if self.name in CONFIGS else 77
 
     def build(self, device: str) -> ModelMixin:
-        """The model in evaluation mode; on the ``meta`` device without weights.
+        """Build the model in eval mode, without weights on the ``meta`` device.
 
         Raises:
-            ValueError: A folder that holds no pipeline.
+            ValueError: The folder is not a supported pipeline.
         """
         import diffusers
 
@@ -152,14 +152,14 @@ class Source:
             folder = denoiser_folder(self.name)
             name = json.loads((folder / "config.json").read_text())["_class_name"]
             if name not in KINDS:
-                raise ValueError(f"{folder} holds a {name}, which is not measured: {' or '.join(KINDS)}")
+                raise ValueError(f"{folder} contains an unsupported {name}: use {' or '.join(KINDS)}")
             kind = getattr(diffusers, name)
             if device == "meta":
                 return kind.from_config(kind.load_config(folder)).eval()
         return kind.from_pretrained(folder, torch_dtype=self.dtype, local_files_only=True).to(device).eval()
 
     def _build_layer(self, device):
-        """The layer's model without the weights of all the others; its forward pass runs the layer alone."""
+        """Build the model with the weights of one layer only, and a forward pass that only runs this layer."""
         model = Source(self.name, self.size, self.dtype).build("meta")
         block = model.get_submodule(self.layer.rpartition(".")[0])
         layer = model.get_submodule(self.layer)
@@ -180,7 +180,7 @@ class Source:
         return model
 
     def kinds(self) -> dict[tuple[int, int, int], list[str]]:
-        """Names of the self-attention layers, by number of tokens, channels and heads."""
+        """Return the names of the self-attention layers by (tokens, channels, heads)."""
         from elfatt.integrations.diffusers import self_attention_layers
 
         model = self.build("meta")
@@ -205,30 +205,30 @@ def _run_block(block, latents, *_, **__):
 
 
 def denoiser_folder(pipeline: str) -> Path:
-    """The folder of a saved pipeline's UNet or transformer.
+    """Return the folder of a saved pipeline's UNet or transformer.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The pipeline has neither.
     """
     for name in ("unet", "transformer"):
         if (Path(pipeline) / name / "config.json").is_file():
             return Path(pipeline) / name
     raise ValueError(
-        f"{pipeline} holds no unet/config.json or transformer/config.json: give a pipeline saved by diffusers"
+        f"{pipeline} has no unet/config.json or transformer/config.json: pass a pipeline saved by diffusers"
     )
 
 
 def share_weights(model: Model) -> Model:
-    """Copy a model, sharing its weights."""
+    """Copy a model with shared weights."""
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 class Meter:
-    """Accumulate a quantity over every self-attention layer of a model.
+    """Record a quantity before and after each call of the given layers.
 
     Args:
-        layers: The layers.
-        read: Gives a number, or records an event of a GPU.
+        layers: Layers to measure.
+        read: Returns a number or a recorded CUDA event.
     """
 
     def __init__(self, layers: Iterable[nn.Module], read: Callable[[], Any]):
@@ -244,7 +244,7 @@ class Meter:
 
 
 def total(spans: list[list[Any]]) -> float:
-    """Sum of spans: of numbers, or of seconds between events."""
+    """Return the sum of spans between numbers, or between CUDA events in seconds."""
     return sum(
         start.elapsed_time(end) / 1e3 if isinstance(start, torch.cuda.Event) else end - start for start, end in spans
     )

@@ -1,6 +1,6 @@
-"""Pictures of a pipeline with other attention beside its own, from the same prompts and seeds: how far they are off.
+"""Compare a pipeline's images under other attention with the unpatched ones, for the same prompts and seeds.
 
-FID here is between the pictures of a variant and the unpatched ones, not between those and photographs.
+FID is between a variant's images and the unpatched ones, not between generated images and photographs.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from elfatt.analysis.diffusion_models import Source
 from elfatt.analysis.timing import summarize
 from elfatt.conversion import Plan
 
-MAX_PSNR = 100.0  # decibels, of equal pictures
-THUMB, TITLE = 256, 20  # pixels of the grid
+MAX_PSNR = 100.0  # decibels, for equal images
+THUMB, TITLE = 256, 20  # pixels in the grid
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure of the pictures of one variant.
+    """Image quality metric of one variant.
 
     Attributes:
-        key: In the results.
-        packages: What it needs.
-        measure: From pictures, unpatched pictures (both uint8 ``[N, 3, H, W]``), prompts and the name of CLIP.
-        paired: It compares with the unpatched pictures, so it says nothing about these.
+        key: Key in the results.
+        packages: Required packages.
+        measure: Function of images, unpatched images (both uint8 ``[N, 3, H, W]``), prompts and CLIP's name.
+        paired: Compares with the unpatched images, so it does not apply to these.
     """
 
     key: str
@@ -46,7 +46,7 @@ class Metric:
 
 
 def psnr(pictures: torch.Tensor, unpatched: torch.Tensor, *_: object) -> float:
-    """Peak signal-to-noise ratio in decibels, the mean over pairs; equal pictures count 100."""
+    """Return the mean peak signal-to-noise ratio of pairs in decibels; equal images count as 100."""
     errors = (pictures.double() - unpatched.double()).square().mean(dim=(1, 2, 3)) / 255**2
     return (-10 * errors.log10()).clamp(max=MAX_PSNR).mean().item()
 
@@ -61,7 +61,7 @@ def _lpips(pictures, unpatched, *_):
 
 
 def _clip_score(pictures, unpatched, prompts, clip):
-    """``100 · max(cos, 0)`` (Hessel et al., 2021); torchmetrics' takes no folder and does not know transformers 5."""
+    """``100 · max(cos, 0)`` (Hessel et al., 2021); torchmetrics' takes no folder and predates transformers 5."""
     from transformers import CLIPModel, CLIPProcessor
 
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
@@ -91,10 +91,10 @@ METRICS = {
 def measure_pictures(
     source: Source, prompts: list[str], plan: Plan | None, args: argparse.Namespace
 ) -> tuple[dict[str, dict[str, Any]], Plan | None]:
-    """Seconds and quality of a picture by variant; draws the grid. The variants take turns at every prompt.
+    """Measure time and quality of images by variant, and draw the grid. The variants take turns at every prompt.
 
     Returns:
-        The rows, and the plan: the one given, or calibrated on the first prompt and saved beside the grid.
+        The rows, and the plan: the given one, or one calibrated on the first prompt and saved next to the grid.
     """
     from diffusers import DiffusionPipeline
 
@@ -104,7 +104,7 @@ def measure_pictures(
     for title, metric in METRICS.items():
         if missing := [name for name in metric.packages if not importlib.util.find_spec(name)]:
             packages = " ".join(missing).replace("_", "-")
-            print(f"{title} is left out: pip install {packages}", file=sys.stderr)
+            print(f"{title} is skipped: pip install {packages}", file=sys.stderr)
         else:
             metrics[title] = metric
 
@@ -115,7 +115,7 @@ def measure_pictures(
 
     def draw(index):
         generator = torch.Generator("cpu").manual_seed(args.seed + index)
-        torch.manual_seed(args.seed + index)  # of token merging
+        torch.manual_seed(args.seed + index)  # for token merging
         out = pipe(
             prompts[index], height=height, width=width, num_inference_steps=args.steps, generator=generator
         ).images[0]
@@ -130,7 +130,7 @@ def measure_pictures(
             adapter.apply(pipe, **chosen).remove()
             options[name], rows[name] = chosen, {}
         except (ImportError, TypeError, ValueError) as error:
-            print(f"{name} draws no pictures: {error}", file=sys.stderr)
+            print(f"{name} is skipped: {error}", file=sys.stderr)
             rows[name] = {"refused": str(error)}
     pictures: dict[str, list[torch.Tensor]] = {name: [] for name in options}
     seconds: dict[str, list[float]] = {name: [] for name in options}
@@ -138,7 +138,7 @@ def measure_pictures(
         for name in options:
             with adapter.apply(pipe, **options[name]):
                 start = time.perf_counter()
-                pictures[name].append(draw(index))  # on the CPU: nothing is pending
+                pictures[name].append(draw(index))  # returned on the CPU, so no work is pending
                 seconds[name].append(time.perf_counter() - start)
     stacked = {name: torch.stack(found) for name, found in pictures.items()}
     add_times("picture", {name: summarize(taken) for name, taken in seconds.items()}, rows)
@@ -147,8 +147,8 @@ def measure_pictures(
             for name, found in stacked.items():
                 if name != UNPATCHED or not metric.paired:
                     rows[name][metric.key] = metric.measure(found, stacked[UNPATCHED], prompts, args.clip)
-        except (OSError, RuntimeError, ValueError) as error:  # such as weights that are not there; pictures are kept
-            print(f"{title} is left out: {error}", file=sys.stderr)
+        except (OSError, RuntimeError, ValueError) as error:  # e.g. missing weights; keep the images
+            print(f"{title} is skipped: {error}", file=sys.stderr)
     draw_grid(stacked, args.grid)
     print(f"pictures: {args.grid}", file=sys.stderr)
     if "ELFATT calibrated" in options and not plan:
@@ -159,11 +159,11 @@ def measure_pictures(
 
 
 def draw_grid(pictures: dict[str, torch.Tensor], path: Path) -> None:
-    """A column a variant, a row a prompt.
+    """Draw a grid with one column per variant and one row per prompt.
 
     Args:
-        pictures: ``[prompts, 3, H, W]``, uint8, by variant.
-        path: A PNG file.
+        pictures: Images ``[prompts, 3, H, W]``, uint8, by variant.
+        path: PNG file to write.
     """
     count = len(next(iter(pictures.values())))
     grid = Image.new("RGB", (THUMB * len(pictures), TITLE + THUMB * count), "white")

@@ -1,7 +1,7 @@
-"""Tables VIII and IX at every power mode of an edge device, or at given numbers of CPU threads.
+"""Benchmark Tables VIII and IX at every power mode of an edge device, or at given numbers of CPU threads.
 
-On a Jetson ``nvpmodel`` sets the modes and ``tegrastats`` is read while the models are timed; elsewhere neither is
-needed. Speed-ups are over GLOBAL; the AMP column that the paper prints in Table VIII is over its slowest row.
+On a Jetson, ``nvpmodel`` sets the power modes and ``tegrastats`` is logged during timing; other machines need neither.
+Speed-ups are over GLOBAL; the paper's AMP speed-ups in Table VIII are over its slowest row.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from elfatt.analysis.rows import select_rows
 from elfatt.analysis.tables import EDGE, Entry, measure_speed
 
 KEY = ("table", "name", "mode")
-TOTALS = ("VDD_IN", "POM_5V_IN")  # rails that carry all of the board's power, by board
-PARTS = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")  # those of an AGX Orin, which add up to it
+TOTALS = ("VDD_IN", "POM_5V_IN")  # total power rail, by board
+PARTS = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")  # rails of an AGX Orin, which add up to the total
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the ``edge`` command."""
+    """Add the options of the ``edge`` command."""
     add = parser.add_argument
     add("table", type=int, choices=(8, 9), help="8: batch 128; 9: batch 1")
     add("--rows", nargs="+", metavar="PATTERN", help="models, such as '*-ELFATT' (default: all)")
-    add("--modes", nargs="+", type=int, help="nvpmodel modes of a Jetson (default: the one that is set)")
+    add("--modes", nargs="+", type=int, help="nvpmodel modes of a Jetson (default: the current one)")
     add_speed_arguments(parser, precision=False)
-    parser.add_argument("--thread-modes", nargs="+", type=int, metavar="N", help="CPU threads to step through")
+    parser.add_argument("--thread-modes", nargs="+", type=int, metavar="N", help="numbers of CPU threads to benchmark")
     parser.add_argument("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json)")
     parser.set_defaults(run=run, baseline=None)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure the rows at every mode.
+    """Benchmark the rows at every mode.
 
     Raises:
-        ValueError: Modes of a Jetson elsewhere, or modes of both kinds.
+        ValueError: Jetson modes on another machine, or modes of both kinds.
     """
     if args.modes and not shutil.which("nvpmodel"):
-        raise ValueError(f"--modes {args.modes} needs a Jetson's nvpmodel: leave it out, or use --thread-modes")
+        raise ValueError(f"--modes {args.modes} needs a Jetson's nvpmodel: omit it, or use --thread-modes")
     if args.modes and args.thread_modes:
-        raise ValueError("--modes and --thread-modes exclude each other: give one")
+        raise ValueError("--modes and --thread-modes are mutually exclusive: pass one")
     settings = {**apply_speed_arguments(args), "table": args.table}
     path = args.results or RESULTS / f"{machine_name(args.device)}.json"
     rows: list[dict[str, Any]] = []
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
             pass
         done = [{**entry.values, "watts": mean_watts(log)} for entry in entries]
         environment = describe_environment(args.device)
-        del environment["hardware"]["threads"]  # the mode says it
+        del environment["hardware"]["threads"]  # given by the mode
         save_rows(path, {"kind": "edge", "settings": settings, "environment": environment}, done, KEY)
         rows += done
     print(format_rows(rows))
@@ -77,13 +77,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def set_mode(mode: int | None, jetson: bool) -> str:
-    """Set a power mode or a number of threads, and return its name."""
+    """Set a power mode or number of threads and return its name."""
     if jetson:
         subprocess.run(["sudo", "nvpmodel", "-m", str(mode)], check=True, stdin=subprocess.DEVNULL)
         found = subprocess.run(["nvpmodel", "-q"], check=True, capture_output=True, text=True).stdout
         name = re.search(r"Power Mode: (\S+)", found)
         if not name:
-            raise RuntimeError(f"nvpmodel -q names no power mode: {found.strip()!r}")
+            raise RuntimeError(f"nvpmodel -q reports no power mode: {found.strip()!r}")
         return name[1]
     if mode is not None:
         torch.set_num_threads(mode)
@@ -92,11 +92,11 @@ def set_mode(mode: int | None, jetson: bool) -> str:
 
 @contextmanager
 def power_log(lines: list[str]) -> Iterator[None]:
-    """Adds what ``tegrastats`` prints inside the ``with`` block; nothing on other machines."""
+    """Append the output of ``tegrastats`` inside the context, if available."""
     if not shutil.which("tegrastats"):
         yield
         return
-    with tempfile.TemporaryFile("w+") as file:  # a pipe that nobody reads would stop it
+    with tempfile.TemporaryFile("w+") as file:  # an unread pipe would block it
         process = subprocess.Popen(["tegrastats", "--interval", "200"], stdout=file)
         try:
             yield
@@ -108,7 +108,7 @@ def power_log(lines: list[str]) -> Iterator[None]:
 
 
 def mean_watts(lines: Iterable[str]) -> float | None:
-    """Mean power of a ``tegrastats`` log in watts; None where it states no power."""
+    """Return the mean power of a ``tegrastats`` log in watts, or None if it has none."""
     found = []
     for line in lines:
         rails = {name: int(milliwatts) for name, milliwatts in re.findall(r"(\w+) (\d+)(?:mW)?/\d+(?:mW)?", line)}
@@ -121,7 +121,7 @@ def mean_watts(lines: Iterable[str]) -> float | None:
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one line a model and mode."""
+    """Format a Markdown table with one line per model and mode."""
     header = ["model", "mode", "W", "images/s FP32", "speed-up FP32", "images/s AMP", "speed-up AMP"]
     lines = []
     for row in rows:

@@ -33,13 +33,13 @@ PACKAGES = (
 
 
 def describe_environment(device: str) -> dict[str, dict]:
-    """Hardware, versions and switches of this process.
+    """Return the hardware, versions and flags of this process.
 
     Args:
         device: ``cpu`` or ``cuda``.
 
     Returns:
-        ``hardware``, ``versions`` and ``flags``, each a flat dictionary that JSON can hold.
+        ``hardware``, ``versions`` and ``flags``, each a flat JSON-serialisable dictionary.
     """
     hardware: dict[str, str | int] = {
         "device": _gpu_name() if device == "cuda" else _cpu_name(),
@@ -74,13 +74,13 @@ def describe_environment(device: str) -> dict[str, dict]:
 
 
 def machine_name(device: str) -> str:
-    """Short name of the hardware, fit for a file name, such as ``nvidia-h200`` or ``amd-epyc``."""
+    """Return a short hardware name for file names, such as ``nvidia-h200`` or ``amd-epyc``."""
     name = _gpu_name() if device == "cuda" else _cpu_name()
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def available_bytes(device: str) -> int:
-    """Free memory in bytes."""
+    """Return the free memory in bytes."""
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -89,14 +89,14 @@ def available_bytes(device: str) -> int:
     if not found:
         return _memory_bytes("cpu")
     free = 1024 * int(found[1])
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # container limits
     if limit.exists() and limit.read_text().strip().isdecimal():
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return free
 
 
 def _own_version() -> str:
-    """The version, with the commit in a checkout: figures of different code do not mix."""
+    """Return the version, with the commit in a checkout, so that results of different code are kept apart."""
     root = Path(elfatt.__file__).resolve().parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:

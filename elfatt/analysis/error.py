@@ -1,4 +1,4 @@
-"""Error of each mechanism against softmax attention on the same queries, keys and values."""
+"""Measure the error of each mechanism against softmax attention on the same queries, keys and values."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ KEY = ("mechanism", "block_size", "channel_split")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the ``error`` command."""
+    """Add the options of the ``error`` command."""
     add = parser.add_argument
-    add("--blocks", type=int, nargs="+", default=[2, 4, 7, 14, 28], metavar="SIDE", help="of ELFATT, in tokens")
+    add("--blocks", type=int, nargs="+", default=[2, 4, 7, 14, 28], metavar="SIDE", help="ELFATT's, in tokens")
     add("--splits", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="SHARE", help="c1/c of ELFATT")
-    add("--plot", type=Path, metavar="FILE.png", help="draw ELFATT over block side and channel split")
+    add("--plot", type=Path, metavar="FILE.png", help="plot ELFATT over block size and channel split")
     add("--results", type=Path, metavar="FILE.json", help="results file to add to")
-    add("--seed", type=int, default=0, help="of random q, k, v, and of a model without checkpoint (0)")
+    add("--seed", type=int, default=0, help="seed of random q, k, v and of random weights (0)")
     add = parser.add_argument_group("random q, k, v (default)").add_argument
-    add("--size", type=int, nargs=2, default=[14, 14], metavar=("H", "W"), help="of the map in tokens (14 14)")
+    add("--size", type=int, nargs=2, default=[14, 14], metavar=("H", "W"), help="map size in tokens (14 14)")
     add("--dim", type=int, default=64, help="channels (64)")
     add("--heads", type=int, default=2, help="attention heads (2)")
-    add("--images", type=int, default=4, help="independent maps to average over (4)")
-    add("--scale", type=float, default=1.0, help="standard deviation of q and k: larger is more peaked (1)")
+    add("--images", type=int, default=4, help="number of random maps to average over (4)")
+    add("--scale", type=float, default=1.0, help="standard deviation of q and k; larger is more peaked (1)")
     add = parser.add_argument_group("q, k, v of a model's layer").add_argument
-    add("--model", help="such as cswin_tiny_global")
+    add("--model", help="model name, e.g. cswin_tiny_global")
     add("--model-kwargs", nargs="+", action=ParseKwargs, default={}, metavar="K=V", help="as it was trained with")
-    add("--checkpoint", type=Path, help="its weights (default: random ones)")
-    add("--layer", default="stages.2.blocks.0.attn", help="default: %(default)s; time grows as the cube of its tokens")
-    add("--image", type=Path, help="picture to show to the model")
-    add("--img-size", type=int, default=224, help="side to which the picture is brought, in pixels (224)")
+    add("--checkpoint", type=Path, help="its weights (default: random)")
+    add("--layer", default="stages.2.blocks.0.attn", help="default: %(default)s; cubic time in its tokens")
+    add("--image", type=Path, help="input image")
+    add("--img-size", type=int, default=224, help="input size in pixels (224)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compare, print as Markdown, and keep what is asked for."""
+    """Compare the mechanisms, print a Markdown table, and write the requested files."""
     if args.plot:
-        pyplot()  # a missing package shows before the work
+        pyplot()  # fail early if the package is missing
     names: tuple[str, ...]
     if args.model:
         layer, (q, k, v) = _load_layer(args)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         size = {"images": args.images, "scale": args.scale, "seed": args.seed}
         q, k, v = random_qkv(tuple(args.size), args.dim, **size)
         heads, names = args.heads, ("size", "dim", "heads", "images", "scale", "seed")
-    # of a file its name: results are read on other machines
+    # file names only: results are read on other machines
     chosen = {name: getattr(args, name) for name in names}
     settings = {name: value.name if isinstance(value, Path) else value for name, value in chosen.items()}
     rows = sweep(q, k, v, num_heads=heads, blocks=args.blocks, splits=args.splits)
@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Draw each of ``COLUMNS`` over ELFATT's block side, a line for each channel split.
+    """Plot each of ``COLUMNS`` over ELFATT's block size, with one line per channel split.
 
     Args:
-        rows: Of ``sweep``.
-        path: Picture to write, in any format of matplotlib's.
-        title: Line above the panels.
+        rows: Rows from ``sweep``.
+        path: Figure to write, in any format of matplotlib.
+        title: Title above the panels.
 
     Raises:
         RuntimeError: matplotlib is not installed.
@@ -107,7 +107,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str = "") -> None:
         axis.set_xscale("log", base=2)
         sides = sorted({row["block_size"] for row in rows if row["block_size"]})
         axis.set_xticks(sides, [str(side) for side in sides])
-        axis.set(title=heading, xlabel="side of a block in tokens", ylim=(0, None))
+        axis.set(title=heading, xlabel="block size in tokens", ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
     figure.suptitle(title, size=9)
@@ -120,14 +120,14 @@ def _load_layer(args: argparse.Namespace) -> tuple[QKVAttention, tuple[torch.Ten
     if args.model not in list_models():
         raise ValueError(f"unknown model {args.model!r}{did_you_mean(args.model, list_models())}")
     if args.image is None:
-        raise ValueError("--model needs --image: a picture to show to it")
+        raise ValueError("--model needs an input: pass --image FILE")
     torch.manual_seed(args.seed)
     try:
         model = timm.create_model(args.model, img_size=args.img_size, **args.model_kwargs)
     except TypeError as error:
         raise ValueError(f"--model-kwargs: {error}") from error
     if args.checkpoint:
-        load_checkpoint(model, args.checkpoint, allow=("head.",))  # the classifier comes after every layer
+        load_checkpoint(model, args.checkpoint, allow=("head.",))  # the classifier is not needed
     config = resolve_model_data_config(model) | {"input_size": (3, args.img_size, args.img_size)}
     image = create_transform(**config)(Image.open(args.image).convert("RGB"))[None]
     qkv = layer_qkv(model, args.layer, image)

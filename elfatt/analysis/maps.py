@@ -1,7 +1,7 @@
-"""Score-CAM and attention maps of several models side by side, as one PNG and one HTML page.
+"""Draw Score-CAM and attention maps of several models side by side, as a PNG and an HTML page.
 
-Attention maps are means over the heads of a stage's last block. r below a picture is the Pearson correlation with the
-same picture of the reference, the first model with vanilla attention.
+Attention maps are averaged over the heads of a stage's last block. r below a map is its Pearson correlation with the
+reference's map, that of the first model with vanilla attention.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ STAGE = re.compile(r"stages\.(\d+)\.")
 
 @dataclass
 class Subject:
-    """A model whose maps are shown.
+    """A model to visualise.
 
     Attributes:
-        name: Shown beside its maps.
-        model: Classifier, or the backbone of a dense model.
-        is_classifier: Whether its outputs are class scores.
-        classes: Names by output.
+        name: Name shown with the maps.
+        model: Classifier, or backbone of a dense model.
+        is_classifier: Whether the outputs are class scores.
+        classes: Class names by output index.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Subject:
 
     @property
     def layers(self) -> dict[int, str]:
-        """The last attention layer of each stage, by stage from 1."""
+        """Last attention layer of each stage, by stage number from 1."""
         names = [name for name, module in self.model.named_modules() if isinstance(module, QKVAttention)]
         return {int(stage[1]) + 1: name for name in names if (stage := STAGE.search(name))}
 
@@ -65,14 +65,14 @@ class Subject:
 
 @dataclass
 class Picture:
-    """One heat map over an image.
+    """A heat map over an image.
 
     Attributes:
-        title: What it is.
-        heat: ``[h, w]``.
+        title: Title.
+        heat: Map ``[h, w]``.
         query: Row and column of the query in tokens.
-        caption: Predicted classes, or what is missing.
-        r: Correlation with the reference's picture; None for the reference itself.
+        caption: Predicted classes, or why there is no map.
+        r: Correlation with the reference's map; None for the reference itself.
     """
 
     title: str
@@ -83,22 +83,22 @@ class Picture:
 
     @property
     def note(self) -> str:
-        """Caption and correlation, one line each."""
+        """Caption and correlation, on a line each."""
         return "\n".join(filter(None, (self.caption, "" if self.r is None else f"r = {self.r:.2f}")))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the ``maps`` command."""
+    """Add the options of the ``maps`` command."""
     add = parser.add_argument
     add("images", type=Path, nargs="+", help="image files or folders")
-    text = "models as in scaling, or .py configs of dense models, whose backbones are shown"
+    text = "models as for scaling, or .py configs of dense models (backbone only)"
     add("--models", nargs="+", required=True, metavar="NAME", help=text)
     add("--checkpoints", type=Path, nargs="+", metavar="FILE", help="one per model (default: random weights)")
     add("--side", type=int, default=224, help="shorter side of the images in pixels (default: %(default)s)")
-    text = "pixel of the image whose query is shown (default: the reference's most attended token)"
+    text = "pixel of the query (default: the reference's most attended token)"
     add("--query", type=int, nargs=2, metavar=("X", "Y"), help=text)
     add("--no-cam", action="store_true", help="skip Score-CAM, which takes one pass per channel")
-    add("--output", type=Path, default=Path("maps.png"), help="PNG; the page is beside it (default: %(default)s)")
+    add("--output", type=Path, default=Path("maps.png"), help="PNG; the page goes next to it (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
@@ -113,10 +113,10 @@ def run(args: argparse.Namespace) -> None:
     if args.side < 32:
         raise ValueError(f"--side must be at least 32, got {args.side}")
     if args.checkpoints and len(args.checkpoints) != len(args.models):
-        raise ValueError(f"{len(args.checkpoints)} --checkpoints for {len(args.models)} --models: give one per model")
+        raise ValueError(f"{len(args.checkpoints)} --checkpoints for {len(args.models)} --models: pass one per model")
     files = [file for path in args.images for file in (list_images(path)[0].values() if path.is_dir() else [path])]
     if not files:
-        raise ValueError(f"{' '.join(map(str, args.images))} holds no images")
+        raise ValueError(f"{' '.join(map(str, args.images))} contains no images")
     checkpoints = args.checkpoints or [None] * len(args.models)
     subjects = [load(name, file) for name, file in zip(args.models, checkpoints, strict=True)]
     sheet = []
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load(text: str, checkpoint: Path | None) -> Subject:
-    """A model by its name with options, or the backbone of a dense model by its config.
+    """Load a model by name and options, or the backbone of a dense model by config.
 
     Raises:
         ValueError: Unknown model, or a checkpoint that does not fit.
@@ -155,25 +155,25 @@ def load(text: str, checkpoint: Path | None) -> Subject:
             labels = load_checkpoint(model, checkpoint).class_to_idx or {}
             subject.classes = {index: label for label, index in labels.items()}
     if not subject.layers:
-        raise ValueError(f"{text} has no attention layers of this package: choose one of elfatt.list_models()")
+        raise ValueError(f"{text} has no attention layers of this package: use one of elfatt.list_models()")
     return subject
 
 
 def resize(image: Image.Image, side: int) -> Image.Image:
-    """Resize an image to a shorter side in pixels."""
+    """Resize an image to the given shorter side in pixels."""
     scale = side / min(image.size)
     return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
 
 
 def locate(pixel: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
-    """Convert a pixel to relative coordinates: row and column in 0…1.
+    """Convert a pixel to relative coordinates: row and column from 0 to 1.
 
     Args:
         pixel: Column and row.
         size: Width and height of the image.
 
     Raises:
-        ValueError: It is outside the image.
+        ValueError: The pixel is outside the image.
     """
     if not all(0 <= at < length for at, length in zip(pixel, size, strict=True)):
         raise ValueError(f"--query {pixel[0]} {pixel[1]} is outside an image of {size[0]}×{size[1]} pixels")
@@ -183,16 +183,16 @@ def locate(pixel: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]
 def picture_rows(
     subjects: list[Subject], image: Image.Image, query: tuple[float, float] | None = None, cam: bool = True
 ) -> list[list[Picture]]:
-    """The pictures of each model: Score-CAM, then a map per stage.
+    """Return the maps of each model: Score-CAM, then one per stage.
 
     Args:
-        subjects: The first one with vanilla attention is the reference, else the first.
-        image: RGB.
-        query: Shares of height and width; None for the reference's most attended token of each stage.
-        cam: Compute Score-CAM.
+        subjects: The first with vanilla attention (or else the first) is the reference.
+        image: RGB image.
+        query: Relative row and column; None for the reference's most attended token of each stage.
+        cam: Whether to compute Score-CAM.
     """
     reference = next((s for s in subjects if s.is_vanilla), subjects[0])
-    order = sorted(subjects, key=lambda subject: subject is not reference)  # the reference first: it chooses queries
+    order = sorted(subjects, key=lambda subject: subject is not reference)  # the reference selects the queries
     tokens: dict[int, tuple[float, float]] = {}
     rows: dict[int, list[Picture]] = {}
     for subject in order:
@@ -218,7 +218,7 @@ def picture_rows(
 
 
 def normalise(image: Image.Image, model: nn.Module) -> torch.Tensor:
-    """``[1, 3, H, W]`` with the mean and standard deviation of the model's training."""
+    """Return the image as ``[1, 3, H, W]``, normalised with the mean and std of the model's training."""
     config = getattr(model, "pretrained_cfg", {})
     mean = torch.tensor(config.get("mean", IMAGENET_DEFAULT_MEAN)).view(3, 1, 1)
     std = torch.tensor(config.get("std", IMAGENET_DEFAULT_STD)).view(3, 1, 1)
@@ -227,7 +227,7 @@ def normalise(image: Image.Image, model: nn.Module) -> torch.Tensor:
 
 
 def score_cam(subject: Subject, pixels: torch.Tensor) -> Picture:
-    """Score-CAM (arXiv 1910.01279) of the top class at the last stage, and the three highest scores."""
+    """Compute Score-CAM (arXiv 1910.01279) of the top class at the last stage, and the top-3 scores."""
     if not subject.is_classifier:
         return Picture("Score-CAM", None, caption="a backbone has no class scores")
     try:
@@ -247,7 +247,7 @@ def score_cam(subject: Subject, pixels: torch.Tensor) -> Picture:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation of two maps; 0 where one is constant."""
+    """Return the Pearson correlation of two maps, or 0 if one is constant."""
     if a.std() == 0 or b.std() == 0:
         return 0.0
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
@@ -257,7 +257,7 @@ Sheet = list[tuple[str, Image.Image, list[list[Picture]]]]
 
 
 def draw_sheet(sheet: Sheet, names: list[str], path: Path) -> None:
-    """Draw all pictures in one file, a row per image and model."""
+    """Draw all maps in one file, with one row per image and model."""
     columns = 1 + max(len(row) for _, _, rows in sheet for row in rows)
     lines = [(title, image, name, row) for title, image, rows in sheet for name, row in zip(names, rows, strict=True)]
     heights = [2 * image.height / image.width + 0.7 for _, image, _, _ in lines]  # inches
@@ -287,7 +287,7 @@ def draw_sheet(sheet: Sheet, names: list[str], path: Path) -> None:
 
 
 def draw_picture(axis, image: Image.Image, picture: Picture):
-    """Overlay a heat map on its image; the query is a ring."""
+    """Overlay a heat map on its image and mark the query with a ring."""
     axis.imshow(image)
     if picture.heat is None:
         return None
@@ -301,7 +301,7 @@ def draw_picture(axis, image: Image.Image, picture: Picture):
 
 
 def write_page(sheet: Sheet, names: list[str]) -> str:
-    """The same as a self-contained HTML page."""
+    """Return all maps as a self-contained HTML page."""
     parts = [
         "<!doctype html><meta charset=utf-8><title>Attention maps</title>",
         "<style>body{font:14px sans-serif;margin:2em}figure{display:inline-block;margin:4px;width:230px;"

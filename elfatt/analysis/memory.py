@@ -1,4 +1,4 @@
-"""Memory of a forward pass: counted on the meta device for any image size, or measured."""
+"""Memory of a forward pass, counted on the meta device for any image size or measured."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ from elfatt.ops import use_backend
 
 
 class LiveTensors(TorchDispatchMode):
-    """Track the bytes of live intermediate tensors.
-
-    What an operation takes for itself while it runs is not seen.
+    """Track the bytes of live intermediate tensors, without the temporaries inside an operation.
 
     Attributes:
-        peak: Most bytes alive at one time.
+        peak: Peak number of live bytes.
     """
 
     def __init__(self):
@@ -37,7 +35,7 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for storage in _storages((args, kwargs)):
-            self._known.setdefault(storage, None)  # weights and images: their views are no new memory
+            self._known.setdefault(storage, None)  # weights and images, whose views are not new memory
         out = func(*args, **(kwargs or {}))
         for storage in _storages(out):
             self._add(storage)
@@ -61,39 +59,39 @@ def _storages(values) -> list[torch.UntypedStorage]:
 def count_memory(
     model: torch.nn.Module, shape: tuple[int, ...], backend: str, dtype: torch.dtype, backward: bool = False
 ) -> int:
-    """Peak bytes of intermediate tensors in a forward pass, counted without running it.
+    """Count the peak bytes of intermediate tensors in a forward pass, without running it.
 
     Args:
-        model: On the ``meta`` device, in evaluation mode.
-        shape: Of the images, ``[B, 3, H, W]``.
-        backend: Of the operations; a fused attention operator holds its operands and its output only.
-        dtype: Of the model, which is changed, and of the images.
-        backward: Keep what the backward pass needs, weights' gradients aside.
+        model: Model on the ``meta`` device, in eval mode; converted to ``dtype`` in place.
+        shape: Image shape ``[B, 3, H, W]``.
+        backend: Backend of the operations; fused attention only counts its inputs and output.
+        dtype: Dtype of the model and images.
+        backward: Keep what the backward pass needs, except weight gradients.
     """
     model = model.to(dtype)
     image = torch.empty(shape, dtype=dtype, device="meta")
     fused = nullcontext() if backend == "math" else FusedAttention()
     with torch.inference_mode(not backward), use_backend(backend), LiveTensors() as live, fused:
         out = model(image)
-    del out  # alive until here, and with it what the backward pass would need
+    del out  # keeps what the backward pass needs alive until here
     return live.peak
 
 
 def fit_batch(
     name: str, needed: int, batch: int, size: tuple[int, int], how: RunSpec, model: torch.nn.Module | None = None
 ) -> tuple[int, Any]:
-    """Halve the batch until it fits in memory; return it with a prepared pass.
+    """Halve the batch until it fits in memory; return its size and a prepared forward pass.
 
     Args:
-        name: For the message.
-        needed: Bytes of one image, see ``count_memory``.
-        batch: Images asked for.
+        name: Name for the messages.
+        needed: Bytes per image, see ``count_memory``.
+        batch: Requested batch size.
         size: Height and width of an image.
-        how: How the model runs.
-        model: It runs once; without it the count alone decides.
+        how: How to run the model.
+        model: Model to try out; without it only ``needed`` counts.
 
     Raises:
-        MemoryError: One image does not fit; what it needs is named.
+        MemoryError: A single image does not fit; the message says how much it needs.
     """
     free, asked = available_bytes(how.device), batch
     while batch:
@@ -114,20 +112,20 @@ def fit_batch(
         batch //= 2
     raise MemoryError(
         f"{name} with the {how.backend} backend needs about {needed / 2**30:.1f} GiB for one image of "
-        f"{size[0]}x{size[1]}, {free / 2**30:.1f} GiB are free: take a fused backend or a smaller image"
+        f"{size[0]}x{size[1]}, {free / 2**30:.1f} GiB are free: use a fused backend or a smaller image"
     )
 
 
 def measure_memory(build: Callable[[], Callable[[], object]], device: str) -> float:
-    """Memory in MiB that a forward pass adds.
+    """Measure the memory in MiB that a forward pass adds.
 
     Args:
-        build: Makes what is to be run; picklable, since on a CPU each of three fresh processes calls it.
+        build: Returns the function to run; must be picklable, as on a CPU it is called in three fresh processes.
         device: ``cpu`` (Linux only) or ``cuda``.
     """
     if device == "cuda":
         run = build()
-        run()  # what stays, such as cuDNN's workspace, is there before the second
+        run()  # allocates what persists, such as cuDNN's workspace
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -141,15 +139,15 @@ def _resident_mib(task) -> float:
     build, threads = task
     torch.set_num_threads(threads)
     run = build()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the building
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak after building
     before = _resident_bytes("VmRSS")
     run()
     return (_resident_bytes("VmHWM") - before) / 2**20
 
 
 def _resident_bytes(field: str) -> int:
-    # not getrusage: its peak starts at that of the parent process
+    # getrusage would start at the peak of the parent process
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}: memory on a CPU can be measured on Linux only")
+    raise OSError(f"/proc/self/status has no {field}: CPU memory can be measured on Linux only")

@@ -1,4 +1,4 @@
-"""The ELFATT operation: each backend over plain PyTorch within one run, and its share of the copy bandwidth."""
+"""Benchmark the ELFATT operation: speed-up of each backend over plain PyTorch, and share of the copy bandwidth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elfatt.analysis.results import RESULTS, save_rows, to_markdown
 from elfatt.analysis.timing import WrongOutput, compile_for_timing, record_graph, time_in_turns
 from elfatt.ops import BACKENDS, elfatt_attention, use_backend
 
-# height, width, channels, heads of each branch, block side: CSWin-T's levels at 224² and at 512×2048
+# height, width, channels, heads per branch, block size: CSWin-T's stages at 224² and 512×2048
 SHAPES = {
     "224 level 1": (56, 56, 64, 1, 7),
     "224 level 2": (28, 28, 128, 2, 7),
@@ -26,7 +26,7 @@ SHAPES = {
     "dense level 2": (64, 256, 128, 2, 14),
     "dense level 3": (32, 128, 256, 4, 14),
 }
-# what a fused operation moves at least, in units of one branch's q, k or v: forward, and forward with backward
+# minimum traffic of a fused op in units of one branch's q, k or v, by backward
 FUSED_UNITS = {False: 9, True: 25}
 COPY_BYTES = 2**28
 CHECKED = ("output", "gradient of qkv", *("gradient of LePE",) * 4)
@@ -34,30 +34,30 @@ KEY = ("shape", "variant")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the ``op`` command."""
+    """Add the options of the ``op`` command."""
     add = parser.add_argument
     add(
         "--backends",
         nargs="+",
         default=["auto", "sdpa", "math"],
         choices=[name for name in BACKENDS if name != "plain"],
-        help="beside plain PyTorch",
+        help="backends to compare with plain PyTorch",
     )
     add("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="NAME", help=", ".join(SHAPES))
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    add("--threads", type=int, help="of the CPU")
-    add("--batch-size", type=int, default=8, help="of the 224² shapes; the dense ones have 1")
-    add("--backward", action="store_true", help="time the backward pass as well")
-    add("--compile", action="store_true", help="torch.compile every variant, the plain one too")
-    add("--cuda-graphs", action="store_true", help="record each call once and replay it")
-    add("--repeats", type=int, default=20, help="turns that count")
+    add("--threads", type=int, help="number of CPU threads")
+    add("--batch-size", type=int, default=8, help="batch size of the 224² shapes; 1 for dense ones")
+    add("--backward", action="store_true", help="include the backward pass")
+    add("--compile", action="store_true", help="torch.compile every variant, including plain")
+    add("--cuda-graphs", action="store_true", help="capture each call in a CUDA graph and replay it")
+    add("--repeats", type=int, default=20, help="timed rounds")
     add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure every shape and print the table."""
+    """Benchmark every shape and print the table."""
     check_numbers(args)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a variant: plain PyTorch first, then the backends whose error is at most twice that of plain PyTorch.
+    """Benchmark one shape: plain PyTorch, then the backends whose error is at most twice that of plain PyTorch.
 
     Raises:
-        WrongOutput: No backend's output and gradients are right.
+        WrongOutput: No backend has correct outputs and gradients.
     """
     h, w, c, heads, side = SHAPES[shape]
     batch = 1 if shape.startswith("dense") else args.batch_size
@@ -120,7 +120,7 @@ def measure_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             variants[backend] = call
     if len(variants) == 1:
-        raise WrongOutput(f"nothing to compare with plain PyTorch at {shape}")
+        raise WrongOutput(f"no backend to compare with plain PyTorch at {shape}")
     del truth
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(source)
@@ -143,12 +143,12 @@ def measure_shape(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def error_of(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """Relative error in the Frobenius norm."""
+    """Return the relative error in the Frobenius norm."""
     return ((found.double() - truth).norm() / truth.norm()).item()
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one line a shape and variant."""
+    """Format a Markdown table with one line per shape and variant."""
     header = ["shape", "variant", "µs", "quartiles", "over plain", "share of the copy bandwidth"]
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Figures from results files: scaling curves, speed against accuracy, and the edge figure."""
+"""Plot results files: scaling curves, speed against accuracy, and edge devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from elfatt.analysis.rivals import RIVALS, published_top1
 from elfatt.analysis.rows import TITLES, Row, select_rows
 
 STYLES = {"nfa": (":", "o"), "fa": ("-", "s"), "sdpa": ("--", "^"), "fp32": ("-", "o"), "amp": ("--", "s")}
-MECHANISMS = ("elfatt", "global", "local", "effatt", "agent", "flatten")  # a colour each, the same in every figure
+MECHANISMS = ("elfatt", "global", "local", "effatt", "agent", "flatten")  # one colour each, the same in every figure
 RIVAL_COLOURS = dict(zip(RIVALS, ("black", "dimgrey", "darkgrey", "saddlebrown", "olive", "teal"), strict=True))
 ACCURACY = {1: "top1_percent", 6: "ap_box", 7: "miou_percent"}
 
@@ -22,18 +22,18 @@ EDGE_QUANTITIES = {"images_per_s": "images/s", "speedup": "speed-up over GLOBAL"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the ``plot`` command."""
+    """Add the options of the ``plot`` command."""
     add = parser.add_argument
     add("results", type=Path, nargs="*", help=f"results files (default: all of {RESULTS})")
-    add("--folder", type=Path, help="where the pictures go (default: beside the file)")
+    add("--folder", type=Path, help="output folder (default: that of the results file)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw every figure for which the file has rows.
+    """Draw every figure for which the files have rows.
 
     Raises:
-        ValueError: It has none.
+        ValueError: There are no such rows.
     """
     drawn, files = [], args.results or sorted(RESULTS.glob("*.json"))
     for file in files:
@@ -51,12 +51,12 @@ def run(args: argparse.Namespace) -> None:
                     drawn.append(path)
     if not drawn:
         names = ", ".join(map(str, files)) or RESULTS
-        raise ValueError(f"{names} has nothing to draw: measure something first, such as `scaling`")
+        raise ValueError(f"{names} has nothing to plot: run a benchmark first, such as `scaling`")
     print(*drawn, sep="\n")
 
 
 def draw_scaling(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Latency and memory of every model against the pixels of the image, both axes logarithmic."""
+    """Plot latency and memory of every model against image size, on log-log axes."""
     quantities = {"latency_ms": "ms a pass", "peak_memory_mib": "peak memory, MiB", "counted_memory_mib": "live MiB"}
     shown = [key for key in quantities if len({_pixels(row) for row in rows if row.get(key)}) > 1]
     if not shown:
@@ -80,7 +80,7 @@ def draw_scaling(rows: list[dict[str, Any]], path: Path) -> bool:
 
 
 def draw_rivals(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Images per second against published top-1 accuracy, one panel per image size; a line if none was published."""
+    """Plot published top-1 against images per second, one panel per image size; a line if none is published."""
     timed = [row for row in rows if "images_per_s" in row]
     if not any(row["model"] in RIVALS for row in timed):
         return False
@@ -110,7 +110,7 @@ def draw_rivals(rows: list[dict[str, Any]], path: Path) -> bool:
 
 
 def draw_tradeoff(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Measured images per second against the published accuracy, a panel a group of Tables I, VI and VII."""
+    """Plot accuracy against measured images per second, one panel per group of Tables I, VI and VII."""
     groups: dict[str, list[tuple[Row, dict]]] = {}
     for row, values in paired(rows):
         if row.table in ACCURACY and ("images_per_s_fa" in values or "images_per_s_nfa" in values):
@@ -139,7 +139,7 @@ def draw_tradeoff(rows: list[dict[str, Any]], path: Path) -> bool:
 
 
 def draw_edge(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Images per second and the speed-up over vanilla attention against the power, or the power mode's name."""
+    """Plot images per second and speed-up over vanilla attention against power, or power mode."""
     kinds = [kind for kind in ("fp32", "amp") if any(f"images_per_s_{kind}" in row for row in rows)]
     if not kinds:
         return False
@@ -172,7 +172,7 @@ FIGURES = {
 
 
 def _join_sizes(runs: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Join the rows of scaling runs that differ only in batch size and number of turns."""
+    """Join the rows of scaling runs that differ only in batch size and number of rounds."""
     found: dict[str, list] = {}
     for run in runs:
         if run["kind"] == "scaling":
@@ -182,14 +182,14 @@ def _join_sizes(runs: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def paired(rows: Iterable[dict[str, Any]]) -> list[tuple[Row, dict[str, Any]]]:
-    """Measured rows with the published ones that they belong to, in the paper's order."""
+    """Return pairs of published and measured rows, in the paper's order."""
     values = {(row["table"], row["name"]): row for row in rows}
     found = [(row, values.get((row.table, row.name))) for row in select_rows(list(TITLES))]
     return [(row, measured) for row, measured in found if measured]
 
 
 def rows_by_model(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows sorted by model and attention."""
+    """Sort rows by model and attention."""
     return sorted(rows, key=lambda row: (row["model"], row["attention"]))
 
 
@@ -210,11 +210,11 @@ def _colour(name: str) -> str:
 
 
 def pyplot():
-    """Matplotlib's pyplot, drawing to files."""
+    """Import ``matplotlib.pyplot`` with the Agg backend."""
     try:
         import matplotlib
     except ImportError as error:
-        raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
+        raise RuntimeError("plots need matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

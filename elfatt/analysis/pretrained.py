@@ -1,7 +1,7 @@
-"""Pretrained ViTs of timm with other attention: speed and memory beside the unconverted model, by resolution.
+"""Benchmark converted ViTs of timm against the unconverted model: speed and memory by resolution.
 
-Speed does not depend on weights, which are random. Every variant has its own copy of the model around the same weights,
-and they take turns.
+Weights are random, as speed does not depend on them. Each variant has its own copy of the model, with shared weights,
+and variants are timed in turns.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ DINOV2 = tuple(f"vit_{size}_patch14_reg4_dinov2" for size in ("small", "base", "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the ``pretrained`` command."""
+    """Add the options of the ``pretrained`` command."""
     add = parser.add_argument
-    add("--models", nargs="+", default=list(DINOV2), metavar="NAME", help="of timm (default: DINOv2's with registers)")
+    add("--models", nargs="+", default=list(DINOV2), metavar="NAME", help="of timm (default: DINOv2 with registers)")
     add("--sizes", nargs="+", default=["518", "1036"], metavar="SIZE", help="side or HEIGHTxWIDTH in pixels")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
-    add("--block", type=int, default=8, help="block side of ELFATT in tokens (default: %(default)s)")
-    text = "share of attention's multiply-adds that the calibrated plan may take (default: %(default)s)"
+    add("--block", type=int, default=8, help="block size of ELFATT in tokens (default: %(default)s)")
+    text = "maximum share of attention's multiply-adds in the calibrated plan (default: %(default)s)"
     add("--budget", type=float, default=0.5, help=text)
-    add("--memory", action="store_true", help="measure peak memory as well, in fresh processes on a CPU")
+    add("--memory", action="store_true", help="also measure peak memory, in fresh processes on a CPU")
     add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json)")
     add_speed_arguments(parser)
     parser.set_defaults(run=run, batch_size=1, warm_up=1, repeats=5, precision="float32")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure every model at every size.
+    """Benchmark every model at every size.
 
     Raises:
-        TypeError: A model that cannot be converted.
-        ValueError: An unknown model, or a number out of range.
+        TypeError: A model cannot be converted.
+        ValueError: Unknown model, or a number out of range.
     """
     for name in args.models:
         check_model(name)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def build(name: str, size: tuple[int, int], device: str) -> nn.Module:
-    """A model of timm for images of a size, with random weights, in evaluation mode."""
+    """Build a timm model for an image size, with random weights and in eval mode."""
     with torch.device(device):
         return timm.create_model(name, img_size=size, num_classes=0).eval().requires_grad_(False)
 
@@ -96,7 +96,7 @@ def convert(model: nn.Module, variant: str, plan: Plan | None, block: int) -> No
 
 
 def _calibrate(model, shape, budget):
-    """With random weights no layer matters more than another: none is weighed."""
+    """Calibrate a plan without weighing layers, which is meaningless with random weights."""
     weight = next(model.parameters())
     image = torch.randn(1, *shape[1:], dtype=weight.dtype, device=weight.device)
     return adapter.calibrate(model, image, weigh=False).plan(cost=budget)
@@ -107,7 +107,7 @@ def _values(layer, q, k, v, size, **_):
 
 
 def measure(name: str, size: tuple[int, int], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Measurements of a model at one size, by variant."""
+    """Benchmark a model at one size and return the row of each variant."""
     how = RunSpec(args.device, args.precision, compile=args.compile, cuda_graph=args.cuda_graphs)
     shape = (args.batch_size, 3, *size)
     needed = count_memory(build(name, size, "meta"), shape, how.backend, how.dtype)
@@ -116,7 +116,7 @@ def measure(name: str, size: tuple[int, int], args: argparse.Namespace) -> dict[
         print(text, file=sys.stderr)
         return {variant: {"refused": text} for variant in args.variants}
     model = build(name, size, args.device).to(how.dtype)
-    inside = not (args.compile or args.cuda_graphs)  # hooks would break a graph
+    inside = not (args.compile or args.cuda_graphs)  # hooks break graphs
     rows: dict[str, dict[str, Any]] = {}
     passes: dict[str, Callable] = {}
     logs: dict[str, list] = {}
@@ -151,7 +151,7 @@ def measure(name: str, size: tuple[int, int], args: argparse.Namespace) -> dict[
 def count(
     name: str, size: tuple[int, int], variant: str, plan: Plan | None, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Multiply-adds for one image, those of the attention layers, and the bytes alive in a pass."""
+    """Count the multiply-adds of one image and of its attention layers, and the live MiB of a forward pass."""
     model = build(name, size, "meta")
     convert(model, variant, plan, args.block)
     with count_true() as read:
@@ -185,7 +185,7 @@ COLUMNS = {
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line a model, size and variant, then from which size on each variant pays."""
+    """Format a Markdown table with one line per model, size and variant, then the break-even sizes."""
     lines = [
         [f"{row['model']} at {row['height']}×{row['width']}", row["variant"], *(c(row) for c in COLUMNS.values())]
         for row in rows
@@ -194,7 +194,7 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
 
 
 def pays_from(rows: list[dict[str, Any]]) -> list[str]:
-    """A line a model: the size from which on a variant is faster than the unconverted model, beyond the quartiles."""
+    """Return, per model, the size from which each variant beats the unconverted model, beyond the quartiles."""
     found: dict[str, dict[str, list]] = {}
     for row in rows:
         if "forward_ms" in row:

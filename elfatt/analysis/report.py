@@ -21,7 +21,7 @@ of turns, quartiles in brackets; speed-ups are ratios within one run.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the ``report`` command."""
+    """Add the options of the ``report`` command."""
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results files (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="default: %(default)s")
     parser.set_defaults(run=run)
@@ -35,14 +35,14 @@ def run(args: argparse.Namespace) -> None:
     """
     files = sorted(args.results.glob("*.json"))
     if not files:
-        raise ValueError(f"{args.results} holds no results file: measure something first, such as `tables 1`")
+        raise ValueError(f"{args.results} contains no results files: run a benchmark first, such as `tables 1`")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(write_report(files))
     print(f"wrote {args.output}", file=sys.stderr)
 
 
 def write_report(files: list[Path]) -> str:
-    """The text of the report."""
+    """Return the text of the report."""
     parts = [HEAD]
     for file in files:
         parts.append(f"## {file.stem}\n")
@@ -54,12 +54,12 @@ def write_report(files: list[Path]) -> str:
 
 
 def flatten(environment: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Hardware, versions and flags in one dictionary."""
+    """Merge hardware, versions and flags into one dictionary."""
     return {name: value for group in environment.values() for name, value in group.items()}
 
 
 def format_any(rows: list[dict[str, Any]]) -> str:
-    """Rows as they are, a column a key."""
+    """Format rows as they are, with one column per key."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(key, "")) for key in keys] for row in rows]
     return to_markdown([key.replace("_", " ") for key in keys], cells)

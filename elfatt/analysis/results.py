@@ -1,7 +1,7 @@
 """Results files: measurements of one machine with their environment, ``results/MACHINE.json``.
 
-A file holds runs; a run is one command's settings, the environment and its rows. The same settings in the same
-environment add to a run and replace equal rows; with other versions or code they replace the run.
+A file contains runs; a run has a command's settings, its environment and its rows. Rows with the same settings and
+environment are merged into the existing run; with other versions or code they replace it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ RESULTS = Path("results")
 
 
 def load_runs(path: Path) -> list[dict[str, Any]]:
-    """Runs of a results file; empty if the file does not exist.
+    """Load the runs of a results file; empty if the file does not exist.
 
     Raises:
-        ValueError: The file is no results file.
+        ValueError: The file is not a results file.
     """
     if not path.exists():
         return []
@@ -29,7 +29,7 @@ def load_runs(path: Path) -> list[dict[str, Any]]:
         for run in runs:
             run["kind"], run["settings"], run["environment"], run["rows"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no results file ({error}): move it away") from error
+        raise ValueError(f"{path} is not a results file ({error}): move it away") from error
     return runs
 
 
@@ -40,16 +40,16 @@ def save_rows(
     key: tuple[str, ...],
     replaces: tuple[str, ...] = ("",),
 ) -> None:
-    """Add rows to the run that has this head; the file is replaced in one step.
+    """Add rows to the run with this head, replacing the file atomically.
 
-    An equal row's fields of the same measurement are replaced, so figures from different times never mix.
+    An existing row loses all its fields of the same measurement, so results from different times never mix.
 
     Args:
         path: Results file.
         head: ``kind``, ``settings`` and ``environment`` of the run.
-        rows: What was measured.
-        key: Fields that tell rows apart.
-        replaces: Beginnings of the fields that are measured anew; by default all.
+        rows: Measured rows.
+        key: Fields that identify a row.
+        replaces: Prefixes of the fields to replace; all by default.
     """
     runs = load_runs(path)
     head = json.loads(json.dumps(head))
@@ -71,24 +71,24 @@ def save_rows(
 
 
 def _is_older(run: dict[str, Any], head: dict[str, Any]) -> bool:
-    """Whether a run is the same measurement on the same hardware and backend, with other versions or code."""
+    """Whether a run has the same settings, hardware and backend, but other versions or code."""
     same = all(run[name] == head[name] for name in ("kind", "settings"))
     mine, other = (each["environment"] for each in (run, head))
     return same and mine["hardware"] == other["hardware"] and _backend(mine) == _backend(other)
 
 
 def _backend(environment: dict[str, dict]) -> str:
-    return environment.get("flags", {}).get("backend", "auto")  # which older files do not name
+    return environment.get("flags", {}).get("backend", "auto")  # missing in older files
 
 
 def to_markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Format a Markdown table: the first column is text, the others are numbers."""
+    """Format a Markdown table with a text column followed by number columns."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write dictionaries with the same keys as comma-separated values."""
+    """Write dictionaries with the same keys as CSV."""
     lines = list(rows)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
@@ -97,7 +97,7 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def format_number(value: float | None, decimals: int | None = None) -> str:
-    """Format a number for a table, with given decimals or three significant digits; None gives ''."""
+    """Format a number for a table, with the given decimals or three significant digits; empty for None."""
     if value is None:
         return ""
     if decimals is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elfatt.analysis.paper import load_table
 
-# ImageNet-1K top-1 at 224×224 in percent, trained on ImageNet-1K alone, from each model's own paper
+# ImageNet-1K top-1 at 224×224 in percent, trained on ImageNet-1K only, from each model's paper
 RIVALS = {
     "swin_tiny_patch4_window7_224": 81.3,  # arXiv 2103.14030
     "convnext_tiny": 82.1,  # 2201.03545
@@ -16,7 +16,7 @@ RIVALS = {
 
 
 def published_top1(model: str) -> float | None:
-    """Published ImageNet-1K top-1 at 224×224 in percent, from ELFATT's paper or ``RIVALS``; None if unknown."""
+    """Return the published ImageNet-1K top-1 at 224×224 in percent (ELFATT's paper or ``RIVALS``), None if unknown."""
     for row in load_table(1):
         if row["resolution"] == "224" and model == f"{row['backbone']}_{row['attention']}":
             return float(row["top1_percent"])

@@ -17,7 +17,7 @@ from elfatt.analysis.paper import load_table
 from elfatt.suggest import closest
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-DENSE_SIZES = {6: (800, 1280), 7: (512, 2048)}  # pixels of the counts and speeds: height, width
+DENSE_SIZES = {6: (800, 1280), 7: (512, 2048)}  # height and width in pixels, for counts and speeds
 OTHERS = {"ConvNeXt-T": "convnext_tiny", "EfficientViT-B2": "efficientvit_b2", "VMamba-T": "vmamba_tiny"}
 TITLES = {
     1: "ImageNet-1K",
@@ -34,11 +34,11 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a published table.
+    """A row of a published table.
 
     Attributes:
         table: 1 to 9.
-        published: Every cell as printed; an empty one is a dash in the paper.
+        published: Cells as printed; empty for a dash in the paper.
     """
 
     table: int
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def model(self) -> str:
-        """The model as the paper names it; ablations by what they change."""
+        """The paper's name of the model, or the changed setting of an ablation."""
         cells = self.published
         if self.table == 2:
             return "blocks " + "-".join(cells[f"tokens_per_block_level{i}"] for i in (1, 2, 3, 4))
@@ -58,12 +58,12 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The model with its resolution and schedule, unique within its table."""
+        """Model name with resolution and schedule, unique within the table."""
         return " ".join(filter(None, (self.model, self.published.get("resolution"), self.published.get("schedule"))))
 
     @property
     def group(self) -> str:
-        """Rows of one group are compared with each other: shell, size and resolution; other systems as in the paper."""
+        """Comparison group: shell, size, resolution and schedule; other systems are grouped as in the paper."""
         shell = self.published.get("backbone", "cswin_tiny")
         shell = shell if "win_" in shell else "cswin_tiny" if self.is_edge else "swin_tiny"
         return " ".join(filter(None, (shell, self.published.get("resolution"), self.published.get("schedule"))))
@@ -75,7 +75,7 @@ class Row:
 
     @property
     def is_edge(self) -> bool:
-        """Whether its table is of an edge device and has speeds only."""
+        """Whether the table is of an edge device, with speeds only."""
         return self.table in (8, 9)
 
     @property
@@ -97,7 +97,7 @@ class Row:
 
     @property
     def config(self) -> str:
-        """Stem of the configuration that trains it, which is also the name of its checkpoint file."""
+        """Stem of its config file and of its checkpoint."""
         if self.is_ablation:
             return self.variant
         name, _ = self.timm_model()
@@ -107,32 +107,32 @@ class Row:
 
     @property
     def is_ablation(self) -> bool:
-        """Whether ``configs/classification/ablations.yaml`` trains it."""
+        """Whether it is in ``configs/classification/ablations.yaml``."""
         return 2 <= self.table <= 5
 
     @property
     def variant(self) -> str:
-        """Name of an ablation in that file, such as ``table4_E-E-H-V``."""
+        """Variant of an ablation in that file, such as ``table4_E-E-H-V``."""
         what = self.model.split()[-1]
         if self.table == 3:
             what = what.split("-")[2].lower() + ("_no_lepe" if "w/o" in what else "")
         return f"table{self.table}_{what}"
 
     def config_arguments(self) -> list[str]:
-        """Arguments of the classification programs that choose this model."""
+        """Return the arguments of the classification programs for this model."""
         if self.is_ablation:
             return ["--config", str(CONFIGS / "classification" / "ablations.yaml"), "--variant", self.variant]
         return ["--config", str(CONFIGS / "classification" / f"{self.config}.yaml")]
 
     def fits(self, pattern: str) -> bool:
-        """Whether a pattern (``*``, ``?``, any case) is its name, its model or its configuration."""
+        """Whether a case-insensitive glob pattern matches its name, model or config."""
         return any(fnmatchcase(name.lower(), pattern.lower()) for name in (self.name, self.model, self.config))
 
     def build(self, device: str = "meta") -> nn.Module:
-        """The model in evaluation mode, with random weights; image to output.
+        """Build the model in eval mode, with random weights.
 
         Raises:
-            FileNotFoundError: A dense model outside a checkout, where no configurations are.
+            FileNotFoundError: A dense model outside a checkout, without its config.
             ImportError: A dense model without mmsegmentation or mmdetection.
         """
         if self.table in DENSE_SIZES:
@@ -142,18 +142,18 @@ class Row:
             return timm.create_model(name, **options).eval()
 
     def count(self) -> Complexity:
-        """Parameters and multiply-adds as the paper counts them, on the meta device; errors as in ``build``.
+        """Count parameters and multiply-adds by the paper's rules, on the meta device; raises like ``build``.
 
-        VMamba-T's selective scan is left out in Table I and counted in Tables VI and VII.
+        VMamba-T's selective scan is not counted in Table I, but is in Tables VI and VII.
         """
         found = measure_complexity(self.build(), self.img_size)
         scanned = self.model == "VMamba-T" and self.table in DENSE_SIZES
         return replace(found, macs_nfa=found.macs_true, macs_fa=found.macs_true) if scanned else found
 
     def timm_model(self) -> tuple[str, dict]:
-        """Name and keywords of ``timm.create_model``: the classification model, or the backbone of a dense one.
+        """Return the timm name and keyword arguments of the classification model, or of a dense model's backbone.
 
-        Tables II to V vary CSWin-T-ELFATT, with blocks of 14×14 but where the row says otherwise.
+        Tables II to V vary CSWin-T-ELFATT, with 14×14 blocks unless the row says otherwise.
         """
         cells = self.published
         base = {"block_size": 14}
@@ -178,15 +178,15 @@ class Row:
 
         path = CONFIGS / ("detection" if self.table == 6 else "segmentation") / f"{self.config}.py"
         if not path.is_file():
-            raise FileNotFoundError(f"no configuration {path}: dense rows need a checkout of the repository")
+            raise FileNotFoundError(f"no config {path}: dense rows need a checkout of the repository")
         return FixedWork(load_model(path, device))
 
 
 def select_rows(tables: list[int], patterns: list[str] | None = None) -> list[Row]:
-    """Rows of tables, or those whose name or model fits one of the patterns (``*``, ``?``, any case).
+    """Return the rows of tables, or those that match one of the patterns; see ``Row.fits``.
 
     Raises:
-        ValueError: No such table, or a pattern that fits no row; a close model is named.
+        ValueError: No such table, or a pattern without a match; the message suggests a close one.
     """
     rows = [Row(number, cells) for number in tables for cells in load_table(number)]
     if not patterns:

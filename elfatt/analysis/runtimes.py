@@ -1,6 +1,6 @@
-"""The models of Tables VIII and IX exported to other runtimes, beside PyTorch eager and compiled.
+"""Benchmark the models of Tables VIII and IX in other runtimes against eager and compiled PyTorch.
 
-They take turns in float32 with the same number of threads, except TensorRT, which ``trtexec`` times.
+They are timed in turns in float32 with the same number of threads, except TensorRT, which is timed by ``trtexec``.
 Speed-ups are over GLOBAL in the same runtime.
 """
 
@@ -28,7 +28,7 @@ from elfatt.analysis.timing import REFUSALS, RunSpec, check_numerics, numerics_s
 from elfatt.export import RUNTIMES, export
 
 KEY = ("table", "name", "runtime", "mode")
-PYTORCH: dict[str, dict[str, Any]] = {  # eager PyTorch operators, our kernels, and both compiled
+PYTORCH: dict[str, dict[str, Any]] = {  # eager PyTorch ops, this package's kernels, and both compiled
     "eager": {"backend": "sdpa"},
     "kernels": {},
     "compiled": {"backend": "sdpa", "compile": True},
@@ -39,12 +39,12 @@ TRT_MEDIAN = re.compile(r"GPU Compute Time:.*?median = ([\d.]+) ms")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the ``runtimes`` command."""
+    """Add the options of the ``runtimes`` command."""
     add = parser.add_argument
     add("table", type=int, choices=(8, 9), help="8: batch 128; 9: batch 1")
     add("--rows", nargs="+", metavar="PATTERN", help="models, such as '*-ELFATT' (default: all)")
-    add("--runtimes", nargs="+", choices=(*PYTORCH, *EXPORTED), help="default: all that this device has")
-    add("--modes", nargs="+", type=int, help="nvpmodel modes of a Jetson (default: the one that is set)")
+    add("--runtimes", nargs="+", choices=(*PYTORCH, *EXPORTED), help="default: all available on this device")
+    add("--modes", nargs="+", type=int, help="nvpmodel modes of a Jetson (default: the current one)")
     add("--folder", type=Path, default=Path("runs/exports"), help="exported files, reused (default: %(default)s)")
     add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json)")
     add_speed_arguments(parser, precision=False)
@@ -52,13 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export the models, then time every runtime at every mode.
+    """Export the models and time every runtime at every mode.
 
     Raises:
-        ValueError: Modes of a Jetson elsewhere.
+        ValueError: Jetson modes on another machine.
     """
     if args.modes and not shutil.which("nvpmodel"):
-        raise ValueError(f"--modes {args.modes} needs a Jetson's nvpmodel: leave it out")
+        raise ValueError(f"--modes {args.modes} needs a Jetson's nvpmodel: omit it")
     settings = {**apply_speed_arguments(args), "table": args.table}
     path = args.results or RESULTS / f"{machine_name(args.device)}.json"
     chosen = args.runtimes or [*PYTORCH, *EXPORTED]
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every model in every runtime; those that cannot run carry the reason instead."""
+    """Benchmark every model in every runtime; rows that cannot run contain the reason instead."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     passes: dict[tuple[str, str], Callable[[], Any]] = {}
     said: set[str] = set()
@@ -82,7 +82,7 @@ def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Na
         for runtime in runtimes:
             key = model.name, runtime
             rows[key] = {"table": model.table, "name": model.name, "runtime": runtime, "mode": mode}
-            # exported models compute attention as explicit products
+            # exported models use explicit attention
             how = RunSpec(args.device, **PYTORCH.get(runtime, {"backend": "math"}))
             try:
                 batch = rows[key]["batch_size"] = fit_row(model, how, args)[0]
@@ -91,7 +91,7 @@ def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Na
             except (ValueError, *REFUSALS) as error:
                 rows[key]["refused"] = str(error)
                 passes.pop(key, None)
-                if str(error) not in said:  # a device without a runtime gets one line
+                if str(error) not in said:  # one line per missing runtime
                     print(f"{runtime}: {error}", file=sys.stderr)
                     said.add(str(error))
     engines = {key: passes.pop(key) for key in list(passes) if key[1] == "tensorrt"}
@@ -110,7 +110,7 @@ def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Na
 
 
 def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> Callable[[], object]:
-    """A call that runs a model once; TensorRT's returns the seconds of a pass."""
+    """Return a function that runs a model once; for TensorRT it returns the seconds of a forward pass."""
     shape = (batch, 3, *model.img_size)
     if runtime in PYTORCH:
         how = RunSpec(args.device, **PYTORCH[runtime])
@@ -129,17 +129,17 @@ def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> C
 
 
 def engine_seconds(path: Path, shape: tuple[int, ...]) -> float:
-    """Median seconds of a pass of a TensorRT engine, as ``trtexec`` measures it."""
+    """Return the median seconds of a TensorRT engine's forward pass, measured by ``trtexec``."""
     command = ["trtexec", f"--loadEngine={path}", f"--shapes=image:{'x'.join(map(str, shape))}"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
     found = TRT_MEDIAN.search(out)
     if not found:
-        raise RuntimeError(f"trtexec printed no median GPU compute time of {path}")
+        raise RuntimeError(f"trtexec printed no median GPU compute time for {path}")
     return float(found[1]) / 1e3
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line per model and mode, a column per runtime: images/s and the speed-up over GLOBAL."""
+    """Format a Markdown table of images/s and speed-ups, a line per model and mode, a column per runtime."""
     runtimes = list(dict.fromkeys(row["runtime"] for row in rows if "images_per_s" in row))
     cells = {(row["name"], row["mode"], row["runtime"]): row for row in rows}
     lines = []

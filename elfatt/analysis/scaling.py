@@ -1,4 +1,4 @@
-"""Latency and peak memory of any models over the resolution."""
+"""Benchmark latency and peak memory of any models over the resolution."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from elfatt.backbones.zoo import MODELS, check_model
 
 DEFAULT_MODELS = [name for name in MODELS if name.startswith("cswin_tiny_")]
 DEFAULT_SIZES = ["224", "384", "512", "768", "1024", "1536", "2048"]
-# the last three: fused by PyTorch alone, without kernels of ours; ELFATT as straightforward PyTorch; fa in spite of
-# --compile not compiled
+# sdpa: fused by PyTorch only, without this package's kernels; plain: unoptimised ELFATT; eager: fa, ignoring --compile
 WAYS: dict[str, dict[str, Any]] = {
     **KINDS,
     "sdpa": {"backend": "sdpa"},
@@ -35,39 +34,39 @@ WAYS: dict[str, dict[str, Any]] = {
     "eager": {"compile": False},
 }
 HELP = (
-    "softmax attention open (nfa), fused (fa), fused by PyTorch alone (sdpa); ELFATT unoptimised (plain); "
+    "softmax attention explicit (nfa), fused (fa) or fused by PyTorch only (sdpa); unoptimised ELFATT (plain); "
     "fa without --compile (eager)"
 )
 KEY = ("model", "attention", "height", "width")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the ``scaling`` command."""
+    """Add the options of the ``scaling`` command."""
     add = parser.add_argument
-    text = "of timm, with options as in cswin_tiny_elfatt:levels=EEEE (default: CSWin-T's attentions)"
+    text = "timm models with options, e.g. cswin_tiny_elfatt:levels=EEEE (default: CSWin-T with each attention)"
     add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", help=text)
-    add("--rivals", action="store_true", help="also time alternatives from timm, such as ConvNeXt-T")
-    add("--baseline", metavar="NAME", help="over which speed-ups are given (default: vanilla attention, or the first)")
+    add("--rivals", action="store_true", help="add alternatives from timm, such as ConvNeXt-T")
+    add("--baseline", metavar="NAME", help="baseline of speed-ups (default: vanilla attention, or the first)")
     add("--sizes", nargs="+", default=DEFAULT_SIZES, metavar="SIZE", help="side or HEIGHTxWIDTH in pixels")
     add("--attention", nargs="+", choices=WAYS, default=list(KINDS), help=HELP)
-    add("--backward", action="store_true", help="with the backward pass, as in training")
-    add("--memory", action="store_true", help="measure peak memory, rather than count what is alive")
-    add("--count-only", action="store_true", help="run no model: memory alone, counted")
-    add("--plot", type=Path, metavar="FILE", help="draw the curves as .png or .svg")
+    add("--backward", action="store_true", help="include the backward pass, as in training")
+    add("--memory", action="store_true", help="measure peak memory instead of only counting it")
+    add("--count-only", action="store_true", help="only count memory, without running models")
+    add("--plot", type=Path, metavar="FILE", help="plot the curves to a .png or .svg file")
     add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json)")
     add_speed_arguments(parser)
     parser.set_defaults(run=run, batch_size=1)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure every model at every size; the models of one size take turns."""
+    """Benchmark every model at every size; models at one size are timed in turns."""
     if args.rivals:
         args.models = [*args.models, *RIVALS]
     for text in args.models:
         check_model(parse_model(text)[0])
     baseline = args.baseline or next((name for name in args.models if name.endswith("_global")), args.models[0])
     if baseline not in args.models:
-        raise ValueError(f"--baseline {baseline} is none of the models {', '.join(args.models)}")
+        raise ValueError(f"--baseline {baseline} must be one of the models {', '.join(args.models)}")
     sizes = [parse_size(text) for text in args.sizes]
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {args.plot} must end in .png, .svg or .pdf")
@@ -89,10 +88,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_model(text: str) -> tuple[str, dict[str, Any]]:
-    """``NAME:KEY=VALUE:…`` as a name of timm and its options.
+    """Parse ``NAME:KEY=VALUE:…`` into a timm name and options.
 
     Raises:
-        ValueError: An option without a value.
+        ValueError: An option has no value.
     """
     name, *options = text.split(":")
     found = {}
@@ -108,10 +107,10 @@ def parse_model(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """``224`` or ``512x2048`` as height and width.
+    """Parse ``224`` or ``512x2048`` into height and width.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: Invalid size.
     """
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and int(part) >= 32 for part in parts):
@@ -120,7 +119,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every model and attention at one size; refused ones carry the reason instead of a latency."""
+    """Benchmark every model and attention at one size; refused rows contain the reason instead of a latency."""
     rows: list[dict[str, Any]] = []
     passes: dict[tuple[str, str], Callable[[], torch.Tensor]] = {}
     for name in args.models:
@@ -137,7 +136,7 @@ def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace)
                 row["counted_memory_mib"] = needed / 2**20
                 if model is None:
                     continue
-                if name not in RIVALS:  # theirs does not depend on the backend
+                if name not in RIVALS:  # independent of the backend
                     check_numerics(label, model, numerics_shape(size), how)
                 batch, passes[name, attention] = fit_batch(label, needed, args.batch_size, size, how, model)
                 row["batch_size"] = batch
@@ -167,7 +166,7 @@ def measure_size(size: tuple[int, int], baseline: str, args: argparse.Namespace)
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one line a model, attention and size."""
+    """Format a Markdown table with one line per model, attention and size."""
     over_plain = ["over plain"] if any("over_plain" in row for row in rows) else []
     memory = ["peak memory, MiB", "counted, MiB"]
     header = ["model", "size", "ms", "quartiles", "images/s", "speed-up", *over_plain, *memory]

@@ -1,4 +1,4 @@
-"""Tables I to IX: the paper's figures beside this machine's."""
+"""Compare Tables I to IX of the paper with measurements on this machine."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdo
 from elfatt.analysis.rows import TITLES, Row, select_rows
 from elfatt.analysis.timing import REFUSALS, RunSpec, check_numerics, numerics_shape, time_in_turns
 
-# the paper's names: softmax attention as two products, or fused, by the backend that is chosen
+# the paper's names: softmax attention as explicit products, or fused by the selected backend
 KINDS: dict[str, dict[str, Any]] = {"nfa": {"backend": "math"}, "fa": {}}
-EDGE = {"fp32": "float32", "amp": "amp"}  # Tables VIII and IX have a column for each precision
+EDGE = {"fp32": "float32", "amp": "amp"}  # columns of Tables VIII and IX
 KEY = ("table", "name")
 
 
 class Column(NamedTuple):
-    """A quantity: its heading, its cell in the paper's tables and its key in the results, factor and decimals."""
+    """A quantity: heading, column in the paper's tables, key in the results, scale factor and decimals."""
 
     heading: str
     published: str | None
@@ -71,35 +71,35 @@ COLUMNS = (
 
 @dataclass
 class Entry:
-    """A row with its measurements."""
+    """A published row and its measurements."""
 
     row: Row
     values: dict[str, Any] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the ``tables`` command."""
+    """Add the options of the ``tables`` command."""
     add = parser.add_argument
     add("tables", nargs="*", type=int, default=list(TITLES), metavar="N", help="tables 1 to 9 (default: all)")
     add("--rows", nargs="+", metavar="PATTERN", help="models, such as 'CSWin-T*' or '*-ELFATT' (default: all)")
-    add("--measure", nargs="+", choices=STEPS, default=["counts"], help="default: counts, which run no model")
-    add("--baseline", metavar="PATTERN", help="row over which speed-ups are given (default: vanilla attention's)")
+    add("--measure", nargs="+", choices=STEPS, default=["counts"], help="default: counts, without running models")
+    add("--baseline", metavar="PATTERN", help="baseline row of speed-ups (default: vanilla attention's)")
     add_speed_arguments(parser)
     group = parser.add_argument_group("accuracy")
     add = group.add_argument
-    add("--checkpoints", type=Path, help="folder of checkpoints, each named as its configuration")
-    add("--imagenet", type=Path, help="ImageNet-1K, with the folder val")
-    add("--ade20k", type=Path, help="ADEChallengeData2016")
-    add("--coco", type=Path, help="COCO 2017")
+    add("--checkpoints", type=Path, help="folder of checkpoints named after their configs")
+    add("--imagenet", type=Path, help="ImageNet-1K folder that contains val")
+    add("--ade20k", type=Path, help="ADEChallengeData2016 folder")
+    add("--coco", type=Path, help="COCO 2017 folder")
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--output", type=Path, nargs="+", default=[], metavar="FILE", help="write the tables as .md or .csv")
-    add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json once models run)")
+    add("--results", type=Path, help=f"results file to add to (default: {RESULTS}/MACHINE.json if models run)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the requested measurements and print them beside the published figures."""
+    """Run the requested measurements and print them next to the published values."""
     for file in args.output:
         if file.suffix not in (".md", ".csv"):
             raise ValueError(f"--output {file} must end in .md or .csv")
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     head = {"kind": "tables", "settings": settings, "environment": describe_environment(args.device)}
     for measure in args.measure:
         for done in STEPS[measure](entries, args):
-            if path:  # after every group: what a killed run has measured is kept
+            if path:  # after every group, so that a killed run keeps its measurements
                 save_rows(path, head, [entry.values for entry in done], KEY, FIELDS[measure])
     text = format_tables(entries)
     print(text)
@@ -123,13 +123,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure_counts(entries: list[Entry], args: argparse.Namespace) -> Iterator[list[Entry]]:
-    """Parameters and multiply-adds, on the meta device."""
+    """Count parameters and multiply-adds on the meta device."""
 
-    def model(row: Row) -> str:  # some rows are the same one
+    def model(row: Row) -> str:  # rows can share a model
         return f"{row.timm_model()} {row.img_size}"
 
     rows = {model(entry.row): entry.row for entry in entries}
-    workers = min(os.cpu_count() or 1, len(rows) // 8)  # a process takes as long to start as a few models
+    workers = min(os.cpu_count() or 1, len(rows) // 8)  # starting a process takes as long as counting a few models
     with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
         found = pool.imap(_count, rows.values()) if pool else map(_count, rows.values())
         progress = tqdm(found, "counts", total=len(rows), disable=None, leave=False)
@@ -146,7 +146,7 @@ def _count(row: Row) -> dict[str, int]:
 def measure_speed(
     entries: list[Entry], args: argparse.Namespace, watch: Callable[[], AbstractContextManager] = nullcontext
 ) -> Iterator[list[Entry]]:
-    """Images per second; the rows of a group take turns, inside what ``watch`` makes."""
+    """Measure images per second; the rows of a group are timed in turns, inside the context of ``watch``."""
     for title, group in _groups(entries):
         print(f"speed: {title}", file=sys.stderr)
         passes: dict[tuple[str, str], Callable[[], torch.Tensor]] = {}
@@ -180,7 +180,7 @@ def measure_speed(
 
 
 def _compare(group: list[Entry], pattern: str | None) -> None:
-    """Speed-ups over the baseline, where it is in the group and ran the same batch."""
+    """Add speed-ups over the baseline, if it is in the group and has the same batch size."""
     baseline = next((entry for entry in group if is_baseline(entry.row, pattern)), None)
     if baseline is None:
         return
@@ -193,16 +193,16 @@ def _compare(group: list[Entry], pattern: str | None) -> None:
 
 
 def is_baseline(row: Row, pattern: str | None) -> bool:
-    """Whether a row is the one that is named, or by default has vanilla attention."""
+    """Whether a row matches the pattern or, by default, has vanilla attention."""
     return row.fits(pattern) if pattern else row.is_vanilla
 
 
 def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[list[Entry]]:
-    """Peak memory of a pass."""
+    """Measure the peak memory of a forward pass."""
     for entry in tqdm(entries, "memory", disable=None, leave=False):
         for kind, how in variants(entry.row, args).items():
             try:
-                # of the eager model: a compiler's own memory is not the model's, a recorded graph's is taken before
+                # eager only: compilation adds memory of its own, and a graph's is allocated at capture
                 eager = replace(how, compile=False, cuda_graph=False)
                 batch, _ = fit_row(entry.row, eager, args)
                 peak = measure_memory(partial(_build_pass, entry.row, eager, batch), args.device)
@@ -214,7 +214,7 @@ def measure_peak(entries: list[Entry], args: argparse.Namespace) -> Iterator[lis
 
 
 def fit_row(row: Row, how: RunSpec, args: argparse.Namespace, model: torch.nn.Module | None = None) -> tuple[int, Any]:
-    """``fit_batch`` for a row, starting from ``--batch-size`` or the paper's."""
+    """Run ``fit_batch`` for a row, starting from ``--batch-size`` or the paper's batch size."""
     needed = count_memory(row.build(), (1, 3, *row.img_size), how.backend, how.dtype)
     return fit_batch(row.name, needed, args.batch_size or row.batch_size, row.img_size, how, model)
 
@@ -224,10 +224,10 @@ def _build_pass(row: Row, how: RunSpec, batch: int):
 
 
 def measure_accuracy(entries: list[Entry], args: argparse.Namespace) -> Iterator[list[Entry]]:
-    """Metrics of the checkpoints found."""
+    """Evaluate the checkpoints that exist."""
     folders = {"classification": args.imagenet, "segmentation": args.ade20k, "detection": args.coco}
     if not args.checkpoints or not args.checkpoints.is_dir():
-        raise ValueError(f"--checkpoints {args.checkpoints} is no folder: accuracy needs checkpoints and a data set")
+        raise ValueError(f"--checkpoints {args.checkpoints} is not a folder: accuracy needs checkpoints and a dataset")
     for entry in entries:
         metrics = evaluate(entry.row, args.checkpoints, folders, args.device)
         if metrics:
@@ -236,7 +236,7 @@ def measure_accuracy(entries: list[Entry], args: argparse.Namespace) -> Iterator
 
 
 STEPS = {"counts": measure_counts, "speed": measure_speed, "memory": measure_peak, "accuracy": measure_accuracy}
-FIELDS = {  # how what each of them writes begins
+FIELDS = {  # prefixes of the fields that each of them writes
     "counts": ("params", "macs_"),
     "speed": ("images_per_s_", "latency_ms_", "batch_size_", "speedup_", "refused_"),
     "memory": ("peak_memory_", "memory_batch_size_"),
@@ -245,14 +245,14 @@ FIELDS = {  # how what each of them writes begins
 
 
 def variants(row: Row, args: argparse.Namespace) -> dict[str, RunSpec]:
-    """How a row is measured, by column of its table."""
+    """Return the run specs of a row by column of its table."""
     common: dict[str, Any] = {"device": args.device, "compile": args.compile, "cuda_graph": args.cuda_graphs}
     if row.is_edge:
         return {kind: RunSpec(precision=precision, **common) for kind, precision in EDGE.items()}
     return {
         kind: RunSpec(precision=args.precision, **backend, **common)
         for kind, backend in KINDS.items()
-        if row.published.get(f"images_per_s_{kind}")  # a dash: softmax attention cannot be fused, or there is none
+        if row.published.get(f"images_per_s_{kind}")  # a dash: no softmax attention, or none that can be fused
     }
 
 
@@ -265,7 +265,7 @@ def _groups(entries: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
 
 
 def format_tables(entries: list[Entry]) -> str:
-    """Markdown: for every quantity the paper's figure beside the measured one, quartiles in brackets."""
+    """Format Markdown tables of published and measured values, with quartiles in brackets."""
     parts = []
     for number, members in groupby(entries, lambda entry: entry.row.table):
         group = list(members)
@@ -281,7 +281,7 @@ def format_tables(entries: list[Entry]) -> str:
 
 
 def long_rows(entries: list[Entry]) -> Iterator[dict[str, Any]]:
-    """One line a figure: table, model, quantity, paper, here."""
+    """Yield one dictionary per value: table, model, quantity, paper, here."""
     for entry in entries:
         for column in COLUMNS:
             paper, here = _published(column, [entry])[0], entry.values.get(column.key)
@@ -298,7 +298,7 @@ def _published(column: Column, entries: list[Entry]) -> list[str]:
 
 
 def _published_speedup(entry: Entry, cell: str) -> str:
-    """The ratio of the paper's own images per second over the same baseline: its tables print other ratios, or none."""
+    """Compute the speed-up from the paper's images per second, as its tables print other ratios or none."""
     over = next((row for row in select_rows([entry.row.table]) if row.name == entry.values.get("speedup_over")), None)
     speeds = [row.published.get(cell, "") for row in (entry.row, over)] if over else [""]
     return f"{float(speeds[0]) / float(speeds[1]):.2f}" if all(speeds) else ""

@@ -1,6 +1,6 @@
-"""Interleaved timing: variants take turns, so background load affects them all alike.
+"""Interleaved timing: variants take turns, so that background load affects them equally.
 
-Results are medians with quartiles. Variants with wrong output are not timed, see ``check_numerics``.
+Results are medians and quartiles. Variants with wrong output are not timed, see ``check_numerics``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from elfatt.ops import active_backend, use_backend
 
-PEAKED = 8  # factor of the weights of q, k and v in the check of the numerics
+PEAKED = 8  # scale of the q, k and v weights in check_numerics
 PRECISIONS = ("float32", "amp", "float16", "bfloat16")
 Name = TypeVar("Name", bound=Hashable)
 Output = TypeVar("Output")
@@ -31,14 +31,14 @@ class WrongOutput(RuntimeError):
     """A variant's output is wrong, so its speed is meaningless."""
 
 
-# reasons to leave one variant out: wrong, too large, or not supported by the device in this precision
+# reasons to skip a variant: wrong, too large, or not supported by the device in this precision
 REFUSALS = (WrongOutput, MemoryError, RuntimeError, AssertionError)
-NUMERICS_SIDE = 224  # pixels of the largest image on which a model's output is compared with the formula's
+NUMERICS_SIDE = 224  # maximum image size in check_numerics, in pixels
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median over the turns, and the quartiles."""
+    """Median and quartiles of the seconds of one call."""
 
     median: float
     low: float
@@ -51,17 +51,17 @@ def time_in_turns(
     warm_up: int = 2,
     device: str = "cpu",
 ) -> dict[Name, Timing]:
-    """Time every variant once a turn.
+    """Time every variant once per round.
 
     Args:
-        variants: What to call, by name.
-        repeats: Turns that count.
-        warm_up: Turns before them.
-        device: ``cpu``, or ``cuda``, which is timed by its own events, from the call to the end of its last kernel.
+        variants: Functions to time, by name.
+        repeats: Timed rounds.
+        warm_up: Warm-up rounds.
+        device: ``cpu``, or ``cuda`` to time with CUDA events, from the call to the end of the last kernel.
     """
     seconds = _device_seconds if device == "cuda" else _host_seconds
     times: dict[Name, list[float]] = {name: [] for name in variants}
-    for turn in tqdm(range(repeats + warm_up), "turns", disable=None, leave=False):
+    for turn in tqdm(range(repeats + warm_up), "rounds", disable=None, leave=False):
         for name, run in variants.items():
             taken = seconds(run)
             if turn >= warm_up:
@@ -86,7 +86,7 @@ def _device_seconds(run):
 
 
 def summarize(seconds: Iterable[float]) -> Timing:
-    """Median and quartiles of seconds."""
+    """Return the median and quartiles of seconds."""
     values = sorted(seconds)
     low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return Timing(median(values), low, high)
@@ -94,16 +94,16 @@ def summarize(seconds: Iterable[float]) -> Timing:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """How a model runs.
+    """How to run a model.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        precision: One of ``PRECISIONS``; ``amp`` is autocast, to float16 on a GPU and to bfloat16 on a CPU, the others
-            are the dtype of weights and images.
-        backend: Of the operations, one of ``elfatt.ops.BACKENDS``; by default the ambient one.
-        compile: Through ``torch.compile``.
-        cuda_graph: Recorded once as a CUDA graph and replayed.
-        backward: With the gradients of all weights, in training mode.
+        precision: One of ``PRECISIONS``; ``amp`` is autocast to float16 on a GPU and bfloat16 on a CPU, the others
+            are dtypes of weights and images.
+        backend: One of ``elfatt.ops.BACKENDS``; the active one by default.
+        compile: Use ``torch.compile``.
+        cuda_graph: Capture a CUDA graph and replay it.
+        backward: Compute the gradients of all weights, in training mode.
     """
 
     device: str = "cpu"
@@ -115,9 +115,9 @@ class RunSpec:
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
+            raise ValueError(f"precision {self.precision!r} must be one of {', '.join(PRECISIONS)}")
         if self.cuda_graph and self.device != "cuda":
-            raise ValueError(f"CUDA graphs need a GPU, not device {self.device!r}: leave them out")
+            raise ValueError(f"CUDA graphs need a GPU, not device {self.device!r}: disable them")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,11 +125,11 @@ class RunSpec:
         return torch.float32 if self.precision == "amp" else getattr(torch, self.precision)
 
     def prepare(self, model: nn.Module, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
-        """A call without arguments that runs the model on random images.
+        """Return a function without arguments that runs the model on random images.
 
         Args:
-            model: It is moved to the device and the dtype.
-            shape: ``[B, 3, H, W]``.
+            model: Model, moved to the device and dtype.
+            shape: Image shape ``[B, 3, H, W]``.
         """
         model = model.train(self.backward).to(self.device, self.dtype)
         image = random_images(shape, self.device, self.dtype)
@@ -148,8 +148,8 @@ class RunSpec:
 
 
 def compile_for_timing(function: Callable) -> Callable:
-    """``torch.compile`` for a static shape; raises instead of falling back to eager."""
-    torch._dynamo.config.recompile_limit = 1000  # the models of a run share their code
+    """Compile for static shapes, raising instead of falling back to eager."""
+    torch._dynamo.config.recompile_limit = 1000  # models of a run share code
     torch._dynamo.config.accumulated_recompile_limit = 10000
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(function, dynamic=False)
@@ -157,7 +157,7 @@ def compile_for_timing(function: Callable) -> Callable:
 
 def record_graph(run: Callable[[], Output]) -> Callable[[], Output]:
     """Capture a call in a CUDA graph and return a function that replays it."""
-    stream = torch.cuda.Stream()  # a graph is recorded beside the default stream, warm
+    stream = torch.cuda.Stream()  # capture needs a side stream and warm-up
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -167,7 +167,7 @@ def record_graph(run: Callable[[], Output]) -> Callable[[], Output]:
     with torch.cuda.graph(graph):
         out = run()
 
-    def replay(_alive=run):  # the graph reads the memory of its weights and images, but does not own it
+    def replay(_alive=run):  # keeps alive the weights and images that the graph reads
         graph.replay()
         return out
 
@@ -176,27 +176,27 @@ def record_graph(run: Callable[[], Output]) -> Callable[[], Output]:
 
 @lru_cache(maxsize=2)
 def random_images(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> torch.Tensor:
-    """Normally distributed images, shared by all variants."""
+    """Return normally distributed images, cached to be shared by all variants."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
 def numerics_shape(size: tuple[int, int]) -> tuple[int, ...]:
-    """One image of the size that is timed, or of what the formula can take."""
+    """Return the shape of one image of the timed size, limited for the slow formula."""
     return (1, 3, *(min(side, NUMERICS_SIDE) for side in size))
 
 
 def check_numerics(name: str, model: nn.Module, shape: tuple[int, ...], how: RunSpec) -> float:
-    """Raise if a model's output differs from the reference formula.
+    """Check a model's output against the reference formula.
 
-    The formula in float64 is the truth; the error may be twice that of the formula in the precision at hand, first in
-    float32, where a wrong formula shows, then in the precision that is timed. Weights of q, k and v are enlarged on the
-    way, for with initial ones every softmax is nearly uniform.
+    The truth is the formula in float64; the error may be at most twice that of the formula in the same precision, first
+    in float32, which exposes wrong formulas, then in the timed precision. The weights of q, k and v are scaled up, as
+    every softmax is nearly uniform with initial weights.
 
     Args:
-        name: For the message.
-        model: A float32 model; it is copied.
-        shape: Of few and small images: the formula is slow.
-        how: The way that is to be timed.
+        name: Name for the message.
+        model: A float32 model, which is copied.
+        shape: Image shape; keep it small, as the formula is slow.
+        how: Run spec to be timed.
 
     Returns:
         The relative error.
@@ -224,5 +224,5 @@ def check_numerics(name: str, model: nn.Module, shape: tuple[int, ...], how: Run
 
 
 def _flat(out) -> torch.Tensor:
-    """Concatenate all tensors of an output as one float64 vector."""
+    """Concatenate all tensors of an output into one float64 vector."""
     return torch.cat([tensor.double().flatten() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)])

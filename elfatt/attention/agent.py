@@ -18,19 +18,19 @@ GRID = 7  # side of the coarse bias maps, as published
 
 @register_attention("agent")
 class AgentAttention(QKVAttention):
-    """Linear in the tokens.
+    """Agent attention, linear in the number of tokens.
 
-    The convolution on V is Swin-Agent's ``dwc`` and CSWin-Agent's LePE: the same 3×3 depthwise one.
+    The 3×3 depthwise convolution on V is Swin-Agent's ``dwc`` and CSWin-Agent's LePE.
 
     Args:
-        dim: Channels C of the map.
+        dim: Channels C.
         num_heads: Attention heads.
-        agents: Side of the grid of agents; there are ``agents²``.
-        feat_size: Height and width of the training map in tokens; on other maps the biases are resized bilinearly.
-        tables: Side of the grid of agents that the biases are kept for, by default ``agents``; they are resized
-            bilinearly to ``agents``, as in the official dense models (agent_swin.py under downstream/).
+        agents: Side of the agent grid, of ``agents²`` agents.
+        feat_size: Training map height and width in tokens; biases are resized bilinearly for other maps.
+        tables: Agent grid side of the stored biases (default: ``agents``), which are resized bilinearly to ``agents``
+            as in the official dense models (downstream/, agent_swin.py).
         lepe: Add the convolution on V.
-        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
+        backend: One of ``elfatt.ops.BACKENDS``; None for the active one.
 
     Raises:
         ValueError: ``agents``, ``tables`` or ``feat_size`` below 1.
@@ -66,7 +66,7 @@ class AgentAttention(QKVAttention):
         self.lepe = LePE(dim) if lepe else None
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
+        """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
         q, k, v = unpack(qkv).unbind(3)
         size = q.shape[1:3]
         gather = self._bias(self.an_bias, self.ah_bias + self.aw_bias, size)
@@ -84,11 +84,11 @@ class AgentAttention(QKVAttention):
         return add_lepe(out, v, kernel_of(self.lepe), backend=self.backend)
 
     def _bias(self, grid: torch.Tensor, axes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """Sum of a coarse map and of the biases per row and column: ``[heads, agents², H * W]``."""
+        """Return the sum of coarse and axial biases at full resolution: ``[heads, agents², H * W]``."""
         return self._resize(grid, size) + self._resize(axes, size)
 
     def _resize(self, table: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """From ``[heads, tables², h, w]``: first the map, then the grid of agents."""
+        """Resize ``[heads, tables², h, w]``, first the map, then the agent grid: ``[heads, agents², H * W]``."""
         table = resize_positions(table, size, "bilinear").flatten(2).transpose(1, 2)
         table = resize_positions(table.unflatten(2, (self.tables, self.tables)), 2 * (self.agents,), "bilinear")
         return table.flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Base class of the mechanisms: linear to packed q, k, v; attention; output projection."""
+"""Base classes of attention mechanisms: packed qkv projection, attention, output projection."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from elfatt.ops.dispatch import check_backend
 
 
 class QKVAttention(nn.Module):
-    """``proj(attend(qkv(x)))``; a mechanism implements ``attend``.
+    """Attention as ``proj(attend(qkv(x)))``; subclasses implement ``attend``.
 
     Args:
-        dim: Channels C of the map.
-        num_heads: Attention heads, a divisor of ``dim``.
-        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
+        dim: Channels C.
+        num_heads: Attention heads; must divide ``dim``.
+        backend: One of ``elfatt.ops.BACKENDS``; None for the active one.
 
     Raises:
-        ValueError: ``dim`` cannot be split into ``num_heads``, or unknown ``backend``; in ``forward``, the input is not
+        ValueError: ``num_heads`` does not divide ``dim``, or ``backend`` is unknown; in ``forward``, the input is not
             ``[B, H, W, dim]``.
     """
 
-    shown: tuple[str, ...] = ()  # attributes that print() shows, beyond the heads
+    shown: tuple[str, ...] = ()  # attributes shown by print(), besides the heads
 
     def __init__(self, dim: int, num_heads: int, *, backend: str | None = None):
         super().__init__()
@@ -47,23 +47,23 @@ class QKVAttention(nn.Module):
             raise ValueError(f"expected a map [B, H, W, {self.dim}], got {tuple(x.shape)}")
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
+        """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """Heads and options, shown by ``print(model)``."""
+        """Return heads and options for ``print(model)``."""
         names = ("num_heads", *self.shown, *(("backend",) if self.backend else ()))
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 class LePEAttention(QKVAttention):
-    """One branch over all channels, with LePE.
+    """Attention with one branch over all channels, and LePE.
 
     Args:
-        dim: Channels C of the map.
+        dim: Channels C.
         num_heads: Attention heads.
         lepe: Add LePE.
-        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
+        backend: One of ``elfatt.ops.BACKENDS``; None for the active one.
     """
 
     def __init__(self, dim: int, num_heads: int, *, lepe: bool = True, backend: str | None = None):
@@ -72,12 +72,12 @@ class LePEAttention(QKVAttention):
 
 
 def unpack(qkv: torch.Tensor) -> torch.Tensor:
-    """View of the packed ``[B, H, W, 3C]`` as ``[B, H, W, 3, C]``."""
+    """View packed ``[B, H, W, 3C]`` as ``[B, H, W, 3, C]``."""
     return qkv.unflatten(-1, (3, -1))
 
 
 def check_positive(**values: int) -> None:
-    """Raise ``ValueError`` naming the first value that is below 1."""
+    """Raise ``ValueError`` for the first value below 1."""
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")

@@ -1,6 +1,6 @@
 """CSWin's cross-shaped stripes (arXiv 2107.00652): "LOCAL" on the CSWin backbone.
 
-Follows the official code; for maps that the stripes do not divide, segmentation/backbone/cswin_transformer.py.
+Follows the official code, including segmentation/backbone/cswin_transformer.py for maps not divisible into stripes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ ROWS, COLUMNS = 1, 2  # axes of a map [B, H, W, ...]
 
 @register_attention("cswin")
 class CSWinAttention(QKVAttention):
-    """Half of the heads attend in vertical stripes, half in horizontal ones; LePE is applied per stripe.
+    """Cross-shaped window attention: half the heads in vertical stripes, half in horizontal ones, with LePE per stripe.
 
-    Where the stripes do not divide the map, q, k and v are zero-padded to whole stripes on both sides (an odd token on
-    the right or at the bottom), and the padding takes part without a mask.
+    If the stripes do not divide the map, q, k and v are zero-padded on both sides (an odd token goes to the right or
+    bottom), and the padding is not masked.
 
     Args:
-        dim: Channels C of the map.
-        num_heads: Attention heads of both halves together, an even number.
-        stripe: Width of a stripe in tokens.
+        dim: Channels C.
+        num_heads: Attention heads, both halves together; must be even.
+        stripe: Stripe width in tokens.
         lepe: Add LePE.
-        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
+        backend: One of ``elfatt.ops.BACKENDS``; None for the active one.
 
     Raises:
         ValueError: Odd ``num_heads`` or ``stripe`` below 1.
@@ -40,18 +40,18 @@ class CSWinAttention(QKVAttention):
         super().__init__(dim, num_heads, backend=backend)
         check_positive(stripe=stripe)
         if num_heads % 2:
-            raise ValueError(f"num_heads={num_heads} must be even: half of them see vertical stripes")
+            raise ValueError(f"num_heads={num_heads} must be even: half of them attend in vertical stripes")
         self.stripe = stripe
         self.lepe_vertical, self.lepe_horizontal = (LePE(dim // 2) if lepe else None for _ in range(2))
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``, channels [vertical, horizontal]."""
+        """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``, channels [vertical, horizontal]."""
         vertical, horizontal = unpack(qkv).chunk(2, dim=-1)
         parts = (vertical, COLUMNS, self.lepe_vertical), (horizontal, ROWS, self.lepe_horizontal)
         return torch.cat([self._attend_stripes(*part) for part in parts], dim=-1)
 
     def _attend_stripes(self, qkv: torch.Tensor, axis: int, lepe: LePE | None) -> torch.Tensor:
-        """From ``[B, H, W, 3, C / 2]`` to ``[B, H, W, C / 2]``, in stripes that lie side by side along the axis."""
+        """Map ``[B, H, W, 3, C / 2]`` to ``[B, H, W, C / 2]`` in stripes stacked along the axis."""
         side = qkv.shape[axis]
         missing = -side % self.stripe
         before = missing // 2

@@ -1,4 +1,4 @@
-"""EFFATT: efficient attention (Shen et al., arXiv 1812.01243) with LePE, ELFATT's global branch on all channels."""
+"""EFFATT: efficient attention (Shen et al., arXiv 1812.01243) with LePE; ELFATT's global branch on all channels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from elfatt.ops import global_branch
 
 @register_attention("effatt")
 class EFFATT(LePEAttention):
-    """Linear in the tokens. See ``LePEAttention`` for its arguments."""
+    """EFFATT, linear in the number of tokens; arguments as in ``LePEAttention``."""
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
+        """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
         return global_branch(unpack(qkv), num_heads=self.num_heads, lepe=kernel_of(self.lepe), backend=self.backend)

@@ -1,4 +1,4 @@
-"""ELFATT (arXiv 2501.06098): half the channels attend linearly over the map, half by softmax inside blocks."""
+"""ELFATT (arXiv 2501.06098): half the channels use global linear attention, half block-wise softmax attention."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from elfatt.ops import elfatt_attention
 
 @register_attention("elfatt")
 class ELFATT(QKVAttention):
-    """Linear in the tokens.
+    """ELFATT, linear in the number of tokens.
 
-    Each branch has ``num_heads // 2`` heads whatever its share of the channels; a branch without the other has all.
+    Each branch has ``num_heads // 2`` heads whatever its share of the channels; a single branch has all heads.
 
     Args:
-        dim: Channels C of the map.
-        num_heads: Attention heads of both branches together.
-        block_size: Side of a local block in tokens; a block at least as large as the map is the map.
-        channel_split: Share c1/c of the channels that goes to the global branch, from 0 to 1.
+        dim: Channels C.
+        num_heads: Attention heads, both branches together.
+        block_size: Local block side in tokens; clipped to the map.
+        channel_split: Fraction c1/c of channels in the global branch, from 0 to 1.
         lepe: Add LePE in both branches.
-        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
+        backend: One of ``elfatt.ops.BACKENDS``; None for the active one.
 
     Raises:
-        ValueError: ``block_size`` below 1, or channels of a branch that its heads do not divide.
+        ValueError: ``block_size`` or ``channel_split`` is out of range, or a branch's heads do not divide its channels.
     """
 
     shown = ("block_size", "channel_split")
@@ -58,7 +58,7 @@ class ELFATT(QKVAttention):
         self.lepe_global, self.lepe_local = (LePE(width) if lepe and width else None for width in widths)
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``, channels [global, local]."""
+        """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``, channels [global, local]."""
         return elfatt_attention(
             qkv,
             num_heads=self.branch_heads,

@@ -14,16 +14,16 @@ from elfatt.ops import add_lepe, focused_attention
 
 @register_attention("flatten")
 class FocusedLinearAttention(QKVAttention):
-    """Linear in the tokens.
+    """Focused linear attention, linear in the number of tokens.
 
     Args:
-        dim: Channels C of the map.
+        dim: Channels C.
         num_heads: Attention heads.
-        feat_size: Height and width of the training map in tokens; on other maps the positional term is resized
-            bicubically.
-        kernel_size: Side of the depthwise kernel on V that all heads share.
+        feat_size: Training map height and width in tokens; the positional encoding is resized bicubically for other
+            maps.
+        kernel_size: Size of the depthwise filter on V, shared by all heads.
         lepe: Add LePE, as on the CSWin backbone.
-        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
+        backend: One of ``elfatt.ops.BACKENDS``; None for the active one.
 
     Raises:
         ValueError: ``feat_size`` below 1.
@@ -49,7 +49,7 @@ class FocusedLinearAttention(QKVAttention):
         self.lepe = LePE(dim) if lepe else None
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
+        """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
         q, k, v = unpack(qkv).unbind(3)
         table = self.positional_encoding.transpose(1, 2).unflatten(2, self.feat_size)
         positions = resize_positions(table, k.shape[1:3], "bicubic").flatten(2).transpose(1, 2)

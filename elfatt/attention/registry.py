@@ -1,4 +1,4 @@
-"""Registry of the mechanisms."""
+"""Registry of attention mechanisms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ATTENTIONS: dict[str, type[nn.Module]] = {}
 
 
 def register_attention(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Class decorator that registers a mechanism under a name.
+    """Return a class decorator that registers a mechanism.
 
     Raises:
         ValueError: The name is taken.
@@ -25,18 +25,18 @@ def register_attention(name: str) -> Callable[[type[nn.Module]], type[nn.Module]
         if name in _ATTENTIONS:
             raise ValueError(f"attention {name!r} is already registered by {_ATTENTIONS[name].__qualname__}")
         _ATTENTIONS[name] = cls
-        return register_notrace_module(cls)  # to torch.fx a leaf: its code depends on the map's size
+        return register_notrace_module(cls)  # a torch.fx leaf, as its code depends on the map's size
 
     return register
 
 
 def list_attentions() -> list[str]:
-    """Names of all mechanisms, sorted."""
+    """Return the names of all mechanisms, sorted."""
     return sorted(_ATTENTIONS)
 
 
 def attention_options(name: str) -> list[str]:
-    """Keywords of a mechanism beyond ``dim`` and ``num_heads``.
+    """Return a mechanism's keywords besides ``dim`` and ``num_heads``.
 
     Raises:
         ValueError: Unknown name.
@@ -48,20 +48,20 @@ def attention_options(name: str) -> list[str]:
 
 
 def create_attention(name: str, *, dim: int, num_heads: int, **options: Any) -> nn.Module:
-    """Build a mechanism.
+    """Build an attention mechanism.
 
     Args:
         name: One of ``list_attentions()``.
-        dim: Channels C of the map.
+        dim: Channels C.
         num_heads: Attention heads.
         **options: The mechanism's own keywords.
 
     Returns:
-        A module from ``[B, H, W, dim]`` to ``[B, H, W, dim]``.
+        Module that maps ``[B, H, W, dim]`` to ``[B, H, W, dim]``.
 
     Raises:
-        ValueError: Unknown name, or a value that does not fit.
-        TypeError: An option that the mechanism does not have.
+        ValueError: Unknown name or invalid value.
+        TypeError: Unknown option.
     """
     known = attention_options(name)
     for option in options:

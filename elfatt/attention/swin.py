@@ -18,15 +18,15 @@ from elfatt.ops.geometry import from_blocks, pad_to_multiple, to_blocks
 class SwinAttention(QKVAttention):
     """Softmax attention in square windows with a learned relative position bias.
 
-    Maps are zero-padded to whole windows before the qkv linear, as in mmdetection and mmsegmentation; along a side that
-    one window covers nothing is shifted.
+    Maps are zero-padded to whole windows before the qkv projection, as in mmdetection and mmsegmentation. A side that
+    fits in one window is not shifted.
 
     Args:
-        dim: Channels C of the map.
+        dim: Channels C.
         num_heads: Attention heads.
-        window_size: Side of a window in tokens.
+        window_size: Window side in tokens.
         shifted: Shift the windows by half their side.
-        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
+        backend: One of ``elfatt.ops.BACKENDS``; None for the active one.
 
     Raises:
         ValueError: ``window_size`` below 1.
@@ -57,7 +57,7 @@ class SwinAttention(QKVAttention):
         return super().forward(pad_to_multiple(x, (self.window_size, self.window_size)))[:, :height, :width]
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """From packed ``[B, H, W, 3C]``, whole windows, to ``[B, H, W, C]``."""
+        """Map packed ``[B, H, W, 3C]``, padded to whole windows, to ``[B, H, W, C]``."""
         batch, *size, _ = qkv.shape
         window = self.window_size
         shift = tuple(window // 2 if self.shifted and side > window else 0 for side in size)

@@ -1,4 +1,4 @@
-"""Vanilla attention ("GLOBAL" in the paper's tables): softmax attention over the whole map, plus LePE on V."""
+"""Vanilla attention ("GLOBAL" in the paper's tables): softmax attention over the whole map, with LePE."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from elfatt.ops import block_attention
 
 @register_attention("vanilla")
 class VanillaAttention(LePEAttention):
-    """Quadratic in the tokens. See ``LePEAttention`` for its arguments."""
+    """Softmax attention, quadratic in the number of tokens; arguments as in ``LePEAttention``."""
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """From packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
+        """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
         return block_attention(
             unpack(qkv), num_heads=self.num_heads, block=(0, 0), lepe=kernel_of(self.lepe), backend=self.backend
         )

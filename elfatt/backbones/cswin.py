@@ -1,4 +1,4 @@
-"""CSWin Transformer (arXiv 2107.00652): convolutional stem and merges, cross-shaped stripes as local attention."""
+"""CSWin Transformer (arXiv 2107.00652): convolutional stem and downsampling, cross-shaped local attention."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from elfatt.backbones.hierarchical import HierarchicalTransformer
 
 
 class CSWinTransformer(HierarchicalTransformer):
-    """See ``HierarchicalTransformer``; the last stage of CSWin is one vanilla branch, so its level is V."""
+    """See ``HierarchicalTransformer``; CSWin's last stage is a single vanilla branch, so its level is V."""
 
     local, local_size = "cswin", "stripe"

@@ -1,4 +1,4 @@
-"""Four-stage backbone with timm's interface, and the transformer shared by Swin and CSWin."""
+"""Hierarchical backbone with timm's interface, and the transformer base of Swin and CSWin."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Block(nn.Module):
 
     Args:
         dim: Channels C.
-        attention: The mechanism.
-        mlp_ratio: Hidden channels of the MLP per channel.
-        drop_path: Probability of dropping a residual branch.
+        attention: Attention mechanism.
+        mlp_ratio: MLP expansion ratio.
+        drop_path: Stochastic depth rate.
     """
 
     def __init__(self, dim: int, attention: nn.Module, *, mlp_ratio: float = 4.0, drop_path: float = 0.0):
@@ -61,9 +61,9 @@ class Stage(nn.Module):
 
 
 class HierarchicalBackbone(nn.Module):
-    """Stem, stages, norm and classifier, for any image size; a subclass gives the parts to ``assemble``."""
+    """Stem, stages, norm and classifier for any image size; subclasses pass the parts to ``assemble``."""
 
-    no_weight_decay_suffixes: tuple[str, ...] = ()  # parameters without weight decay, like biases
+    no_weight_decay_suffixes: tuple[str, ...] = ()  # parameters without weight decay, besides biases and norms
     stages: nn.Sequential
     norm: nn.Module
 
@@ -85,17 +85,17 @@ class HierarchicalBackbone(nn.Module):
         """Build the model.
 
         Args:
-            stem: From an image to a map with ``dims[0]`` channels and stride 4.
-            merge: Makes the module between two stages from its channels in and out.
-            mixer: Makes the mechanism of a block from its stage and its number in the stage.
+            stem: Module from an image to a stride-4 map with ``dims[0]`` channels.
+            merge: Builds the downsampling between stages from input and output channels.
+            mixer: Builds a block's token mixer from the stage index and the block index within it.
             dims: Channels per stage.
             depths: Blocks per stage.
-            in_chans: Channels of the image.
-            num_classes: Classes; 0 leaves the classifier out.
+            in_chans: Image channels.
+            num_classes: Number of classes; 0 for no classifier.
             global_pool: Pooling before the classifier, as in timm.
-            mlp_ratio: Hidden channels of the MLPs per channel.
-            drop_rate: Dropout before the classifier.
-            drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+            mlp_ratio: MLP expansion ratio.
+            drop_rate: Dropout rate before the classifier.
+            drop_path_rate: Stochastic depth rate of the last block, increasing linearly from 0.
         """
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -119,12 +119,12 @@ class HierarchicalBackbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay, beyond biases and norms."""
+        """Return names of parameters without weight decay, besides biases and norms."""
         return {name for name, _ in self.named_parameters() if name.endswith(self.no_weight_decay_suffixes)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer groups for timm's layer-wise learning rates."""
+        """Return layer groups for timm's layer-wise learning rates."""
         blocks = (
             r"^stages\.(\d+)"
             if coarse
@@ -140,7 +140,7 @@ class HierarchicalBackbone(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
+        """Return the classifier's linear layer."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -163,11 +163,11 @@ class HierarchicalBackbone(nn.Module):
 
         Args:
             x: Image ``[B, in_chans, H, W]``.
-            indices: The last n stages, a list of stages, or all of them.
+            indices: Last n stages, a list of stages, or None for all.
             norm: Apply the final norm to the last stage's output.
-            stop_early: Leave out the stages behind the last one chosen.
+            stop_early: Skip the stages after the last one chosen.
             output_fmt: ``NCHW`` or ``NHWC``.
-            intermediates_only: Return the list alone.
+            intermediates_only: Return only the list.
 
         Returns:
             The list, or the final features ``[B, H', W', C]`` and the list.
@@ -192,7 +192,7 @@ class HierarchicalBackbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages, norm and classifier that the chosen stages do not need; returns their indices."""
+        """Remove stages, norm and classifier that the chosen stages do not need; return the chosen indices."""
         wanted, last = feature_take_indices(len(self.stages), indices)
         ends_early = last < len(self.stages) - 1
         del self.stages[last + 1 :]
@@ -205,43 +205,43 @@ class HierarchicalBackbone(nn.Module):
         return wanted
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``[B, in_chans, H, W]`` to normed features ``[B, H', W', C]``."""
+        """Map an image ``[B, in_chans, H, W]`` to normalised features ``[B, H', W', C]``."""
         return self.norm(self.stages(self._embed(x)))
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        """The stem; a trace (TorchScript, and ONNX by tracing) keeps the blocks and padding of the image at hand."""
+        """Apply the stem; warn when tracing, which hard-codes blocks and padding for this image size."""
         if torch.jit.is_tracing():
             height, width = x.shape[2:]
             warnings.warn(
-                f"traced for images of {height}×{width} pixels (height × width) alone: at another size outputs can "
-                "differ without an error; trace again for it, or use torch.export, which refuses sizes beyond its own",
+                f"traced for images of {height}×{width} pixels (height × width) only: outputs can be wrong at other "
+                "sizes, without an error; trace again for each size, or use torch.export, which checks sizes",
                 torch.jit.TracerWarning,
                 stacklevel=1,
             )
         return self.stem(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features ``[B, H', W', C]`` to logits ``[B, num_classes]``, or to pooled features ``[B, C]``."""
+        """Map features ``[B, H', W', C]`` to logits ``[B, num_classes]`` or pooled features ``[B, C]``."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
+        """Map an image ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
         return self.forward_head(self.forward_features(x))
 
 
 MERGES = {"patch": PatchMerge, "conv": ConvMerge}
-LETTERS = "an efficient block (E), a vanilla one (V) or a local one (L); H stands for V E V E …"
+LETTERS = "E (efficient), V (vanilla) or L (local); H stands for V E V E …"
 
 
 def expand_level(pattern: str, depth: int) -> str:
-    """One letter per block of a stage.
+    """Expand a stage's pattern to one letter per block.
 
     Args:
-        pattern: One letter for all blocks, ``H`` for vanilla and efficient in turn, or a letter for each block.
-        depth: Blocks of the stage.
+        pattern: One letter for all blocks, ``H`` for alternating V and E, or one letter per block.
+        depth: Number of blocks.
 
     Raises:
-        ValueError: Another letter, or neither one letter nor ``depth`` of them.
+        ValueError: Unknown letter or wrong length.
     """
     blocks = ("VE" * depth)[:depth] if pattern == "H" else pattern * (depth if len(pattern) == 1 else 1)
     if len(blocks) != depth or set(blocks) - set("EVL"):
@@ -250,52 +250,52 @@ def expand_level(pattern: str, depth: int) -> str:
 
 
 def per_stage(name: str, value, stages: int) -> list:
-    """One value per stage from a single value or from a sequence; a shorter sequence repeats its last value.
+    """Return one value per stage from a scalar or a sequence; short sequences repeat the last value.
 
     Raises:
-        ValueError: An empty sequence or one longer than ``stages``.
+        ValueError: The sequence is empty or longer than ``stages``.
     """
     values = list(value) if isinstance(value, Sequence) else [value]
     if not 1 <= len(values) <= stages:
-        raise ValueError(f"{name}={value} must hold one value, or up to {stages}, one per stage")
+        raise ValueError(f"{name}={value} must have 1 to {stages} values, one per stage")
     return values + values[-1:] * (stages - len(values))
 
 
 class HierarchicalTransformer(HierarchicalBackbone):
     """Swin- or CSWin-shaped backbone with any mechanism in any block.
 
-    A subclass names its local mechanism. A mechanism gets the options of its stage that its signature declares.
+    Subclasses name their local mechanism. Each mechanism receives the stage's options that its signature declares.
 
     Args:
-        img_size: Training image in pixels, a side or (height, width): it sizes the learned position tables of agent
-            and flatten attention, which are resized on other images.
-        in_chans: Channels of the image.
-        num_classes: Classes; 0 leaves the classifier out.
+        img_size: Training image size in pixels, side or (height, width). Sets the size of agent and flatten attention's
+            learned position tables, which are resized for other images.
+        in_chans: Image channels.
+        num_classes: Number of classes; 0 for no classifier.
         global_pool: Pooling before the classifier, as in timm.
         embed_dim: Channels of the first stage; each stage doubles them.
         depths: Blocks per stage.
         num_heads: Heads per stage.
-        attention: Mechanism behind the letter E.
-        levels: One pattern per stage, see ``expand_level``.
-        stem: ``patch`` (Swin's stem and merges) or ``conv`` (CSWin's).
-        block_size: Side of ELFATT's blocks in tokens, one or one per stage.
-        channel_split: Share c1/c of ELFATT's channels in the global branch.
-        lepe: Add LePE wherever the mechanism has it.
-        agents: Side of the agent grid, one or one per stage.
-        agent_tables: Side of the agent grid that the learned biases are kept for, by default ``agents``.
-        window_size: Side of Swin's windows or width of CSWin's stripes in tokens, one or one per stage.
-        mlp_ratio: Hidden channels of the MLPs per channel.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
-        backend: Of the attention, one of ``elfatt.ops.BACKENDS``, or None for the ambient one.
+        attention: Mechanism for the letter E.
+        levels: One pattern per stage; see ``expand_level``.
+        stem: Stem and downsampling: ``patch`` (Swin's) or ``conv`` (CSWin's).
+        block_size: Side of ELFATT's blocks in tokens, one value or one per stage.
+        channel_split: Fraction c1/c of ELFATT's channels in the global branch.
+        lepe: Add LePE to the mechanisms that support it.
+        agents: Side of the agent grid, one value or one per stage.
+        agent_tables: Agent grid side of the stored biases (default: ``agents``).
+        window_size: Swin's window side or CSWin's stripe width in tokens, one value or one per stage.
+        mlp_ratio: MLP expansion ratio.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block, increasing linearly from 0.
+        backend: Attention backend, one of ``elfatt.ops.BACKENDS``; None for the active one.
 
     Raises:
-        ValueError: A value that does not fit, named.
+        ValueError: Invalid value.
     """
 
-    local: str  # the mechanism behind the letter L
-    local_size: str  # its option that ``window_size`` sets
-    overrides: Mapping[str, dict] = {}  # options of single mechanisms
+    local: str  # mechanism for the letter L
+    local_size: str  # its option set by ``window_size``
+    overrides: Mapping[str, dict] = {}  # options by mechanism
     no_weight_decay_suffixes = ("relative_position_bias_table",)
 
     def __init__(
@@ -325,9 +325,9 @@ class HierarchicalTransformer(HierarchicalBackbone):
         super().__init__()
         stages = len(depths)
         if len(levels) != stages:
-            raise ValueError(f"levels={levels!r} must name {stages} stages: each block is {LETTERS}")
+            raise ValueError(f"levels={levels!r} must have {stages} patterns, one per stage: each block is {LETTERS}")
         if len(num_heads) != stages:
-            raise ValueError(f"num_heads={num_heads} must hold {stages} values, one per stage, as depths={depths}")
+            raise ValueError(f"num_heads={num_heads} must have {stages} values, one per stage, like depths={depths}")
         mechanisms = {"E": attention, "V": "vanilla", "L": self.local}
         letters = [expand_level(level, depth) for level, depth in zip(levels, depths, strict=True)]
         dims = [embed_dim * 2**i for i in range(stages)]

@@ -1,7 +1,7 @@
-"""VMamba (arXiv 2401.10166): blocks that scan the map along rows and columns, in both directions.
+"""VMamba (arXiv 2401.10166): blocks that scan the map along rows and columns in both directions.
 
-Follows the official ``vmamba.py`` (MzeroMiko/VMamba) with ``forward_type="v05_noz"``: no gate, no bias in the
-projections. The names of ``SS2D`` are the official ones.
+Follows the official ``vmamba.py`` (MzeroMiko/VMamba) with ``forward_type="v05_noz"``: no gate, no projection biases.
+``SS2D`` keeps the official names.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from elfatt.ops import depthwise_conv, selective_scan
 from elfatt.ops.dispatch import check_backend
 
 PATHS = 4  # rows, columns, rows reversed, columns reversed
-STEPS = (0.001, 0.1)  # smallest and largest step size δ of the scan at the start of training
+STEPS = (0.001, 0.1)  # initial range of the scan's step size δ
 
 
-@register_notrace_module  # to torch.fx a leaf: its code depends on the map's size
+@register_notrace_module  # a torch.fx leaf, as its code depends on the map's size
 class SS2D(nn.Module):
-    """Selective scan of a map (section 4.2): depthwise convolution, four scans, their sum.
+    """2D selective scan (section 4.2): depthwise convolution, then the sum of four scans.
 
     Args:
-        dim: Channels C of the map.
-        ratio: Channels that are scanned per channel of the map.
+        dim: Channels C.
+        ratio: Expansion ratio of the scanned channels.
         states: States N per scanned channel.
-        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
+        backend: One of ``elfatt.ops.BACKENDS``; None for the active one.
     """
 
     def __init__(self, dim: int, *, ratio: float = 1.0, states: int = 1, backend: str | None = None):
@@ -42,7 +42,7 @@ class SS2D(nn.Module):
         inner, self.rank, self.states = int(ratio * dim), math.ceil(dim / 16), states
         self.in_proj = nn.Linear(dim, inner, bias=False)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False)
-        # per path: to the step's low rank, B and C; and from the low rank to a step for each channel
+        # per path: projection to low-rank steps, B and C; from low-rank steps to a step per channel
         self.x_proj_weight = nn.Parameter(torch.empty(PATHS, self.rank + 2 * states, inner))
         self.dt_projs_weight = nn.Parameter(torch.empty(PATHS, inner, self.rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(PATHS, inner))
@@ -54,7 +54,7 @@ class SS2D(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as Mamba: A is -1, -2, … per state, D is 1, and the steps spread evenly on a log scale."""
+        """Initialise as in Mamba: A is -1, -2, … per state, D is 1, and steps are log-uniform."""
         bound = self.x_proj_weight.shape[-1] ** -0.5
         self.x_proj_weight.uniform_(-bound, bound)
         self.dt_projs_weight.uniform_(-(self.rank**-0.5), self.rank**-0.5)
@@ -75,37 +75,37 @@ class SS2D(nn.Module):
         a, d = -self.A_logs.exp(), self.Ds
         a, d = (t.unflatten(0, (PATHS, -1)) for t in (a, d))
         y = selective_scan(paths, delta, a, b, c, d, backend=self.backend)
-        # the scan's float32 goes as far as the norm's weights allow
+        # keep the scan's float32 if the norm's weights allow it
         y = cross_merge(y, x.shape[1:3]).to(self.out_norm.weight.dtype)
         return self.out_proj(self.out_norm(y).to(x.dtype))
 
 
 def cross_scan(x: torch.Tensor) -> torch.Tensor:
-    """The four paths through a map ``[B, H, W, D]``, as sequences ``[B, 4, H·W, D]``."""
+    """Unroll a map ``[B, H, W, D]`` along four paths: ``[B, 4, H·W, D]``."""
     ahead = torch.stack([x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)], 1)
     return torch.cat([ahead, ahead.flip(2)], 1)
 
 
 def cross_merge(y: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Sum of four paths ``[B, 4, H·W, D]`` on the map of this height and width, ``[B, H, W, D]``."""
+    """Sum four paths ``[B, 4, H·W, D]`` on a map ``[B, H, W, D]`` of this size."""
     rows, columns = (y[:, :2] + y[:, 2:].flip(2)).unbind(1)
     return rows.unflatten(1, size) + columns.unflatten(1, size[::-1]).transpose(1, 2)
 
 
 class VMamba(HierarchicalBackbone):
-    """VMamba with convolutional stem and merges, for any image size.
+    """VMamba with convolutional stem and downsampling, for any image size.
 
     Args:
-        in_chans: Channels of the image.
-        num_classes: Classes; 0 leaves the classifier out.
+        in_chans: Image channels.
+        num_classes: Number of classes; 0 for no classifier.
         global_pool: Pooling before the classifier, as in timm.
         embed_dim: Channels of the first stage; each stage doubles them.
         depths: Blocks per stage.
-        ssm_ratio: Channels that are scanned per channel of the map.
-        mlp_ratio: Hidden channels of the MLPs per channel.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
-        backend: Of the scans, one of ``elfatt.ops.BACKENDS``, or None for the ambient one.
+        ssm_ratio: Expansion ratio of the scanned channels.
+        mlp_ratio: MLP expansion ratio.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block, increasing linearly from 0.
+        backend: Scan backend, one of ``elfatt.ops.BACKENDS``; None for the active one.
     """
 
     no_weight_decay_suffixes = ("A_logs", "Ds", "dt_projs_bias")

@@ -1,4 +1,4 @@
-"""The table of models, each a timm entry point."""
+"""Model zoo; each model is a timm entry point."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES = {
     "cswin_nano": {"embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (2, 4, 8, 16)},
 }
 
-# size, mechanism behind E, letters per stage: E efficient, V vanilla, L local, H vanilla and efficient in turn
+# size, mechanism for E, letters per stage: E efficient, V vanilla, L local, H alternating V and E
 MODELS = {
     "swin_tiny_elfatt": ("swin_tiny", "elfatt", "EEHV"),
     "swin_tiny_effatt": ("swin_tiny", "effatt", "EEHV"),
@@ -54,23 +54,23 @@ MODELS = {
     "cswin_nano_elfatt": ("cswin_nano", "elfatt", "EEHV"),
 }
 
-# VMamba has one mechanism only; its authors call this size vmamba_tiny_s1l8
+# VMamba has only one mechanism; officially vmamba_tiny_s1l8
 VMAMBA = {"vmamba_tiny": {"embed_dim": 96, "depths": (2, 2, 8, 2), "ssm_ratio": 1.0}}
 
-# Swin's windows and CSWin's stripes by training resolution in pixels; any other image takes those of 224
+# Swin's windows and CSWin's stripes by training resolution in pixels; other sizes use 224's
 WINDOW_SIZES: dict[int, dict] = {
     224: {"swin": 7, "cswin": (1, 2, 7, 7)},
     384: {"swin": 12, "cswin": (1, 2, 12, 12)},
 }
-BLOCK_SIZES = {("cswin_tiny_elfatt", 224): (7, 7, 14)}  # the others have 1/16 of the resolution
+BLOCK_SIZES = {("cswin_tiny_elfatt", 224): (7, 7, 14)}  # default: 1/16 of the resolution
 
 
 def model_options(name: str, img_size: int | tuple[int, int] = 224) -> dict:
-    """The published keywords of a model for a training resolution.
+    """Return a model's published keywords for a training resolution.
 
     Args:
-        name: A model of ``list_models()``.
-        img_size: Side or (height, width) in pixels; the tables know 224 and 384, any other size is built as 224.
+        name: One of ``list_models()``.
+        img_size: Side or (height, width) in pixels; sizes other than 224 and 384 are built as 224.
     """
     if name in VMAMBA:
         return dict(VMAMBA[name])
@@ -90,10 +90,10 @@ def model_options(name: str, img_size: int | tuple[int, int] = 224) -> dict:
 
 
 def check_model(name: str) -> None:
-    """Raise ``ValueError`` for a model that timm does not know.
+    """Check that timm knows a model.
 
     Raises:
-        ValueError: With the nearest name, where one is near.
+        ValueError: Unknown model; the message suggests the closest name, if any.
     """
     base = name.split(".")[0]
     if not is_model(base):
@@ -101,7 +101,7 @@ def check_model(name: str) -> None:
 
 
 def list_models() -> list[str]:
-    """Names of all models, sorted; each is a timm entry point."""
+    """Return the names of all models, sorted; each is a timm entry point."""
     return sorted([*MODELS, *VMAMBA])
 
 
@@ -137,7 +137,7 @@ def _register(name: str) -> None:
         )
 
     entry_point.__name__ = entry_point.__qualname__ = name
-    entry_point.__doc__ = f"{shell.__name__} of the paper's tables; keywords override ``model_options({name!r})``."
+    entry_point.__doc__ = f"{shell.__name__} from the paper's tables; keywords override ``model_options({name!r})``."
     register_model(entry_point)
 
 

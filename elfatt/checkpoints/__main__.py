@@ -1,4 +1,4 @@
-"""Converts a published checkpoint to a model's names and checks every tensor; see ``--help``."""
+"""Convert a published checkpoint to a model's names and check every tensor; see ``--help``."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ from elfatt.checkpoints.structure import pair_by_structure
 
 PROGRAM = "python -m elfatt.checkpoints"
 DESCRIPTION = """\
-Convert a published checkpoint to the names of a model, and check that every tensor fits.
+Convert a published checkpoint to a model's names, and check that every tensor fits.
 
-Recognised names: {sources}, and the model's own.
-They may have a prefix (module., model., backbone. ...): the one under which most of the model's tensors are found. What
-stands elsewhere, such as a detector's heads, is left out. The report lists each tensor that was resized, paired by its
-structure, left out, or does not fit. Nothing is written unless all fit; what is written loads wherever weights are
-taken (--initial-checkpoint, --checkpoint, --pretrained) and names its source, whose crop validate.py then takes."""
+Supported names: {sources}, and the model's own.
+A prefix (module., model., backbone. ...) is detected as the one that matches most of the model's tensors. Tensors
+outside it, such as a detector's heads, are left out. The report lists every tensor that was resized, paired by
+structure, left out or does not fit. Nothing is written unless all fit. The output works wherever weights are loaded
+(--initial-checkpoint, --checkpoint, --pretrained) and records its source, from which validate.py takes the crop."""
 EPILOG = """\
-Modules of unknown names are paired with those that the model still misses where block and shapes leave one choice.
-Where they leave several, nothing is guessed: the report names the candidates, and --rename decides; only an evaluation
-can tell whether it decided well.
+Unrecognised modules are paired with the model's missing ones if block and shapes leave one choice. Ambiguous ones are
+not guessed: the report lists the candidates for you to choose with --rename; only an evaluation can confirm the choice.
 
-A --rename whose PATTERN changes a name of the file is applied before names are recognised; any other is applied to the
-names that come out, as the report shows them after "here".
+A --rename whose PATTERN matches a name in the file is applied before names are detected; any other is applied to the
+converted names, shown in the report after "here".
 
 examples:
   {program} swin_tiny_patch4_window7_224.pth --model swin_tiny_local
@@ -44,11 +43,15 @@ examples:
   {program} cswin_elfatt_tiny_224.pth --model cswin_tiny_elfatt --output cswin_tiny_elfatt.pth \\
       --rename lepe_vertical=lepe_global --rename lepe_horizontal=lepe_local
 
-exit code: 0 all tensors fit, 1 some do not, 2 the file or the options cannot be used"""
+exit code: 0 all tensors fit, 1 some do not, 2 invalid file or options"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with these arguments, by default the command line's; returns its exit code."""
+    """Run the command and return its exit code.
+
+    Args:
+        argv: Arguments; by default the command line's.
+    """
     args = _parse(argv)
     try:
         return _run(args)
@@ -67,20 +70,20 @@ def _parse(argv):
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("file", type=Path, help="checkpoint, .safetensors or of torch.save")
-    add("--model", required=True, help="timm model that it is for, e.g. cswin_tiny_elfatt")
+    add("file", type=Path, help="checkpoint, .safetensors or torch.save")
+    add("--model", required=True, help="timm model, e.g. cswin_tiny_elfatt")
     add("--model-kwargs", nargs="+", default=[], type=_keyword, metavar="KEY=VALUE", help="the model's keywords")
-    add("--output", type=Path, help="write the converted tensors here; a name in .safetensors, or else torch.save")
-    add("--no-ema", action="store_true", help="take the raw weights where the file has averaged ones as well")
+    add("--output", type=Path, help="where to write the converted tensors, as .safetensors or else by torch.save")
+    add("--no-ema", action="store_true", help="use the raw weights even if the file has averaged ones")
     add(
         "--rename",
         action="append",
         default=[],
         type=_pair,
         metavar="PATTERN=NAME",
-        help="replace a regular expression in the names; may be repeated",
+        help="regular expression to replace in names; repeatable",
     )
-    add("--allow", nargs="+", default=[], metavar="PREFIX", help="names that need not fit, e.g. head.")
+    add("--allow", nargs="+", default=[], metavar="PREFIX", help="prefixes of tensors that need not fit, e.g. head.")
     return parser.parse_args(argv)
 
 
@@ -101,7 +104,7 @@ def _keyword(text: str) -> tuple[str, object]:
 
 def _run(args: argparse.Namespace) -> int:
     if args.output and args.output.resolve() == args.file.resolve():
-        raise ValueError(f"--output {args.output} is the checkpoint itself: choose another name")
+        raise ValueError(f"--output {args.output} is the checkpoint itself: choose another path")
     check_model(args.model)
     with torch.device("meta"):  # only names and shapes are needed
         model = timm.create_model(args.model, **dict(args.model_kwargs))
@@ -120,22 +123,22 @@ def _run(args: argparse.Namespace) -> int:
     print(f"{args.model}: {len(fit.tensors)} of {len(own)} tensors matched")
     broken = [name for name, tensor in fit.tensors.items() if not tensor.isfinite().all()]
     sections = _sections(fit, origins, pairs, choices)
-    for title, lines in {"of other parts": checkpoint.left_over, **sections, "not finite": broken}.items():
+    for title, lines in {"other parts": checkpoint.left_over, **sections, "not finite": broken}.items():
         if lines:
             print(f"{title} ({len(lines)}):", *lines, sep="\n  ")
     if broken or any(fit.misfits(args.allow).values()):
-        print("does not fit" + (f": {args.output} is not written" if args.output else ""))
+        print("does not fit" + (f": {args.output} not written" if args.output else ""))
         return 1
     if args.output:
         _write(args.output, args.model, checkpoint, fit.tensors)
-    print("fits" + (f": {args.output} is written" if args.output else ""))
+    print("fits" + (f": wrote {args.output}" if args.output else ""))
     return 0
 
 
 def _sections(
     fit: Fit, origins: Mapping[str, str], pairs: Mapping[str, str], choices: Mapping[str, Sequence[str]]
 ) -> dict[str, list[str]]:
-    """Tensors that were not simply copied, one line each, grouped by outcome."""
+    """Return the tensors that were not simply copied, one line each, grouped by outcome."""
 
     def both(old, new):
         return new if old == new else f"{old} (here {new})"
@@ -145,19 +148,19 @@ def _sections(
     return {
         "resized": [f"{name} from {shape}" for name, shape in fit.resized.items()],
         "paired by structure": [f"{name} is {origins[name]}" for name in sorted(pairs)],
-        "undecided, --rename decides": [
+        "ambiguous, choose with --rename": [
             f"{name} is one of: {', '.join(both(modules[other], other) for other in names)}"
             for name, names in choices.items()
         ],
         "missing": [f"{name} {shape}" for name, shape in fit.missing.items() if name not in undecided],
         "left over": [f"{both(origins[name], name)} {shape}" for name, shape in fit.unexpected.items()],
-        "of another shape": [f"{both(origins[name], name)} {shapes}" for name, shapes in fit.mismatched.items()],
+        "mismatched": [f"{both(origins[name], name)} {shapes}" for name, shapes in fit.mismatched.items()],
     }
 
 
 def _write(path: Path, model: str, checkpoint: Checkpoint, tensors: StateDict) -> None:
     """Write the file atomically, with the metadata that evaluation needs."""
-    # copies, because views of one storage cannot become safetensors
+    # copies, as safetensors cannot store views of shared storage
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

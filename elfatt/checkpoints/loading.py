@@ -23,8 +23,8 @@ from elfatt.layers import resize_positions
 LOGGER = logging.getLogger(__name__)
 CONTAINERS = {"ema": ("state_dict_ema", "model_ema", "ema_state_dict"), "raw": ("state_dict", "model")}
 
-# what trainers leave beside the tensors: arguments of timm's script, numbers and arrays of numpy 1 and 2, logged values
-# of open-mmlab's with their methods, which are pickled through getattr
+# extras in trainers' checkpoints: timm's arguments, NumPy 1 and 2 scalars and arrays, open-mmlab's log buffers, whose
+# methods are pickled through getattr
 IGNORED = (
     "argparse.Namespace",
     "builtins.getattr",
@@ -34,18 +34,18 @@ IGNORED = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("_core", "core") for name in ("scalar", "_reconstruct")),
 )
 
-AVERAGED_ONLY = "{} holds averaged weights only: load it with use_ema=True"
-REMEDIES = (  # by what all refused tensors match
-    (r"head\.", "set the checkpoint's num_classes, or start the classifier anew with allow=('head.',)"),
+AVERAGED_ONLY = "{} has only averaged weights: load it with use_ema=True"
+REMEDIES = (  # by the pattern that all rejected tensors match
+    (r"head\.", "set the checkpoint's num_classes, or reinitialise the classifier with allow=('head.',)"),
     (
         r"(head|norm)\.",
-        "a dense model has no classifier: if it is one's, start that anew with allow=('head.', 'norm.')",
+        "dense models' checkpoints have no classifier: reinitialise it with allow=('head.', 'norm.')",
     ),
     (r".*\.relative_position_bias_table \[", "its last axis is the number of heads: set the checkpoint's num_heads"),
     (
         "",
-        "build the model that the checkpoint was trained with, name the prefixes to skip in allow, or let "
-        "python -m elfatt.checkpoints list every tensor",
+        "build the model that the checkpoint was trained with, list the prefixes to skip in allow, or inspect every "
+        "tensor with python -m elfatt.checkpoints",
     ),
 )
 
@@ -55,14 +55,14 @@ class LoadReport:
     """Result of ``load_checkpoint``.
 
     Attributes:
-        source: Who published the weights, by their names or by the note of ``python -m elfatt.checkpoints``; ``native``
+        source: Source of the weights, from their names or as recorded by ``python -m elfatt.checkpoints``; ``native``
             for the model's own names.
         weights: ``ema`` or ``raw``.
-        matched: Tensors loaded, resized ones included.
-        resized: Position tables that were interpolated to the model's size.
-        skipped: Tensors that did not fit and that the caller allowed not to.
-        left_over: The file's names of what belongs to other parts, such as the heads of a dense model.
-        class_to_idx: Labels of the classes that the model was trained on, where the file tells.
+        matched: Number of tensors loaded, including resized ones.
+        resized: Position tables interpolated to the model's size.
+        skipped: Tensors that did not fit, as permitted by ``allow``.
+        left_over: The file's names of other parts' tensors, such as a dense model's heads.
+        class_to_idx: Class labels from training, if the file has them.
     """
 
     source: str
@@ -75,30 +75,30 @@ class LoadReport:
 
 
 def published_crop(source: str, side: int) -> Crop | None:
-    """The evaluation behind a source's published accuracies at a side in pixels, where it published any."""
+    """Return the crop behind a source's published accuracies at an image side in pixels, or None."""
     return CROPS.get(source, {}).get(side)
 
 
 def load_checkpoint(
     model: nn.Module, path: str | Path, *, use_ema: bool = True, allow: Sequence[str] = ()
 ) -> LoadReport:
-    """Load a checkpoint into one of our models, or into any other under the names it has itself.
+    """Load a checkpoint into one of our models, or into any other model with matching names.
 
-    The model may be a part of what the file holds, such as the backbone of a detector; see ``convert_state_dict``.
-    Position tables of another resolution are interpolated as their authors do. A table of tokens is taken to come from
-    a square map. When it raises, the model is as it was.
+    The file may contain more than the model, e.g. a detector with it as backbone; see ``convert_state_dict``. Position
+    tables of another resolution are interpolated as in the official code, assuming square maps for token tables. The
+    model is unchanged if this raises.
 
     Args:
-        model: The model.
-        path: ``.safetensors``, or a file of ``torch.save`` with nothing but tensors, numbers and plain containers.
-        use_ema: Take averaged weights where the file has them.
-        allow: Prefixes of tensors, under the model's names, that may be missing, unexpected or of another shape, such
-            as ``("head.",)`` for another number of classes; ``"arch"`` allows a file that names another of our models.
+        model: Target model.
+        path: ``.safetensors`` or ``torch.save`` file with only tensors, numbers and plain containers.
+        use_ema: Prefer averaged weights if the file has them.
+        allow: Prefixes of the model's tensor names that may be missing, unexpected or mismatched, e.g. ``("head.",)``
+            for another number of classes; ``"arch"`` permits a checkpoint of another of our models.
 
     Raises:
         FileNotFoundError: No such file.
-        TypeError: ``allow`` is one string.
-        ValueError: The file holds no such tensors or objects beyond them, or the tensors do not fit the model.
+        TypeError: ``allow`` is a string.
+        ValueError: The file has no tensors or contains other objects, or its tensors do not fit the model.
     """
     if isinstance(allow, str):
         raise TypeError(f"allow={allow!r} must be a sequence of prefixes: ({allow!r},)")
@@ -114,11 +114,11 @@ def load_checkpoint(
 
     broken = [name for name, x in fit.tensors.items() if x.is_floating_point() and not x.isfinite().all()]
     if broken:
-        found = _summary({"tensors with NaN or infinity": broken})
+        found = _summary({"non-finite tensors": broken})
         raise ValueError(f"{path} ({origin}) has {found}: take an earlier checkpoint")
-    model.load_state_dict(fit.tensors, strict=False)  # strictness is checked above, before anything changes
+    model.load_state_dict(fit.tensors, strict=False)  # checked above, before the model changes
     skipped = (*fit.missing, *fit.unexpected, *fit.mismatched)
-    groups = {"resized": tuple(fit.resized), "skipped": skipped, "of other parts": checkpoint.left_over}
+    groups = {"resized": tuple(fit.resized), "skipped": skipped, "from other parts": checkpoint.left_over}
     changes = _summary(groups) or "none resized, none skipped"
     LOGGER.info("%s: %s, %d tensors matched, %s", path, origin, len(fit.tensors), changes)
     return LoadReport(
@@ -137,11 +137,11 @@ class Fit:
     """How tensors fit a model; all names are the model's.
 
     Attributes:
-        tensors: Those that have a place and its shape, resized where that is allowed.
-        resized: Of these, the position tables that were interpolated; each with its shape in the file.
-        missing: Names that nothing is there for.
-        unexpected: Names that the model does not have; each with its shape.
-        mismatched: Names whose shape is another one; each with both shapes.
+        tensors: Tensors that fit, resized if needed.
+        resized: Interpolated position tables, with their shapes in the file.
+        missing: The model's tensors not in the file, with their shapes.
+        unexpected: Tensors that the model does not have, with their shapes.
+        mismatched: Tensors of another shape, with both shapes.
     """
 
     tensors: StateDict
@@ -151,7 +151,7 @@ class Fit:
     mismatched: dict[str, str]
 
     def misfits(self, allow: Sequence[str] = ()) -> dict[str, list[str]]:
-        """Mismatches by kind, except those with an allowed prefix."""
+        """Return the tensors that do not fit, by kind, except those with an allowed prefix."""
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "mismatched": self.mismatched}
         return {
             kind: [
@@ -164,7 +164,7 @@ class Fit:
 
 
 def fit_tensors(tensors: StateDict, model: nn.Module) -> Fit:
-    """Compare tensors, under the model's names, with the model, which stays as it is."""
+    """Compare tensors with a model, by the model's names; the model is not changed."""
     own = model.state_dict()
     sized = {key: _resize(key, tensor, model, own[key]) for key, tensor in tensors.items() if key in own}
     fitting = {key: tensor for key, tensor in sized.items() if tensor.shape == own[key].shape}
@@ -180,16 +180,16 @@ def fit_tensors(tensors: StateDict, model: nn.Module) -> Fit:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Contents of a file, under a model's names.
+    """Contents of a checkpoint file, under a model's names.
 
     Attributes:
-        tensors: Under the model's names.
-        origins: Their names in the file.
-        left_over: The file's names of what belongs to other parts.
-        names: Whose names the file uses.
-        source: Who published the weights, as in ``LoadReport``.
+        tensors: Tensors by the model's names.
+        origins: The tensors' names in the file.
+        left_over: The file's names of other parts' tensors.
+        names: Source of the file's names.
+        source: Source of the weights, as in ``LoadReport``.
         weights: ``ema`` or ``raw``.
-        class_to_idx: Labels of the classes, as in ``LoadReport``.
+        class_to_idx: Class labels, as in ``LoadReport``.
     """
 
     tensors: StateDict
@@ -209,8 +209,8 @@ def read_checkpoint(
     allow: Sequence[str] = (),
     renames: Sequence[tuple[str, str]] = (),
 ) -> Checkpoint:
-    """Read a file and give its tensors the model's names, see ``load_checkpoint`` and ``convert_state_dict``."""
-    content: Any = _read(Path(path))  # a dictionary, or _unwrap raises
+    """Read a file and rename its tensors; see ``load_checkpoint`` and ``convert_state_dict``."""
+    content: Any = _read(Path(path))  # a dict, or _unwrap raises
     tensors, weights = _unwrap(content, use_ema, path)
     _check_architecture(content, model, path, allow)
     converted = convert_state_dict(tensors, model, renames, use_ema=use_ema)
@@ -229,14 +229,14 @@ def read_checkpoint(
 
 
 def _labels(classes: object) -> dict[str, int] | None:
-    """Names and labels, as torchvision's and timm's data sets have them; other trainers may mean something else."""
+    """Return class labels in torchvision's and timm's format; None for anything else."""
     if isinstance(classes, dict) and all(isinstance(k, str) and isinstance(v, int) for k, v in classes.items()):
         return classes
     return None
 
 
 class _Ignored:
-    """Placeholder for an unpickled object that is not needed; its type has been checked."""
+    """Placeholder for unneeded objects of known types in a pickle."""
 
     def __init__(self, *args: object):
         pass
@@ -247,33 +247,33 @@ class _Ignored:
 
 def _read(path: Path) -> object:
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist, or is no file")
+        raise FileNotFoundError(f"checkpoint {path} does not exist or is not a file")
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # no mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # not a mapping
                 notes = file.metadata() or {}
                 classes = json.loads(notes.get("class_to_idx", "null"))
                 return {"state_dict": tensors, "source": notes.get("source"), "class_to_idx": classes}
-        # options of Swin's and its descendants are a dictionary; the rest is not built: no code
+        # Swin-style options become a dict; other allowed types become placeholders, so no code runs
         options = (OrderedDict, "yacs.config.CfgNode")
         with torch.serialization.safe_globals([options, *((_Ignored, name) for name in IGNORED)]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged and foreign files fail in many ways
-        reason = f"is damaged or no checkpoint ({type(error).__name__}): download or copy it again"
+    except Exception as error:  # damaged or foreign files raise almost anything
+        reason = f"is damaged or not a checkpoint ({type(error).__name__}): download or copy it again"
         if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
             reason = (
-                f"holds more than tensors ({unsafe[1]}), and reading that can run code: if you trust it, save its "
-                "tensors alone with torch.save({'state_dict': ...}) and load that file"
+                f"contains more than tensors ({unsafe[1]}), and loading it can run code: if you trust it, save only "
+                "its tensors with torch.save({'state_dict': ...}) and load that file"
             )
         raise ValueError(f"{path} {reason}") from error
 
 
 def _unwrap(content: object, use_ema: bool, path: str | Path) -> tuple[StateDict, str]:
-    """The state dict in a file, and whether it is ``ema`` or ``raw``."""
+    """Return a file's state dict, and ``ema`` or ``raw``."""
     fields = content if isinstance(content, dict) else {}
     averaged = fields.get("ema_state_dict")
-    if _is_state_dict(averaged) and "steps" in averaged:  # mmengine's EMAHook swaps the two when it saves
+    if _is_state_dict(averaged) and "steps" in averaged:  # mmengine's EMAHook swaps the two on saving
         fields = {"ema_state_dict": fields.get("state_dict"), "state_dict": averaged}
     found = {
         weights: [fields[key] for key in keys if _is_state_dict(fields.get(key))]
@@ -287,16 +287,16 @@ def _unwrap(content: object, use_ema: bool, path: str | Path) -> tuple[StateDict
     if found["ema"]:
         raise ValueError(AVERAGED_ONLY.format(path))
     wanted = ", ".join(key for keys in CONTAINERS.values() for key in keys)
-    raise ValueError(f"{path} holds no tensors: it must be a state dict, or have one under {wanted}")
+    raise ValueError(f"{path} has no tensors: it must be a state dict or contain one as {wanted}")
 
 
 def _check_architecture(content: object, model: nn.Module, path: str | Path, allow: Sequence[str]) -> None:
-    """Raise for a training checkpoint of another of our models: some of them share all names and shapes."""
+    """Raise ``ValueError`` for a checkpoint of another of our models; some share all names and shapes."""
     saved = str(content.get("arch") if isinstance(content, dict) else None).split(".")[0]
     own = getattr(model, "pretrained_cfg", {}).get("architecture")
     if own and saved != own and saved in list_models() and "arch" not in allow:
         raise ValueError(
-            f"{path} is a checkpoint of {saved}, not of {own}: build {saved}, or allow 'arch' to load it all the same"
+            f"{path} is a checkpoint of {saved}, not of {own}: build {saved}, or allow 'arch' to load it anyway"
         )
 
 
@@ -305,7 +305,7 @@ def _is_state_dict(content: object) -> TypeGuard[StateDict]:
 
 
 def _resize(key: str, table: torch.Tensor, model: nn.Module, own: torch.Tensor) -> torch.Tensor:
-    """A position table at the size of the model's; itself where it has that size or cannot be given it."""
+    """Resize a position table to the model's size; return it as is if it fits or cannot be resized."""
     owner, _, name = key.rpartition(".")
     if name not in POSITIONS or table.shape == own.shape or table.ndim != own.ndim:
         return table
@@ -313,7 +313,7 @@ def _resize(key: str, table: torch.Tensor, model: nn.Module, own: torch.Tensor) 
     if own.ndim == 4:
         height, width = own.movedim(channels, 1).shape[-2:]
         maps, size = table, (height, width)
-    else:  # tokens of a map
+    else:  # a table of tokens
         tokens, wanted = table.shape[-2], own.shape[-2]
         side = math.isqrt(tokens)
         size = getattr(model.get_submodule(owner), "feat_size", (math.isqrt(wanted), math.isqrt(wanted)))
@@ -325,7 +325,7 @@ def _resize(key: str, table: torch.Tensor, model: nn.Module, own: torch.Tensor) 
 
 
 def _summary(groups: Mapping[str, Sequence[str]]) -> str:
-    """Size and first names of each non-empty group."""
+    """Return the size and first names of each non-empty group."""
     return ", ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
         for what, names in groups.items()

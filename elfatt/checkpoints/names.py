@@ -1,10 +1,10 @@
-"""Recognise the naming scheme of a checkpoint and rename its tensors.
+"""Detect a checkpoint's naming scheme and rename its tensors.
 
 Names follow microsoft/Swin-Transformer (swin_transformer.py), microsoft/CSWin-Transformer (cswin.py),
 LeapLabTHU/FLatten-Transformer (flatten_swin.py, flatten_cswin.py), LeapLabTHU/Agent-Attention (agent_swin.py,
 agent_cswin.py), MzeroMiko/VMamba (vmamba.py), facebookresearch/ConvNeXt (convnext.py, for timm's model), timm
-(swin_transformer.py) and open-mmlab's mmdetection, mmsegmentation and mmpretrain (swin.py), with the norms that their
-dense models have behind each level. Another one is another row of ``NAMINGS``.
+(swin_transformer.py) and open-mmlab's mmdetection, mmsegmentation and mmpretrain (swin.py), including the per-stage
+output norms of their dense models. To support another source, add a row to ``NAMINGS``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import nn
 
 StateDict = dict[str, torch.Tensor]
 
-DERIVED = (".relative_position_index", ".attn_mask")  # buffers that models compute and old checkpoints hold
-LEVEL_NORMS = "norms."  # of a dense model's backbone, one a level; a classification model has none
-AVERAGED = re.compile(r"(?:^|[._])ema(?:[._]|$)")  # prefixes of averaged copies, such as "ema_model."
+DERIVED = (".relative_position_index", ".attn_mask")  # computed buffers, still found in old checkpoints
+LEVEL_NORMS = "norms."  # per-stage output norms of dense models' backbones; absent in classifiers
+AVERAGED = re.compile(r"(?:^|[._])ema(?:[._]|$)")  # prefixes of averaged copies, e.g. "ema_model."
 
 
 class Crop(NamedTuple):
-    """Evaluation crop of the weights' authors, in timm's terms."""
+    """Authors' evaluation crop, in timm's terms."""
 
     crop_pct: float
     crop_mode: str
@@ -36,11 +36,11 @@ class Naming(NamedTuple):
     """Naming scheme of a source.
 
     Attributes:
-        source: Its name for people.
-        marks: Regular expressions that each match some key of it.
-        rules: Regular expressions and their replacements, applied to every key in this order.
-        crops: The crop behind the published accuracies, by the side of the image in pixels.
-        values: Regular expressions for our names, and what becomes of such a tensor.
+        source: Display name.
+        marks: Regular expressions that identify the scheme; each must match some key.
+        rules: Regular expressions and replacements, applied to every key in order.
+        crops: Crop of the published accuracies, by image side in pixels.
+        values: Regular expressions on our names, and conversions of the matching tensors.
     """
 
     source: str
@@ -51,12 +51,12 @@ class Naming(NamedTuple):
 
 
 def _stage(template: str, shift: int) -> Callable[[re.Match], str]:
-    """Replacement that counts the stage in group 1 from elsewhere."""
+    """Return a replacement that offsets the stage number in group 1."""
     return lambda match: template.format(int(match[1]) + shift)
 
 
 def _corners(merged: torch.Tensor) -> torch.Tensor:
-    """``[..., 4 C]`` as ``nn.Unfold`` has it, channel by channel, to Swin's corners (0, 0), (1, 0), (0, 1), (1, 1)."""
+    """Reorder ``[..., 4 C]`` from ``nn.Unfold``'s channel-major order to Swin's (0, 0), (1, 0), (0, 1), (1, 1)."""
     return merged.unflatten(-1, (-1, 4)).mT[..., [0, 2, 1, 3], :].flatten(-2)
 
 
@@ -66,7 +66,7 @@ TIMM_SWIN = (
     (r"^layers\.(\d+)\.", r"stages.\1."),
 )
 SWIN = (
-    # a merge ends the stage before it, ours opens the stage behind it
+    # downsampling ends a stage there, and starts the next one here
     (r"^layers\.(\d+)\.downsample\.", _stage("stages.{}.downsample.", 1)),
     *TIMM_SWIN,
     (r"^norm(\d)\.", r"norms.\1."),
@@ -120,24 +120,24 @@ CONVNEXT = (
 _SWIN, _CSWIN = r"^layers\.0\.downsample\.", r"^stage1_conv_embed\."
 _AGENT, _FLATTEN, _OPEN_MMLAB = r"\.an_bias$", r"\.positional_encoding$", r"\.attn\.w_msa\."
 
-# Agent's biases have a leading axis of one, with which they could not be channels-last
+# drop the leading size-1 axis of Agent's biases, which rules out channels-last
 AGENT_VALUES = ((r"\.(?:ah|aw|ha|wa)_bias$", lambda bias: bias[0] if bias.ndim == 5 else bias),)
 OPEN_MMLAB_VALUES = ((r"^stages\.\d+\.downsample\.", _corners),)
-VMAMBA_VALUES = ((r"\.(?:in_proj|out_proj|fc1|fc2)\.weight$", lambda weight: weight.flatten(1)),)  # 1 x 1 convolutions
+VMAMBA_VALUES = ((r"\.(?:in_proj|out_proj|fc1|fc2)\.weight$", lambda weight: weight.flatten(1)),)  # 1×1 convolutions
 
 SWIN_CROPS = {
     224: Crop(0.875, "center"),
     384: Crop(1.0, "squash"),
 }  # data/build.py; the 384 configs have TEST.CROP False
-# LeapLabTHU's data/build.py resizes to 256 x 256 before it crops; only the Swin configs of 384 have TEST.CROP False
+# LeapLabTHU's data/build.py resizes to 256×256 before cropping; only the 384 Swin configs have TEST.CROP False
 LEAP_SWIN_CROPS = {224: Crop(0.875, "squash"), 384: Crop(1.0, "squash")}
 LEAP_CSWIN_CROPS = {224: Crop(0.875, "squash"), 384: Crop(0.875, "squash")}
 CSWIN_CROPS = {224: Crop(0.9, "center"), 384: Crop(1.0, "center")}  # models/cswin.py, default_cfgs
-VMAMBA_CROPS = {224: Crop(0.875, "center")}  # classification/data/build.py; it publishes nothing else
+VMAMBA_CROPS = {224: Crop(0.875, "center")}  # classification/data/build.py; the only published size
 CONVNEXT_CROPS = {224: Crop(0.875, "center"), 384: Crop(1.0, "squash")}  # datasets.py
 TIMM_SWIN_CROPS = {224: Crop(0.9, "center"), 384: Crop(1.0, "center")}  # swin_transformer.py, default_cfgs
 
-# the first row whose marks are all found counts
+# the first row whose marks all match wins
 NAMINGS = (
     Naming("VMamba", (r"\.(?:op|self_attention)\.A_logs$",), VMAMBA, VMAMBA_CROPS, VMAMBA_VALUES),
     Naming("Facebook ConvNeXt", (r"^downsample_layers\.0\.", r"\.dwconv\."), CONVNEXT, CONVNEXT_CROPS),
@@ -147,7 +147,7 @@ NAMINGS = (
     Naming("FLatten-CSWin", (_CSWIN, _FLATTEN), CSWIN, LEAP_CSWIN_CROPS),
     Naming("microsoft Swin", (_SWIN,), SWIN, SWIN_CROPS),
     Naming("microsoft CSWin", (_CSWIN,), CSWIN, CSWIN_CROPS),
-    *(  # mmpretrain's classifier has norm3 alone, and that is the last norm
+    *(  # mmpretrain's classifier has only norm3, the final norm
         Naming("open-mmlab Swin", marks, (*OPEN_MMLAB_SWIN, norms), SWIN_CROPS, OPEN_MMLAB_VALUES)
         for marks, norms in (
             ((_OPEN_MMLAB, r"^norm[0-2]\."), (r"^norm(\d)\.", r"norms.\1.")),
@@ -156,10 +156,10 @@ NAMINGS = (
     ),
     Naming("timm Swin", (r"^layers\.1\.downsample\.",), TIMM_SWIN, TIMM_SWIN_CROPS),
 )
-NATIVE = Naming("native", (), ((r"^features\.model\.", ""),), {})  # TimmBackbone keeps the model there
+NATIVE = Naming("native", (), ((r"^features\.model\.", ""),), {})  # TimmBackbone's prefix
 CROPS = {naming.source: naming.crops for naming in NAMINGS}
 
-# learned position tables: interpolation, and the axis of the channels once the table is maps of four axes
+# learned position tables: interpolation mode and channel axis of the 4-D table
 POSITIONS = {
     "relative_position_bias_table": ("bicubic", 3),
     "positional_encoding": ("bicubic", 3),
@@ -174,11 +174,11 @@ class Converted(NamedTuple):
     """A checkpoint's tensors under a model's names.
 
     Attributes:
-        tensors: What belongs to the model, or is at least not known to belong elsewhere.
-        source: Whose names they had; ``native`` for the model's own.
-        origins: The checkpoint's name of each of them.
-        left_over: The checkpoint's names of what belongs to other parts: heads, necks, norms behind levels, copies.
-        averaged: They come from the averaged copy of a checkpoint that holds both under different prefixes.
+        tensors: Tensors not known to belong elsewhere.
+        source: Source of the names; ``native`` for the model's own.
+        origins: The checkpoint's name of each tensor.
+        left_over: The checkpoint's names of other parts' tensors: heads, necks, output norms, copies.
+        averaged: Whether the tensors come from a prefixed averaged copy in the checkpoint.
     """
 
     tensors: StateDict
@@ -193,32 +193,32 @@ def convert_state_dict(
 ) -> Converted:
     """Rename a checkpoint's tensors to a model's names.
 
-    The model's tensors may stand under a prefix, such as ``module.`` or ``backbone.``: it is the one under which most
-    of its names are found, if that is more than half of them; the others are then left over. Buffers that the model
-    computes itself are dropped; a key no rule knows stays as it is.
+    The model's tensors may have a prefix such as ``module.`` or ``backbone.``: the one that matches the most names is
+    used if it matches more than half of them, and tensors outside it are left over. Computed buffers are dropped; keys
+    that no rule matches are kept.
 
     Args:
         state_dict: The checkpoint's tensors.
-        model: The model they are meant for.
-        renames: Further regular expressions and their replacements. One that changes a name of the checkpoint is
-            applied before names are recognised, any other to the names that come out.
-        use_ema: Prefer an averaged copy, by its prefix.
+        model: Target model.
+        renames: Additional regular expressions and replacements. Those that match a checkpoint name are applied before
+            the scheme is detected, the others to the converted names.
+        use_ema: Prefer an averaged copy, detected by its prefix.
 
     Raises:
-        ValueError: Two tensors end up under one name, or a regular expression is none.
+        ValueError: Two tensors map to one name, or a regular expression is invalid.
     """
     own = model.state_dict().keys()
     early = [rename for rename in renames if any(_substitute(key, [rename]) != key for key in state_dict)]
     names = {key: _substitute(key, early) for key in state_dict}
     prefix, new, naming = _locate(names, own, [rename for rename in renames if rename not in early], use_ema)
-    if prefix:  # open-mmlab's classifier stands beside the backbone
+    if prefix:  # open-mmlab's classifier is outside the backbone's prefix
         taken = set(new.values())
         new |= {key: name for key, name in names.items() if key not in new and name in own and name not in taken}
     new = {key: name for key, name in new.items() if name in own or not name.startswith(LEVEL_NORMS)}
     origins: dict[str, str] = {}
     for key, name in new.items():
         if name in origins:
-            raise ValueError(f"two tensors of the checkpoint are called {name}: {origins[name]} and {key}")
+            raise ValueError(f"two tensors of the checkpoint map to {name}: {origins[name]} and {key}")
         origins[name] = key
     return Converted(
         tensors={name: _changed(state_dict[key], name, naming) for name, key in origins.items()},
@@ -232,7 +232,7 @@ def convert_state_dict(
 def _locate(
     names: Mapping[str, str], own: Set[str], renames: Sequence[tuple[str, str]], use_ema: bool
 ) -> tuple[str, dict[str, str], Naming]:
-    """The prefix that the model's tensors have, the model's names for them, and whose theirs are."""
+    """Return the prefix of the model's tensors, the new name of each key, and the naming scheme."""
     parts: dict[str, dict[str, str]] = defaultdict(dict, {"": {}})
     for key, name in names.items():
         for end in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
@@ -248,13 +248,13 @@ def _locate(
 def _recognise(
     old: Mapping[str, str], own: Set[str], renames: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, str], Naming]:
-    """The new name of each key, from its old one, and whose the old ones are."""
+    """Return the new name of each key, and the naming scheme."""
     old = {key: name for key, name in old.items() if name in own or not name.endswith(DERIVED)}
     foreign = [name for name in old.values() if name not in own]
     naming = next(
         (n for n in NAMINGS if all(any(re.search(mark, name) for name in foreign) for mark in n.marks)), NATIVE
     )
-    # CSWin counts the branches of a block even where there is only one, and that one is another mechanism
+    # CSWin numbers a block's branches even if there is only one, which is another mechanism
     paired = {name.partition(".attns.1.")[0] for name in foreign if ".attns.1." in name}
     new = {}
     for key, name in old.items():
@@ -269,7 +269,7 @@ def _substitute(name: str, rules: Iterable[tuple[str, str | Callable[[re.Match],
         try:
             name = re.sub(pattern, replacement, name)
         except re.error as error:
-            raise ValueError(f"{pattern!r} to {replacement!r} is no renaming by regular expression: {error}") from error
+            raise ValueError(f"invalid regular expression in rename {pattern!r} to {replacement!r}: {error}") from error
     return name
 
 

@@ -6,25 +6,24 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-PLACE = re.compile(r"^(?:.*\.)?\d+(?=\.)")  # a name up to its last number: "stages.0.blocks.1"
+PLACE = re.compile(r"^(?:.*\.)?\d+(?=\.)")  # name up to its last number: "stages.0.blocks.1"
 
 
 def pair_by_structure(
     wanted: Mapping[str, str], given: Mapping[str, str], names: Iterable[str]
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Pair a model's missing tensors with a checkpoint's unused ones where only one pairing is possible.
+    """Pair a model's missing tensors with a checkpoint's unused ones if the pairing is unique.
 
-    Two modules can be one if they are in the same block and have tensors of the same kinds and shapes, such as a
-    weight ``[8, 1, 3, 3]`` and a bias ``[8]``.
+    Modules match if they are in the same block and have the same parameter names and shapes, e.g. a weight
+    ``[8, 1, 3, 3]`` and a bias ``[8]``.
 
     Args:
-        wanted: The model's names without a tensor, and their shapes.
-        given: The names left over, and their shapes.
-        names: All names of the model, which tell its blocks.
+        wanted: Shapes of the model's missing tensors, by name.
+        given: Shapes of the checkpoint's unused tensors, by name.
+        names: All tensor names of the model; they define its blocks.
 
     Returns:
-        The pairs of tensors, from the model's name to the other; and for each module of the model that more than one
-        pairing is possible for, the modules it could be.
+        Pairs from the model's to the checkpoint's names, and the candidates for each ambiguous module of the model.
     """
     places = sorted({match[0] for match in map(PLACE.match, names) if match}, key=len, reverse=True)
     groups: dict[tuple, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))

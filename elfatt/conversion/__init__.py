@@ -1,6 +1,6 @@
-"""Replace the attention of trained models, keeping their weights: each head exact, linear or in blocks.
+"""Replace the attention of trained models while keeping their weights: exact, linear or block-wise, per head.
 
-The core needs torch only; ``elfatt.integrations`` finds the layers of a model and puts everything back.
+Needs only torch; ``elfatt.integrations`` converts and restores the models of timm, transformers and diffusers.
 """
 
 from elfatt.conversion.agent import Agent

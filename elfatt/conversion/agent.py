@@ -1,6 +1,6 @@
-"""Agent attention in a trained diffusion model, as a baseline: heavily merged queries mediate between queries and keys.
+"""Agent attention for trained diffusion models, a baseline in which heavily merged queries serve as agents.
 
-Source: Agent Attention (Han et al., arXiv 2312.08874), its AgentSD: formula, constants and schedule of the steps.
+Source: Agent Attention (Han et al., arXiv 2312.08874), AgentSD: formula, constants and step schedule.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import torch
 from elfatt.conversion.merging import Matching, Tokens
 from elfatt.ops import softmax_attention
 
-EARLY = 0.4  # share of the steps with agents: 20 of 50
-MERGED = 0.4  # share of the tokens that are merged before a layer, in all steps
-MERGED_INTO_AGENTS = 0.95  # at most: each cell keeps a token
-STRIDES = {True: 4, False: 2}  # side of a cell, early and later
+EARLY = 0.4  # fraction of steps with agents: 20 of 50
+MERGED = 0.4  # fraction of tokens merged before a layer, in all steps
+MERGED_INTO_AGENTS = 0.95  # upper bound: each cell keeps a token
+STRIDES = {True: 4, False: 2}  # cell side in early and later steps
 
 
 def agent_attention(
@@ -26,47 +26,47 @@ def agent_attention(
     spread: float = 0.3,
     shortcut: float = 0.075,
 ) -> torch.Tensor:
-    """``softmax(scaleˢ q aᵀ) softmax(scale a kᵀ) v + shortcut · v`` with s the ``spread``.
+    """Compute ``softmax(scaleˢ q aᵀ) softmax(scale a kᵀ) v + shortcut · v``, with ``s`` the ``spread``.
 
     Args:
         q: Queries ``[B, N, heads, d]``.
         k: Keys ``[B, N, heads, d]``.
         v: Values ``[B, N, heads, d]``.
-        agents: ``[B, A, heads, d]``.
-        scale: Of the scores, by default ``1 / √d``.
-        spread: Power of the scale by which the agents' features reach the queries.
-        shortcut: Times V, added.
+        agents: Agents ``[B, A, heads, d]``.
+        scale: Scale of the scores (default: ``1 / √d``).
+        spread: Exponent of the scale between queries and agents.
+        shortcut: Coefficient of V, which is added to the output.
 
     Returns:
         ``[B, N, heads, d]``.
     """
-    root = q.shape[-1] ** 0.5  # the operation divides by it
+    root = q.shape[-1] ** 0.5  # softmax_attention divides by it
     scale = 1 / root if scale is None else scale
     features = softmax_attention(agents * (scale * root), k, v)
     return softmax_attention(q * (scale**spread * root), agents, features) + shortcut * v
 
 
 class Agent:
-    """AgentSD as an ``Attend`` that merges tokens by itself: agents in the first 40 % of the steps, then plain ToMe.
+    """AgentSD as an ``Attend`` that merges its own tokens: agents in the first 40 % of steps, then plain ToMe.
 
-    Layers whose tokens are not merged stay exact.
+    Layers without merged tokens stay exact.
     """
 
     def __init__(self):
         self._generator = self._matching = None
 
     def merge(self, x: torch.Tensor, size: tuple[int, int], done: float) -> tuple[Tokens, Tokens]:
-        """As ``elfatt.conversion.merging.Merge``."""
+        """Implement ``elfatt.conversion.merging.Merge``."""
         early, count = done < EARLY, int(MERGED * x.shape[1])
         if self._generator is None or self._generator.device != x.device:
             self._generator = torch.Generator("cpu" if x.is_meta else x.device).manual_seed(torch.initial_seed())
-        # in odd batches no choice by chance, which would tell apart what guidance compares
+        # not random for odd batches, as guidance's halves would differ
         matching = Matching(x, size, STRIDES[early], self._generator if len(x) % 2 == 0 else None)
         self._matching = (matching, count) if early else None
         return lambda t: matching.merge(t, count), lambda t: matching.unmerge(t, count)
 
     def __call__(self, layer, q, k, v, size, *, prefix=0, scale=None) -> torch.Tensor:
-        """Attention over merged tokens (``size`` None) or, exactly, over those of a map."""
+        """Attend over merged tokens by agents (``size`` is None), or exactly over a map."""
         matching, self._matching = self._matching, None
         if size is None and matching is not None:
             agents = self._agents(q, *matching)

@@ -1,7 +1,7 @@
-"""Softmax attention of a trained multi-head layer in which each head is exact, linear or local.
+"""Attention of trained multi-head layers with exact, linear or block-wise heads.
 
-Source: ELFATT (arXiv 2501.06098), the double-head formula: whole heads run the global branch
-``softmax(Q) (softmax(K)ᵀ V)`` or attend within blocks. A trained layer has no LePE.
+Source: ELFATT (arXiv 2501.06098), the double-head formula: heads run either the global branch
+``softmax(Q) (softmax(K)ᵀ V)`` or block attention. Trained layers have no LePE.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ def hybrid_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Attention over the tokens of a map, which may follow a prefix of class, register or text tokens.
+    """Attend over a map's tokens, optionally preceded by class, register or text tokens.
 
-    The prefix attends to all tokens exactly, and every branch sees it among the keys. Where a block does not divide the
-    map, the last blocks are shifted inwards and overlap their neighbours, so that every query sees a whole block.
+    Prefix tokens attend to all tokens exactly, and are keys in every branch. If the blocks do not divide the map, the
+    last ones are shifted inwards and overlap their neighbours, so that every query sees a whole block.
 
     Args:
         q: Queries ``[B, N, heads, d]``, N = prefix + H · W, the map in row-major order.
-        k: Keys, alike.
-        v: Values, alike.
-        size: Height and width H, W of the map in tokens. None for tokens that are no map, such as merged ones: among
-            them ``block`` heads attend exactly.
-        plan: What each head runs.
-        prefix: Tokens before the map.
-        scale: Factor of the scores in the softmax branches, by default ``1 / √d``.
-        backend: One of ``elfatt.ops.BACKENDS``, or None for the ambient one.
+        k: Keys, same shape.
+        v: Values, same shape.
+        size: Map height and width H, W in tokens. None if the tokens do not form a map, e.g. merged ones; ``block``
+            heads are then exact.
+        plan: Branch of each head.
+        prefix: Number of tokens before the map.
+        scale: Scale of the scores in the softmax branches (default: ``1 / √d``).
+        backend: One of ``elfatt.ops.BACKENDS``; None for the active one.
 
     Returns:
         ``[B, N, heads, d]``.
 
     Raises:
-        ValueError: A shape does not fit the map or the plan.
+        ValueError: Shapes do not match the map or the plan.
     """
     if size is None:
         size, plan = (1, q.shape[1] - prefix), plan.without_map()
     _check(q, k, v, size, plan, prefix)
-    scaled = q if scale is None else q * (scale * q.shape[-1] ** 0.5)  # the operations divide by √d
+    scaled = q if scale is None else q * (scale * q.shape[-1] ** 0.5)  # the operations scale by 1 / √d
     if plan.is_exact or q.shape[1] < plan.min_tokens:
         return softmax_attention(scaled, k, v, backend=backend)
 
@@ -64,7 +64,7 @@ def hybrid_attention(
     if any(head.temperature != 1 for head in plan.heads):
         soft = tuple(x / _column(x, [head.temperature for head in plan.heads]) for x in soft)
 
-    parts: list[tuple[list[int], torch.Tensor]] = []  # heads, and their output at the tokens of the map
+    parts: list[tuple[list[int], torch.Tensor]] = []  # heads and their outputs at the map's tokens
     if exact:
         parts.append((exact, softmax_attention(*_heads(exact, scaled[:, prefix:], k, v), backend=backend)))
     sides = [side for branch, side in groups if branch == "block"]
@@ -101,12 +101,12 @@ def run_plan(
     prefix: int = 0,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """``hybrid_attention`` of one layer of a plan; with the plan bound, an ``Attend``."""
+    """Run ``hybrid_attention`` for a plan's layer; an ``Attend`` once the plan is bound."""
     return hybrid_attention(q, k, v, size, plan.layers[layer], prefix=prefix, scale=scale)
 
 
 def _fused(soft, scaled, k, v, size, linear, local, side, backend):
-    """Linear heads and heads of one block side, as one ELFATT operation."""
+    """Run linear heads and heads of one block side as one ELFATT operation."""
     width = v.shape[-1]
     packed = [
         torch.cat([*_heads(linear, first), *_heads(local, second)], dim=2).flatten(2)
@@ -123,7 +123,7 @@ def _fused(soft, scaled, k, v, size, linear, local, side, backend):
 
 
 def _attend_blocks(q, k, v, *, size, side, prefix, backend):
-    """Softmax attention of each token of the map over its block and the prefix: ``[B, H · W, heads, d]``."""
+    """Attend from each map token to its block and the prefix: ``[B, H · W, heads, d]``."""
     block = fit_block((side, side), size)
     taken, kept = zip(*(_overlapping(length, b, q.device) for length, b in zip(size, block, strict=True)), strict=True)
     whole = len(taken[0]), len(taken[1])
@@ -142,7 +142,7 @@ def _attend_blocks(q, k, v, *, size, side, prefix, backend):
 
 
 def _overlapping(length: int, block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens of a side make whole blocks, the last one shifted inwards, and where each token is among them."""
+    """Return the tokens of a side in whole blocks, the last one shifted inwards, and each token's place in them."""
     tokens = torch.arange(length, device=device)
     rest = length % block
     if not rest:
@@ -152,7 +152,7 @@ def _overlapping(length: int, block: int, device: torch.device) -> tuple[torch.T
 
 
 def _heads(heads: Sequence[int], *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """These heads of ``[B, N, heads, d]``: views where they stand side by side."""
+    """Select heads of ``[B, N, heads, d]``; views if they are adjacent."""
     first, count = (heads[0], len(heads)) if heads else (0, 0)
     if list(heads) == list(range(first, first + count)):
         return [x[:, :, first : first + count] for x in tensors]
@@ -169,7 +169,7 @@ def _check(q, k, v, size, plan, prefix):
         raise ValueError(f"q, k and v must have one shape [B, N, heads, d], got {shapes}")
     if prefix < 0 or q.shape[1] != prefix + size[0] * size[1]:
         raise ValueError(
-            f"{q.shape[1]} tokens are not {prefix} and a map of {size[0]} × {size[1]}: give the map's size"
+            f"{q.shape[1]} tokens are not {prefix} plus a map of {size[0]} × {size[1]}: pass the map's size"
         )
     if q.shape[2] != len(plan.heads):
-        raise ValueError(f"the plan has {len(plan.heads)} heads, the layer {q.shape[2]}")
+        raise ValueError(f"the plan has {len(plan.heads)} heads but the layer has {q.shape[2]}")

@@ -1,14 +1,14 @@
 """Calibration: measure each head's branches on a few batches and choose a plan under a budget.
 
-The error of a layer is ``‖A − S‖ / ‖S‖``: S the output of softmax attention at the tokens of the map, all heads side by
-side and before the projection, A what a plan gives for the same queries, keys and values; norms run over all batches.
-The error of a plan is the root of the mean of the squared errors of its layers. Where layers were weighed, it is the
-root of their weighted sum: the weight of a layer is what its squared error makes of the model's output, measured by
-disturbing that layer alone. So the plan's error is that of the output, as far as errors are small and independent.
+A layer's error is ``‖A − S‖ / ‖S‖``, where S is the output of softmax attention at the map's tokens, with all heads
+concatenated and before the projection, and A is the plan's output for the same queries, keys and values; norms are over
+all batches. A plan's error is the root mean square of its layers' errors. If layers were weighed, it is the root of the
+weighted sum of squares instead: a layer's weight relates its squared error to that of the model's output, measured by
+perturbing only that layer. The plan's error then estimates the output's, if errors are small and independent.
 
-Either way each head adds its own share, and the choice is one list of steps, each head's cheaper branches in the order
-of error per saving; a budget says how far to go. A larger budget takes more of the same steps: its plan is never more
-expensive. A budget of cost ends with whichever one step reaches it at the least error.
+Either way the squared error is a sum over heads, so the choice is one list of steps: each head's cheaper branches,
+ordered by error per saving. The budget decides how many are taken; a larger error budget takes more of the same steps,
+so its plan never costs more. Under a cost budget, the last step is the single one that meets it with the least error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CANDIDATES = (
 
 
 class Attend(Protocol):
-    """What a model calls in place of a self-attention layer's softmax attention; arguments as ``hybrid_attention``."""
+    """Replacement for a layer's softmax self-attention; arguments as in ``hybrid_attention``."""
 
     def __call__(
         self,
@@ -44,17 +44,17 @@ class Attend(Protocol):
         prefix: int = 0,
         scale: float | None = None,
     ) -> torch.Tensor:
-        """Attend in one layer."""
+        """Compute the attention of one layer."""
 
 
 def multiply_adds(head: Head, size: tuple[int, int], prefix: int, width: int) -> float:
-    """Multiply-adds of one head at the tokens of a map, for one image.
+    """Return the multiply-adds of one head at a map's tokens, per image.
 
     Args:
-        head: What it runs.
-        size: Height and width of the map in tokens.
-        prefix: Tokens before the map.
-        width: Channels of the head.
+        head: The head's branch.
+        size: Map height and width in tokens.
+        prefix: Number of tokens before the map.
+        width: Channels per head.
     """
     tokens = size[0] * size[1]
     if head.branch == "linear":
@@ -65,29 +65,29 @@ def multiply_adds(head: Head, size: tuple[int, int], prefix: int, width: int) ->
 
 @dataclass
 class _Layer:
-    """Sums over batches; the tensors are ``[options, heads]``, ``norm`` and ``value`` ``[heads]``."""
+    """Sums over batches; tensors are ``[options, heads]``, ``norm`` and ``value`` ``[heads]``."""
 
     rest: torch.Tensor  # ‖S − A‖²
     overlap: torch.Tensor  # ⟨S − A, V⟩
     norm: torch.Tensor  # ‖S‖²
     value: torch.Tensor  # ‖V‖²
     cost: torch.Tensor  # [options + 1], exact attention last
-    probe: float = 0.0  # squared errors of the layer, each time that it was disturbed alone
-    effect: float = 0.0  # squared errors of the model's output that came of it
+    probe: float = 0.0  # squared errors of the layer when only it is perturbed
+    effect: float = 0.0  # resulting squared errors of the model's output
 
 
 class Calibration:
-    """Errors and costs of every head's branches, as measured.
+    """Measured errors and costs of every head's branches.
 
     Args:
         model: Name of the model.
-        candidates: Branches to choose from; without a shortcut.
-        min_tokens: Shorter inputs stay exact, in the plans as well.
-        shortcut: Fit each head's multiple of V by least squares.
-        cost: Cost of a head for one image, see ``multiply_adds``.
+        candidates: Branches to choose from, without shortcuts.
+        min_tokens: Shorter inputs stay exact, also in the resulting plans.
+        shortcut: Fit each head's coefficient of V by least squares.
+        cost: Cost of a head per image; see ``multiply_adds``.
 
     Raises:
-        ValueError: No candidate, or one that is exact or has a shortcut.
+        ValueError: No candidates, or one that is exact or has a shortcut.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class Calibration:
         self.model, self.candidates = model, tuple(candidates)
         self.min_tokens, self.shortcut, self.cost = min_tokens, shortcut, cost
         self.layers: dict[str, _Layer] = {}
-        self._disturbed: str | None = None  # the layer that is being weighed
+        self._disturbed: str | None = None  # layer being weighed
 
     @torch.no_grad()
     def attend(self, layer, q, k, v, size, *, prefix=0, scale=None) -> torch.Tensor:
-        """Measure one call of a layer and return exact attention, so the model runs unchanged."""
+        """Measure one call of a layer and return exact attention, so that the model runs unchanged."""
         heads = q.shape[2]
 
         def run(head):
@@ -135,11 +135,11 @@ class Calibration:
 
     @torch.no_grad()
     def weigh(self, call: Callable[[], torch.Tensor], out: torch.Tensor) -> None:
-        """Measures what the error of each layer seen so far does to the model's output; one call of it for each.
+        """Measure how each layer's error affects the model's output, with one call of the model per layer.
 
         Args:
-            call: Calls the model again as it was just called, with every self-attention through ``attend``.
-            out: What it gave.
+            call: Repeats the last call of the model, with all self-attention through ``attend``.
+            out: Output of that call.
         """
         for name, layer in self.layers.items():
             self._disturbed = name
@@ -152,15 +152,14 @@ class Calibration:
         """Choose a branch for each head.
 
         Args:
-            error: Largest error of the plan; the cheapest steps that keep within it.
-            cost: Largest share of exact attention's cost; the fewest steps that reach it.
+            error: Maximum error of the plan; takes steps until it would be exceeded.
+            cost: Maximum cost as a fraction of exact attention's; takes steps until it is met.
 
         Raises:
-            ValueError: Not one of both, a value out of range, a cost that no choice reaches, or non-finite attention
-                output.
+            ValueError: Not exactly one budget, a value out of range, an unreachable cost, or non-finite output.
         """
         if (error is None) == (cost is None):
-            raise ValueError(f"error={error} and cost={cost}: give one of both")
+            raise ValueError(f"error={error} and cost={cost}: pass exactly one of them")
         if (error is not None and not error >= 0) or (cost is not None and not 0 < cost <= 1):
             raise ValueError(f"error={error} must be at least 0, cost={cost} in (0, 1]")
         if not self.layers:
@@ -183,7 +182,7 @@ class Calibration:
         return Plan(self.model, {name: LayerPlan(tuple(row), self.min_tokens) for name, row in heads.items()})
 
     def error(self, plan: Plan) -> float:
-        """The measured error of a plan whose branches are among the candidates."""
+        """Return the measured error of a plan made of candidates."""
         shares = self._shares()
         total = sum(
             shares[name][option, head].item()
@@ -193,7 +192,7 @@ class Calibration:
         return max(total, 0.0) ** 0.5
 
     def relative_cost(self, plan: Plan) -> float:
-        """The cost of a plan as a share of exact attention's."""
+        """Return a plan's cost as a fraction of exact attention's."""
         spent = sum(
             self.layers[name].cost[option].item() for name, options in self._options(plan).items() for option in options
         )
@@ -208,7 +207,7 @@ class Calibration:
         return _Layer(rest, overlap, norm, value, torch.zeros(options + 1, dtype=torch.float64))
 
     def _shares(self) -> dict[str, torch.Tensor]:
-        """What each head adds to the squared error of the plan, by option ``[options + 1, heads]``."""
+        """Return each head's contribution to the plan's squared error, by option: ``[options + 1, heads]``."""
         shares = {}
         for name, layer in self.layers.items():
             rest = layer.rest
@@ -222,14 +221,14 @@ class Calibration:
         return shares
 
     def _probe(self, name: str) -> LayerPlan:
-        """Each head's least error that is one."""
+        """Return a plan with each head's smallest nonzero error."""
         rest = self.layers[name].rest
         least = rest.masked_fill(rest == 0, torch.inf).min(0)
         heads = zip(least.indices.tolist(), least.values.isinf().tolist(), strict=True)
         return LayerPlan(tuple(Head() if none else self.candidates[option] for option, none in heads))
 
     def _steps(self) -> list[tuple]:
-        """Each head's way down the lower convex hull of error over cost, all heads by error per saving."""
+        """Return steps down each head's lower convex hull of error over cost, sorted by error per saving."""
         steps = []
         for name, share in self._shares().items():
             costs = self.layers[name].cost.tolist()
@@ -244,10 +243,10 @@ class Calibration:
                     to = min(cheaper, key=lambda o: (slope[o], costs[o]))
                     steps.append((slope[to], name, head, to, errors[to] - errors[at], costs[at] - costs[to]))
                     at = to
-        return sorted(steps, key=lambda step: step[0])  # stable: ties go in the order of layers and heads
+        return sorted(steps, key=lambda step: step[0])  # stable: ties keep the order of layers and heads
 
     def _last_step(self, chosen: dict[str, list[int]], left: float, most: float) -> tuple:
-        """The change of one head that brings the cost ``left`` down to ``most`` at the least error."""
+        """Return the change of one head that lowers the cost from ``left`` to ``most`` at the least error."""
         shares, found = self._shares(), []
         for name, options in chosen.items():
             costs = self.layers[name].cost.tolist()
@@ -293,18 +292,18 @@ def calibrate(
     cost: float | None = None,
     **options,
 ) -> Plan:
-    """Calibrate a trained model on a few batches and choose a plan; see ``Calibration``.
+    """Calibrate a trained model on a few batches and return a plan; see ``Calibration``.
 
     Args:
         name: Name of the model.
-        run: Runs the model on a batch, with every self-attention through the given ``Attend``.
-        batches: What ``run`` takes.
-        error: Largest error of the plan, or
-        cost: largest share of exact attention's cost.
-        **options: Of ``Calibration``.
+        run: Runs the model on a batch, with all self-attention through the given ``Attend``.
+        batches: Inputs for ``run``.
+        error: Maximum error of the plan; or
+        cost: maximum cost as a fraction of exact attention's.
+        **options: Options of ``Calibration``.
 
     Raises:
-        ValueError: As ``Calibration.plan``.
+        ValueError: As in ``Calibration.plan``.
     """
     calibration = Calibration(name, **options)
     for batch in batches:

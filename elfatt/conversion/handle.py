@@ -1,4 +1,4 @@
-"""Base class of the adapters' handles: one conversion per model, and its removal."""
+"""Base class of the adapters' handles: one removable conversion per model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
-_applied: WeakKeyDictionary[nn.Module, ref[Handle]] = WeakKeyDictionary()  # a handle refers to its model
+_applied: WeakKeyDictionary[nn.Module, ref[Handle]] = WeakKeyDictionary()  # weak, as handles refer to their models
 
 
 class Handle:
     """A conversion applied to a model, undone by ``remove`` or on leaving the ``with`` block.
 
-    A model has at most one handle; a new one replaces the old. Deep copies of the model get a handle of their own.
+    A model has at most one handle; a new one replaces the old. Deep copies of the model get their own handle.
 
     Args:
         model: The model. Subclasses change its layers after this constructor and undo that in ``_restore``.
@@ -50,5 +50,5 @@ class Handle:
 
 
 def handle_of(model: nn.Module) -> Handle | None:
-    """The handle applied to a model, if any."""
+    """Return the handle applied to a model, or None."""
     return _applied[model]() if model in _applied else None

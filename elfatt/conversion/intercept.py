@@ -13,13 +13,13 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], t
 
 
 class InterceptAttention(TorchFunctionMode):
-    """Within this context, self-attention by ``scaled_dot_product_attention`` is computed by a function instead.
+    """Context manager that replaces self-attention by ``scaled_dot_product_attention`` with a function.
 
-    So a module keeps its own projections, norms, adapters and residuals, whichever they are. Calls with a mask,
-    dropout, causality or keys of another length than the queries are left alone.
+    Modules keep their own projections, norms, adapters and residuals. Calls with a mask, dropout, causal attention or
+    keys of another length than the queries are not intercepted.
 
     Args:
-        attend: Takes q, k, v ``[B, N, heads, d]`` and the scale or None; returns ``[B, N, heads, d]``.
+        attend: Maps q, k, v ``[B, N, heads, d]`` and the scale or None to ``[B, N, heads, d]``.
     """
 
     def __init__(self, attend: Attention):

@@ -1,4 +1,4 @@
-"""Token merging: merge the most similar tokens before a layer and copy them back after it.
+"""Token merging: merge the most similar tokens before a layer and unmerge them after it.
 
 Source: ToMe for Stable Diffusion (Bolya and Hoffman, arXiv 2303.17604; github.com/dbolya/tomesd).
 """
@@ -12,27 +12,27 @@ import torch
 import torch.nn.functional as F
 
 Tokens = Callable[[torch.Tensor], torch.Tensor]
-MAX_RATIO = 0.75  # one token of each 2 × 2 stays
+MAX_RATIO = 0.75  # each 2 × 2 cell keeps one token
 
 
 class Merge(Protocol):
-    """What a model calls before the self-attention layers of its largest map."""
+    """Token merging before the self-attention layers of a model's largest map."""
 
     def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float) -> tuple[Tokens, Tokens]:
-        """Two functions of tokens ``[B, N, C]``: merge, and undo it behind the layer.
+        """Return functions that merge tokens ``[B, N, C]`` before a layer and unmerge them after it.
 
         Args:
-            x: What the block of the layer gets, ``[B, H · W, C]``.
-            size: Height and width of the map.
-            done: Share of the steps that are done.
+            x: Input of the layer's block, ``[B, H · W, C]``.
+            size: Map height and width in tokens.
+            done: Fraction of steps done.
         """
 
 
 class TokenMerging:
-    """ToMe through the tomesd package: ``ratio`` of the tokens join their most similar one in a grid of 2 × 2 cells.
+    """ToMe by the tomesd package: a fraction of tokens is merged into the most similar ones, one per 2 × 2 cell.
 
     Args:
-        ratio: Share of the tokens that go, at most 0.75.
+        ratio: Fraction of tokens to merge, at most 0.75.
 
     Raises:
         ImportError: tomesd is not installed.
@@ -41,9 +41,7 @@ class TokenMerging:
 
     def __init__(self, ratio: float):
         if not 0 <= ratio <= MAX_RATIO:
-            raise ValueError(
-                f"merge_ratio={ratio} must be from 0 to {MAX_RATIO}, the share that cells of 2 × 2 can lose"
-            )
+            raise ValueError(f"merge_ratio={ratio} must be from 0 to {MAX_RATIO}, the limit for 2 × 2 cells")
         try:
             import tomesd
         except ImportError as error:
@@ -51,7 +49,7 @@ class TokenMerging:
         self.ratio, self._tomesd, self._generator = ratio, tomesd, None
 
     def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float) -> tuple[Tokens, Tokens]:
-        """Functions that merge tokens by their similarity in ``x`` and undo it; as in ``Merge``."""
+        """Return functions that merge tokens by similarity in ``x`` and unmerge them; see ``Merge``."""
         if self._generator is None or self._generator.device != x.device:
             self._generator = self._tomesd.utils.init_generator(x.device, self._generator)
         return self._tomesd.merge.bipartite_soft_matching_random2d(
@@ -59,22 +57,22 @@ class TokenMerging:
             *size[::-1],
             *(2, 2),
             int(x.shape[1] * self.ratio),
-            no_rand=len(x) % 2 == 1,  # else the halves of guidance would differ, as tomesd has it
+            no_rand=len(x) % 2 == 1,  # as in tomesd: otherwise guidance's halves would differ
             generator=self._generator,
         )
 
 
 class Matching:
-    """One matching of tokens, from which any number of them can be merged.
+    """Matching of tokens, of which any number can be merged.
 
-    One token in each cell of the map is a destination; each other one has the most similar destination as its partner,
-    and those that are most similar to theirs are merged first. Merged tokens stand as ``[kept, destinations]``.
+    One token per cell of the map is a destination; the others are partnered with their most similar destination and
+    merged in order of similarity. Merged sequences are ordered ``[kept, destinations]``.
 
     Args:
-        x: Tokens that are compared, ``[B, H · W, C]``.
-        size: Height and width of the map.
-        stride: Side of a cell.
-        generator: Chooses the destinations; without it they are the cells' first tokens.
+        x: Tokens to compare, ``[B, H · W, C]``.
+        size: Map height and width in tokens.
+        stride: Cell side in tokens.
+        generator: Draws the destinations; without it, each cell's first token is used.
     """
 
     def __init__(self, x: torch.Tensor, size: tuple[int, int], stride: int, generator: torch.Generator | None = None):
@@ -96,13 +94,13 @@ class Matching:
         self.rest, self.partner = rest[nearest], partner.gather(1, nearest)  # [B, N - destinations], most similar first
 
     def merge(self, x: torch.Tensor, count: int) -> torch.Tensor:
-        """Averages of the tokens when ``count`` are merged, ``[B, N - count, C]``."""
+        """Merge ``count`` tokens by averaging: ``[B, N - count, C]``."""
         rest = x.gather(1, _wide(self.rest, x))
         means = x[:, self.destinations].scatter_reduce(1, _wide(self.partner[:, :count], x), rest[:, :count], "mean")
         return torch.cat([rest[:, count:], means], dim=1)
 
     def unmerge(self, x: torch.Tensor, count: int) -> torch.Tensor:
-        """Each token gets what it was merged into, ``[B, N, C]``."""
+        """Copy each merged token's value back to it: ``[B, N, C]``."""
         kept, means = x.split([self.rest.shape[1] - count, len(self.destinations)], dim=1)
         rest = torch.cat([means.gather(1, _wide(self.partner[:, :count], x)), kept], dim=1)
         out = x.new_empty(x.shape[0], self.tokens, x.shape[2])
@@ -110,8 +108,8 @@ class Matching:
         return out.scatter(1, _wide(self.rest, x), rest)
 
     def merge_further(self, x: torch.Tensor, count: int, further: int) -> torch.Tensor:
-        """From tokens of which ``count`` are merged to the averages when ``further`` are."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # for sums of many tokens
+        """Continue merging from ``count`` to ``further`` merged tokens."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums over many tokens
         kept, means = wide.split([self.rest.shape[1] - count, len(self.destinations)], dim=1)
         sums = (means * self._weights(count, wide)).scatter_add(
             1, _wide(self.partner[:, count:further], x), kept[:, : further - count]
@@ -119,7 +117,7 @@ class Matching:
         return torch.cat([kept[:, further - count :], sums / self._weights(further, wide)], dim=1).to(x.dtype)
 
     def _weights(self, count: int, x: torch.Tensor) -> torch.Tensor:
-        """How many tokens each destination stands for, ``[B, destinations, 1]``."""
+        """Return the number of tokens merged into each destination, itself included: ``[B, destinations, 1]``."""
         ones = x.new_ones(len(self.partner), len(self.destinations))
         merged = self.partner[:, :count]
         return ones.scatter_add(1, merged, ones.new_ones(merged.shape))[..., None]

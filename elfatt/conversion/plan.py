@@ -1,4 +1,4 @@
-"""Which branch each head of each attention layer of a trained model runs."""
+"""Plans: the branch of each head in a trained model's attention layers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ BRANCHES = ("exact", "linear", "block")
 
 @dataclass(frozen=True)
 class Head:
-    """What one head runs.
+    """Branch of one head.
 
     Attributes:
-        branch: ``exact``, softmax over all tokens; ``linear``, ELFATT's global branch; ``block``, softmax in blocks.
-        block: Side of a block in tokens, for ``block`` only.
-        temperature: Divides queries and keys in the softmaxes of ``linear``.
-        shortcut: Times V, added to the output of ``linear`` and ``block``.
+        branch: ``exact``: softmax over all tokens; ``linear``: ELFATT's global branch; ``block``: softmax in blocks.
+        block: Block side in tokens, for ``block`` only.
+        temperature: Divisor of queries and keys in the softmaxes of ``linear``.
+        shortcut: Coefficient of V, added to the output of ``linear`` and ``block``.
 
     Raises:
         ValueError: A value out of range.
@@ -36,12 +36,12 @@ class Head:
             raise ValueError(f"branch={self.branch!r} must be one of {', '.join(BRANCHES)}")
         if not isinstance(self.block, int) or (self.branch == "block") != (self.block > 0):
             raise ValueError(
-                f"block={self.block!r} must be the side of a block in tokens where branch is 'block', else 0"
+                f"block={self.block!r} must be the block side in tokens for branch 'block', and 0 otherwise"
             )
         if not self.temperature > 0 or (self.temperature != 1 and self.branch != "linear"):
-            raise ValueError(f"temperature={self.temperature} must be above 0, and 1 where branch is not 'linear'")
+            raise ValueError(f"temperature={self.temperature} must be above 0, and 1 unless branch is 'linear'")
         if self.shortcut and self.branch == "exact":
-            raise ValueError(f"shortcut={self.shortcut} must be 0 where branch is 'exact'")
+            raise ValueError(f"shortcut={self.shortcut} must be 0 for branch 'exact'")
 
     def __str__(self) -> str:
         options = [str(self.block)] if self.block else []
@@ -52,14 +52,14 @@ class Head:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What the heads of one attention layer run.
+    """Branches of one attention layer's heads.
 
     Attributes:
         heads: One entry per head.
-        min_tokens: Shorter inputs run exact attention in every head.
+        min_tokens: Shorter inputs use exact attention in every head.
 
     Raises:
-        ValueError: ``min_tokens`` is no whole number.
+        ValueError: ``min_tokens`` is not an integer.
     """
 
     heads: tuple[Head, ...]
@@ -71,23 +71,23 @@ class LayerPlan:
 
     @property
     def is_exact(self) -> bool:
-        """Whether no head is replaced."""
+        """Whether all heads are exact."""
         return all(head.branch == "exact" for head in self.heads)
 
     def without_map(self) -> LayerPlan:
-        """The plan for tokens that are no map: ``block`` heads run exactly."""
+        """Return the plan for tokens that do not form a map: ``block`` heads become exact."""
         heads = tuple(Head() if head.branch == "block" else head for head in self.heads)
         return dataclasses.replace(self, heads=heads)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every attention layer of one model runs; layers that are not listed stay exact.
+    """Plans of one model's attention layers; layers not listed stay exact.
 
     Attributes:
-        model: The model that it was made for, as its adapter names it.
+        model: Name of the model, as given by its adapter.
         layers: Plan of each layer, by name.
-        lepe: Add a zero-initialised LePE to the converted layers of a ViT, to be trained. Adds keys to the state dict.
+        lepe: Add a trainable, zero-initialised LePE to a ViT's converted layers, which adds keys to the state dict.
     """
 
     model: str
@@ -104,14 +104,14 @@ class Plan:
         min_tokens: int = 0,
         global_branch: str = "linear",
     ) -> Plan:
-        """The paper's ELFATT without data: the first half of each layer's heads linear, the others in blocks.
+        """Build the paper's ELFATT, without data: in each layer, the first half of the heads is linear, the rest block.
 
         Args:
             model: Name of the model.
-            heads: Number of heads of each layer.
-            block: Side of a block in tokens.
-            min_tokens: Shorter inputs run exact attention.
-            global_branch: Branch of the first half; ``exact`` where linear heads are not supported.
+            heads: Number of heads per layer.
+            block: Block side in tokens.
+            min_tokens: Shorter inputs use exact attention.
+            global_branch: Branch of the first half; ``exact`` if linear heads are not supported.
         """
         first, second = (Head(global_branch),), (Head("block", block),)
         return cls(
@@ -120,29 +120,29 @@ class Plan:
         )
 
     def check(self, model: str, heads: Mapping[str, int]) -> None:
-        """Compare with a model.
+        """Check that the plan fits a model.
 
         Raises:
-            ValueError: The plan is of another model, names a layer that it lacks, or another number of heads.
+            ValueError: The plan is for another model, or its layers or numbers of heads differ.
         """
         if self.model != model:
             raise ValueError(f"the plan was made for {self.model}, not for {model}: calibrate or load another plan")
         for name, layer in self.layers.items():
             if name not in heads:
-                raise ValueError(f"the plan names the layer {name!r}, which {model} lacks")
+                raise ValueError(f"the plan has layer {name!r}, which {model} does not have")
             if len(layer.heads) != heads[name]:
-                raise ValueError(f"the plan has {len(layer.heads)} heads for {name}, {model} has {heads[name]}")
+                raise ValueError(f"the plan has {len(layer.heads)} heads for {name} but {model} has {heads[name]}")
 
     def to_json(self, path: str | Path) -> None:
-        """Write the plan to a file."""
+        """Write the plan to a JSON file."""
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Plan:
-        """Read a plan from a file.
+        """Read a plan from a JSON file.
 
         Raises:
-            ValueError: The file holds no plan.
+            ValueError: The file is not a plan.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -155,10 +155,10 @@ class Plan:
                 bool(content.get("lepe", False)),
             )
         except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} holds no plan ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{path} is not a plan ({type(error).__name__}: {error})") from error
 
     def __str__(self) -> str:
-        """A table: a line per layer, equal heads counted."""
+        """Return one line per layer, with equal heads counted."""
         width = max(map(len, self.layers), default=0)
         lines = [f"plan for {self.model}: {len(self.layers)} layers" + ", with LePE" * self.lepe]
         for name, layer in self.layers.items():

@@ -1,4 +1,4 @@
-"""Relative position biases as features of queries and keys, so that any fused attention can run them.
+"""Relative position biases as query and key features, for use with any fused attention.
 
 Source: decomposed relative positions of MViTv2 (arXiv 2112.01526), as used by SAM.
 """
@@ -13,14 +13,14 @@ def with_relative_positions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Extend queries and keys so that their products are ``q·k / √d + q·rows[y, y'] + q·columns[x, x']``.
 
-    The query's products with the embeddings of all rows and columns become features of it; the keys' matching features
-    are one-hot. No ``N × N`` bias is materialised.
+    Each query is extended by its products with the embeddings of all rows and columns, each key by the matching one-hot
+    vectors. No ``N × N`` bias is materialised.
 
     Args:
         q: Queries ``[B, H · W, heads, d]``.
-        k: Keys, alike.
+        k: Keys, same shape.
         rows: Embeddings ``[H, H, d]`` of a query's row relative to a key's.
-        columns: Embeddings ``[W, W, d]``, likewise.
+        columns: Embeddings ``[W, W, d]`` of a query's column relative to a key's.
 
     Returns:
         Queries and keys ``[B, H · W, heads, d + H + W]``, for attention with a scale of 1.

@@ -1,4 +1,4 @@
-"""Conversion and calibration of trained ViTs, shared by the adapters of timm and transformers."""
+"""Conversion and calibration of trained ViTs, shared by the timm and transformers adapters."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Images = torch.Tensor | Iterable[torch.Tensor]
 
 
 class ViTHandle(Handle):
-    """A conversion applied to a ViT. Subclasses hook it in and keep ``size`` and ``prefix`` up to date.
+    """A conversion applied to a ViT. Subclasses install it and keep ``size`` and ``prefix`` up to date.
 
     Args:
         vit: The ViT.
-        attend: Computes the softmax attention of a layer.
+        attend: Computes a layer's attention.
         layers: Names of the layers to convert.
-        plan: The plan that ``attend`` runs, if any.
+        plan: Plan run by ``attend``, if any.
     """
 
     def __init__(self, vit: ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
         super().__init__(vit.model)
         self.attend, self.plan = attend, plan
         self.layers = {name: vit.layers[name] for name in layers}
-        self.size, self.prefix = (0, 0), 0  # of the map in tokens, and the tokens before it
+        self.size, self.prefix = (0, 0), 0  # map size and number of tokens before it
         if plan and plan.lepe:
             for layer in self.layers.values():
                 weight = next(layer.parameters())
@@ -52,14 +52,14 @@ class ViTHandle(Handle):
     def attention(
         self, layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        """Attention of one layer, tensors ``[B, N, heads, d]``."""
+        """Compute one layer's attention on tensors ``[B, N, heads, d]``."""
         out = self.attend(layer, q, k, v, self.size, prefix=self.prefix, scale=scale)
         lepe = getattr(self.layers[layer], "lepe", None)
         return out if lepe is None else out + _encode(lepe, v, self.size, self.prefix)
 
 
 def _encode(lepe: LePE, v: torch.Tensor, size: tuple[int, int], prefix: int) -> torch.Tensor:
-    """LePE of the map, padded with zeros for the prefix and for features appended to V."""
+    """Return LePE of the map, zero-padded for the prefix and for features appended to V."""
     heads = v.shape[2]
     width = lepe.out_channels // heads
     x = depthwise_conv(v[:, prefix:, :, :width].flatten(2).unflatten(1, size), *lepe.kernel)
@@ -68,15 +68,15 @@ def _encode(lepe: LePE, v: torch.Tensor, size: tuple[int, int], prefix: int) -> 
 
 @dataclass(frozen=True)
 class ViT:
-    """A trained ViT and what conversion needs to know about it.
+    """A trained ViT, described for conversion.
 
     Attributes:
-        model: The ViT itself.
+        model: The ViT.
         name: Its name in plans.
         layers: Its self-attention layers, by name.
-        heads: Number of heads of each.
-        width: Channels of the values of each.
-        linear: Whether linear heads are supported; not with rotary embeddings or relative position biases.
+        heads: Number of heads per layer.
+        width: Channels of V per layer.
+        linear: Whether linear heads are supported; false with rotary embeddings or relative position biases.
         features: Maps a batch of images to features.
         handle: The adapter's handle class.
     """
@@ -94,7 +94,7 @@ class ViT:
 def convert(
     vit: ViT, plan: Plan | None, *, images: Images | None, budget: float, block: int, min_tokens: int
 ) -> ViTHandle:
-    """Implementation of ``elfatt.convert``."""
+    """Implement ``elfatt.convert``."""
     if plan is not None and images is not None:
         raise ValueError("pass either a plan or images to calibrate one, not both")
     if plan is None and images is not None:
@@ -114,7 +114,7 @@ def convert(
 
 @torch.no_grad()
 def calibrate(vit: ViT, images: Images, *, weigh: bool = True, **options: Any) -> Calibration:
-    """Implementation of ``elfatt.integrations.timm.calibrate``."""
+    """Implement ``elfatt.integrations.timm.calibrate``."""
     if not vit.linear:
         options.setdefault("candidates", [head for head in CANDIDATES if head.branch != "linear"])
     calibration = Calibration(vit.name, **options)

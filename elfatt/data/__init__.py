@@ -1,6 +1,6 @@
-"""Rules for users' own data, shared by training, evaluation, inference and the checkers.
+"""Reading and checking of users' data, shared by training, evaluation, inference and the data checker.
 
-Needs NumPy and Pillow only.
+Needs only NumPy and Pillow.
 """
 
 from elfatt.data.errors import UserError

@@ -1,4 +1,4 @@
-"""Class names: read from a file and compared."""
+"""Read and compare class names."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from elfatt.suggest import closest
 
-SHOWN = 5  # names in a message
+SHOWN = 5  # maximum names in a message
 
 
 def read_class_map(path: str | Path) -> dict[str, int]:
-    """The classes of a text file, one name a line, numbered from 0.
+    """Read a text file of class names, one per line, numbered from 0.
 
     Raises:
-        ValueError: The file is missing, empty or no UTF-8 text, or a name is empty or there twice.
+        ValueError: The file is missing, empty or not UTF-8, or a name is empty or duplicated.
     """
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
@@ -35,8 +35,8 @@ def read_class_map(path: str | Path) -> dict[str, int]:
 
 
 def differences(found: Iterable[str], expected: Iterable[str]) -> str:
-    """Describe surplus and missing names; empty if both hold the same."""
-    found, expected = dict.fromkeys(found), dict.fromkeys(expected)  # sets in order
+    """Describe surplus and missing names; empty if there are none."""
+    found, expected = dict.fromkeys(found), dict.fromkeys(expected)  # ordered sets
     surplus = [name for name in found if name not in expected]
     missing = [name for name in expected if name not in found]
     parts = [f"{len(surplus)} surplus ({shown(surplus)})"] * bool(surplus)
@@ -46,12 +46,12 @@ def differences(found: Iterable[str], expected: Iterable[str]) -> str:
 
 
 def mismatch(found: Mapping[str, int], expected: Mapping[str, int]) -> str:
-    """Describe where the classes differ, in names or labels; empty if they are the same."""
+    """Describe how classes differ in names or labels; empty if they are the same."""
     return differences(found, expected) or renumbered(found, expected)
 
 
 def renumbered(found: Mapping[str, int], expected: Mapping[str, int]) -> str:
-    """Describe the first shared name with another label; empty if all agree."""
+    """Describe the first shared name with different labels; empty if all agree."""
     for name, index in found.items():
         if expected.get(name, index) != index:
             return f"'{name}' is class {index} here and class {expected[name]} there"
@@ -59,6 +59,6 @@ def renumbered(found: Mapping[str, int], expected: Mapping[str, int]) -> str:
 
 
 def shown(names: Iterable[str]) -> str:
-    """The first names, for a message."""
+    """Format the first names for a message."""
     names = list(names)
     return ", ".join(f"'{name}'" for name in names[:SHOWN]) + ", …" * (len(names) > SHOWN)

@@ -1,4 +1,4 @@
-"""Annotation files in COCO's format (https://cocodataset.org/#format-data): their form, and what of them is lost."""
+"""Read and check annotation files in COCO format (https://cocodataset.org/#format-data)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
         "segmentation": (list, dict),
     },
 }
-TOLERANCE = 1.0  # pixels that a box may reach beyond its image: COCO rounds coordinates
+TOLERANCE = 1.0  # pixels by which a box may exceed its image, as COCO rounds coordinates
 BOX = "a box is [left, top, width, height] in pixels"
 POLYGONS = "write a list of polygons [[x1, y1, x2, y2, x3, y3, …], …] in pixels, or run lengths"
 
 
 def load_coco(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of an annotation file.
+    """Read an annotation file.
 
     Raises:
-        UserError: No such file, or not JSON.
+        UserError: The file is missing or not JSON.
     """
     path = Path(path)
     try:
@@ -43,17 +43,17 @@ def load_coco(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(path, f"cannot be read ({error.strerror})", remedy) from error
     except ValueError as error:
         fault = f"is not JSON ({error})" if path.stat().st_size else "is empty"
-        raise UserError(path, fault, "unpack or write the file again") from error
+        raise UserError(path, fault, "extract or write the file again") from error
     if not isinstance(content, dict):
         raise UserError(path, "has no tables", f"it needs the lists {', '.join(FIELDS)}")
     return content
 
 
 def form_faults(content: dict[str, Any], masks: bool = True) -> Iterator[tuple[str, str]]:
-    """Yields (fault, remedy) of tables that are not there, of their fields and of ids given twice.
+    """Yield (fault, remedy) for missing tables, invalid fields and duplicate ids.
 
     Args:
-        content: Of a file.
+        content: Content of a file.
         masks: Whether annotations need a segmentation.
     """
     for table, fields in FIELDS.items():
@@ -66,23 +66,23 @@ def form_faults(content: dict[str, Any], masks: bool = True) -> Iterator[tuple[s
             for field, kind in fields.items():
                 if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
                     remedy = f"each of {table} needs {', '.join(fields)} as COCO defines them"
-                    yield f"has in {table}[{number}] no valid '{field}'", remedy
+                    yield f"has no valid '{field}' in {table}[{number}]", remedy
         counts = Counter(str(entry.get("id")) for entry in entries if isinstance(entry, dict))
         for identity, count in counts.items():
             if count > 1:
-                yield f"has in {table} the id {identity} {count} times", f"number the {table} anew"
+                yield f"has id {identity} in {table} {count} times", f"renumber the {table}"
 
 
 def check_categories(path: str | os.PathLike, content: dict[str, Any], classes: Sequence[str]) -> None:
-    """Stops at a file whose categories are not the classes in their order: mmdet numbers them in the file's.
+    """Check that categories and classes are in the same order, as mmdet numbers categories in file order.
 
     Args:
         path: The file.
-        content: Of the file.
-        classes: Names; categories beyond them are passed over.
+        content: Content of the file.
+        classes: Class names; other categories are ignored.
 
     Raises:
-        UserError: A class is missing, named twice, or at another place.
+        UserError: A class is missing, duplicated or out of order.
     """
     named = [category["name"] for category in content["categories"] if category["name"] in classes]
     if named == list(classes):
@@ -92,26 +92,26 @@ def check_categories(path: str | os.PathLike, content: dict[str, Any], classes: 
         raise UserError(
             path,
             f"names {len(set(named))} of the {len(classes)} classes of the configuration, not {_names(missing)}",
-            "list all of them in its 'categories', or set metainfo and num_classes to what it holds",
+            "list all of them in its 'categories', or set metainfo and num_classes to match it",
         )
     place = next((i for i, (a, b) in enumerate(zip(named, classes, strict=False)) if a != b), len(classes))
     raise UserError(
         path,
-        f"lists its categories in another order than the classes: {_names(named[place:])} in place of "
+        f"lists its categories in a different order than the classes: {_names(named[place:])} instead of "
         f"{_names(classes[place:])} from number {place} on",
-        "reorder the list 'categories', whose ids and annotations stay as they are, or metainfo['classes'] for every "
-        "file and a model that is yet to be trained",
+        "reorder the list 'categories', keeping ids and annotations, or, before training, metainfo['classes'] for all "
+        "files",
     )
 
 
 def check_ids(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Stops at a file that is evaluated with an annotation 0, which COCO's evaluation takes for no match.
+    """Check that no annotation has id 0, which COCO's evaluation treats as no match.
 
     Raises:
-        UserError: There is one.
+        UserError: An annotation has id 0.
     """
-    if any(annotation.get("id") == 0 for annotation in content["annotations"]):  # panoptic ones have none
-        raise UserError(path, "has an annotation of id 0, COCO's evaluation takes 0 for no match", "number from 1")
+    if any(annotation.get("id") == 0 for annotation in content["annotations"]):  # panoptic annotations have no id
+        raise UserError(path, "has an annotation of id 0, which COCO's evaluation treats as no match", "number from 1")
 
 
 def check_annotations(
@@ -121,20 +121,20 @@ def check_annotations(
     masks: bool = True,
     training: bool = False,
 ) -> str | None:
-    """Stops at annotations that cannot be read, or of which none is left.
+    """Check that annotations are readable and not all lost.
 
     Args:
         path: The file.
-        content: Of the file, without faults of form.
-        classes: Names; annotations of other categories are passed over.
-        masks: Whether objects need a segmentation.
-        training: Whether there must be an object at all.
+        content: Content of the file, without faults found by ``form_faults``.
+        classes: Class names; annotations of other categories are ignored.
+        masks: Whether annotations need a segmentation.
+        training: Whether at least one object is required.
 
     Returns:
-        A line on the annotations that are lost and on boxes that reach outside their image, if any.
+        A line about lost annotations and boxes outside their images, or None.
 
     Raises:
-        UserError: An annotation that cannot be read, or none that is an object to find.
+        UserError: An annotation is unreadable, or no object is left.
     """
     images = {image["id"]: image for image in content["images"]}
     listed = {category["id"] for category in content["categories"]}
@@ -180,12 +180,12 @@ def check_annotations(
 def annotation_faults(
     annotation: dict[str, Any], images: dict[int, Any], categories: Collection[int], masks: bool = True
 ) -> Iterator[tuple[str, str, bool]]:
-    """Yields (fault, remedy, whether no program can read it) of one annotation whose fields are all there.
+    """Yield (fault, remedy, whether it is fatal) for one annotation with all its fields.
 
     Args:
-        annotation: One entry.
+        annotation: The annotation.
         images: All images by id.
-        categories: All ids.
+        categories: All category ids.
         masks: Whether it needs a segmentation.
     """
     if annotation["category_id"] not in categories:
@@ -209,11 +209,11 @@ def annotation_faults(
         yield "has no valid segmentation, it is empty", POLYGONS, True
     elif isinstance(shape, dict):
         if "counts" not in shape or shape.get("size") != [height, width]:
-            fault = f"has no valid segmentation, run lengths of size {shape.get('size')} where [height, width] is "
-            yield f"{fault}{[height, width]}", "write counts and size of the image as it is", True
+            fault = f"has no valid segmentation, run lengths of size {shape.get('size')}, not [height, width] = "
+            yield f"{fault}{[height, width]}", "write the image's actual size and counts", True
         elif isinstance(shape["counts"], list) and sum(shape["counts"]) != height * width:
             fault = f"has run lengths of {sum(shape['counts'])} pixels, its image has {height * width}"
-            yield fault, "write them anew from the mask", True
+            yield fault, "re-encode the mask", True
     elif not all(isinstance(part, list) and _are_numbers(part) for part in shape):
         fault = "has no valid segmentation, polygons are lists of numbers in one list"
         yield fault, POLYGONS, True
@@ -222,7 +222,7 @@ def annotation_faults(
 def why_lost(
     annotation: dict[str, Any], images: dict[int, Any], categories: Collection[int], masks: bool = True
 ) -> str | None:
-    """Why mmdet passes over an annotation without a word, as its ``CocoDataset`` and ``LoadAnnotations`` do."""
+    """Return why mmdet's ``CocoDataset`` and ``LoadAnnotations`` silently skip an annotation, or None."""
     image = images.get(annotation["image_id"])
     if image is None:
         return "is of an image that is not listed"
@@ -250,7 +250,7 @@ def why_lost(
 
 
 def _are_numbers(values: list) -> bool:
-    """Whether a list holds finite numbers; a NaN among polygons keeps pycocotools busy for ever."""
+    """Return whether all values are finite numbers; a NaN in a polygon makes pycocotools hang."""
     try:
         return math.isfinite(sum(values))
     except TypeError:

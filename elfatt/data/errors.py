@@ -1,4 +1,4 @@
-"""The error of everything that a user has to put right."""
+"""Errors for users to fix."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 
 
 class UserError(ValueError):
-    """What a user has to put right, in one line; the programs end with it, without a traceback.
+    """A problem for the user to fix; programs print its one line and exit, without a traceback.
 
     Args:
-        where: File, folder or option; alone, the whole message.
-        fault: What is wrong, as the rest of a sentence about it.
-        remedy: What to do.
+        where: File, folder or option; without ``fault``, the whole message.
+        fault: What is wrong, as a predicate of ``where``.
+        remedy: How to fix it.
     """
 
     def __init__(self, where: str | os.PathLike, fault: str = "", remedy: str = ""):

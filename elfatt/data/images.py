@@ -1,4 +1,4 @@
-"""Image files as every program reads them: one list of extensions, 8 bits per channel, upright."""
+"""Image reading shared by all programs: supported extensions, 8 bits per channel, upright orientation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from elfatt.data.errors import UserError
 
-_NOT_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them, but most need a plugin
-_16_BITS = {"JPEG2000", "PNG", "PPM"}  # their mode "I" holds 16 bits in 32
-FLATTEST = 100  # resized to 128 pixels, the shortest recipe's long side, it is still a pixel wide
+_NOT_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}  # known to Pillow, but most need a plugin
+_16_BITS = {"JPEG2000", "PNG", "PPM"}  # formats whose mode "I" is 16-bit data
+FLATTEST = 100  # maximum aspect ratio: still a pixel wide at 128 pixels, the shortest long side of a recipe
 
 Image.init()
 EXTENSIONS = frozenset(
@@ -27,51 +27,51 @@ EXTENSIONS = frozenset(
 
 
 def is_image(path: str | os.PathLike) -> bool:
-    """Whether a path is a visible file name with the extension, in any case, of an image that Pillow reads."""
+    """Return whether a file is not hidden and has an image extension that Pillow reads, in any case."""
     name = os.path.basename(path)
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation: 1 stored upright, 2 to 4 flipped or turned by 180°, 5 to 8 with sides exchanged."""
+    """Return the EXIF orientation: 1 upright, 2 to 4 flipped or rotated by 180°, 5 to 8 with sides swapped."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF data raises almost anything, and the pixels may be fine
+    except Exception:  # damaged EXIF data raises almost anything, while the pixels may be fine
         return 1
     return found if found in range(1, 9) else 1
 
 
 def walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
-    """Every folder below one, links followed, and the names of its files.
+    """Yield a folder, its subfolders and their file names, following links.
 
     Raises:
-        UserError: A link to a folder that holds it, which has no end.
+        UserError: A link to one of its parent folders, which would never end.
     """
     for place, folders, files in os.walk(folder, followlinks=True):
         here = os.path.join(os.path.realpath(place), "")
         for path in (os.path.join(place, name) for name in folders):
             if os.path.islink(path) and here.startswith(os.path.join(os.path.realpath(path), "")):
-                raise UserError(path, "is a link to a folder that holds it", "remove the link")
+                raise UserError(path, "is a link to one of its parent folders", "remove the link")
         yield place, files
 
 
 def list_images(folder: str | os.PathLike, suffix: str = "") -> tuple[dict[str, Path], list[Path]]:
-    """The images below a folder, and the files that no program reads: others, and images in hidden folders.
+    """List the images below a folder, and the files that are ignored.
 
     Args:
-        folder: Looked through to its last subfolder.
-        suffix: What names usually end in, such as ``_leftImg8bit.png``. What it has before the extension is cut off;
-            its extension decides between two images of one name.
+        folder: Folder, searched recursively.
+        suffix: Usual ending of names, e.g. ``_leftImg8bit.png``. The part before the extension is required and removed;
+            the extension decides between images of the same name.
 
     Returns:
-        Images by their path in the folder without suffix, in order, and the other files.
+        Images by relative path without suffix, sorted, and the ignored files: non-images and images in hidden folders.
 
     Raises:
-        UserError: No such folder, or two images of one name.
+        UserError: No such folder, or two images of the same name.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(folder, "is no folder", "give the one that holds the images or masks")
+        raise UserError(folder, "is not a folder", "pass the folder of the images or masks")
     ending, extension = os.path.splitext(suffix)
     if not extension and ending.startswith("."):
         ending, extension = "", ending
@@ -87,7 +87,7 @@ def list_images(folder: str | os.PathLike, suffix: str = "") -> tuple[dict[str, 
         if twin := images.get(name):
             usual = [image for image in (twin, path) if image.suffix.lower() == extension.lower()]
             if len(usual) != 1:
-                raise UserError(path, f"has the name of {twin.name}", "keep one of the two")
+                raise UserError(path, f"has the same name as {twin.name}", "keep one of the two")
             others.append(path if usual[0] is twin else twin)
             path = usual[0]
         images[name] = path
@@ -95,36 +95,35 @@ def list_images(folder: str | os.PathLike, suffix: str = "") -> tuple[dict[str, 
 
 
 def check_shape(where: str, size: tuple[int, int]) -> None:
-    """Stops at an image so flat that nothing is left of it once its long side is that of a recipe.
+    """Check that an image's aspect ratio survives resizing.
 
     Raises:
-        UserError: One side, in pixels, is more than 100 times the other.
+        UserError: One side is more than 100 times the other.
     """
     if max(size) > FLATTEST * min(size):
         fault = f"has {size[0]}x{size[1]} pixels, one side more than {FLATTEST} times the other"
-        raise UserError(where, fault, "cut it into pieces, or leave it out")
+        raise UserError(where, fault, "crop it into pieces, or remove it")
 
 
 def check_size(image: str | os.PathLike, size: tuple[int, int], owner: str | os.PathLike) -> bool:
-    """Compares an image file, turned upright, with what was drawn or written for it.
+    """Check that an image, turned upright, has the size of its mask or annotation.
 
     Args:
-        image: Path.
-        size: Width and height of the mask or annotation, in pixels.
-        owner: Its file.
+        image: Path of the image.
+        size: Width and height of the mask or annotation in pixels.
+        owner: File of the mask or annotation.
 
     Returns:
-        Whether only a look can tell if the labels belong to the upright image: EXIF turns it, and the sizes agree both
-        ways.
+        Whether the labels need a visual check: EXIF turns the image, and both orientations have this size.
 
     Raises:
-        UserError: Another size, or the size of the pixels as they are stored.
+        UserError: The size differs, or is that of the stored, not the upright, image.
     """
     with Image.open(image) as file:
         orientation, stored = orientation_of(file), file.size
         if file.format == "TIFF":
             tags = cast(TiffImageFile, file).tag_v2
-            stored = tags[256], tags[257]  # Pillow gives the upright size before the pixels are turned
+            stored = tags[256], tags[257]  # Pillow reports the upright size before it turns the pixels
     upright = stored[::-1] if orientation > 4 else stored
     if size == upright:
         return orientation != 1 and stored == upright
@@ -132,26 +131,26 @@ def check_size(image: str | os.PathLike, size: tuple[int, int], owner: str | os.
     if size == stored:
         raise UserError(
             image,
-            f"is turned upright by its EXIF orientation {orientation}, but {owner} has the {width}x{height} pixels "
-            "(width x height) of the image as it is stored",
-            f"remove the orientation tag from the picture (exiftool -Orientation= {image}), whose pixels then match",
+            f"is rotated by its EXIF orientation {orientation}, but {owner} has the stored size of {width}x{height} "
+            "pixels (width x height)",
+            f"remove the image's orientation tag (exiftool -Orientation= {image})",
         )
     fault = f"has {upright[0]}x{upright[1]} pixels (width x height), but {owner} says {width}x{height}"
     raise UserError(image, fault, "make them equal")
 
 
 def read_image(file: str | os.PathLike | IO[bytes], mode: str = "RGB") -> Image.Image:
-    """Decodes an image file to its end and gives it as ``standard_image`` does.
+    """Decode an image file completely, and convert it by ``standard_image``.
 
     Args:
-        file: Path, or file opened for reading.
-        mode: ``RGB``, or ``L`` for grey.
+        file: Path or binary file.
+        mode: ``RGB``, or ``L`` for greyscale.
 
     Raises:
-        OSError, SyntaxError, ValueError: The file is missing, damaged or no image; Pillow raises all three.
+        OSError, SyntaxError, ValueError: The file is missing, damaged or not an image; Pillow raises all three.
         ValueError: Its 32-bit pixels have no known range.
     """
-    # by its name, Pillow 13 maps an uncompressed TIFF into memory with its sides exchanged, if EXIF turns it
+    # not by path: Pillow 13 memory-maps uncompressed TIFFs that EXIF turns with their sides swapped
     opened = open(file, "rb") if isinstance(file, str | os.PathLike) else nullcontext(file)
     with opened as stream, Image.open(stream) as image:
         image.load()
@@ -159,11 +158,11 @@ def read_image(file: str | os.PathLike | IO[bytes], mode: str = "RGB") -> Image.
 
 
 def standard_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """An open image with 8 bits per channel, turned upright as its EXIF orientation says, without transparency.
+    """Convert an image to 8 bits per channel, upright by its EXIF orientation, without transparency.
 
     Args:
-        image: As Pillow opened it; 16 bits are scaled to 8.
-        mode: ``RGB``, or ``L`` for grey.
+        image: Image as opened by Pillow; 16 bits are scaled to 8.
+        mode: ``RGB``, or ``L`` for greyscale.
 
     Raises:
         ValueError: Its 32-bit pixels have no known range.
@@ -172,7 +171,7 @@ def standard_image(image: Image.Image, mode: str = "RGB") -> Image.Image:
     if orientation_of(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in _16_BITS):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))  # convert() clips at 255
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))  # convert() would clip at 255
     elif image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range: save the image with 8 or 16 bits")
     return image.convert(mode)

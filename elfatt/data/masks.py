@@ -1,4 +1,4 @@
-"""Segmentation masks: one class index a pixel."""
+"""Checks of segmentation masks, with one class index per pixel."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from PIL import Image
 from elfatt.data.errors import UserError
 from elfatt.data.images import orientation_of
 
-IGNORED = 255  # the label of pixels that neither train nor count
+IGNORED = 255  # label excluded from training and evaluation
 
 
 def check_mask(path: str | os.PathLike) -> tuple[int, int]:
-    """Width and height of a mask, in pixels.
+    """Check a mask file and return its width and height in pixels.
 
     Raises:
-        UserError: No image, channels, more than 8 bits, a lossy format, or an EXIF orientation.
+        UserError: Not an image, several channels, more than 8 bits, lossy compression, or an EXIF orientation.
     """
     try:
         with Image.open(path) as file:
@@ -28,21 +28,21 @@ def check_mask(path: str | os.PathLike) -> tuple[int, int]:
     if mode not in ("L", "P", "1"):
         raise UserError(f"mask {path}", f"is a picture of mode {mode}", "save class indices as 8-bit grey (L)")
     if kind == "JPEG":
-        raise UserError(f"mask {path}", "is a JPEG, whose compression changes labels", "write it anew, as PNG")
+        raise UserError(f"mask {path}", "is a JPEG, whose compression changes labels", "save the original as PNG")
     if orientation != 1:
-        fault = f"has the EXIF orientation {orientation}, and masks are read as they are stored"
+        fault = f"has the EXIF orientation {orientation}, but masks are read as stored"
         raise UserError(f"mask {path}", fault, f"remove the tag (exiftool -Orientation= {path}), or save it upright")
     return size
 
 
 def check_labels(path: str | os.PathLike, labels: np.ndarray, largest: int, remedy: str) -> None:
-    """Stops at a label beyond the classes.
+    """Check that labels are within the classes.
 
     Args:
-        path: The mask.
-        labels: ``[H, W]``.
-        largest: Of the labels allowed; 255, ignored, is another.
-        remedy: For the message.
+        path: Path of the mask.
+        labels: Labels ``[H, W]``.
+        largest: Largest valid label, besides 255 (ignored).
+        remedy: Remedy in the message.
 
     Raises:
         UserError: Unknown labels.
@@ -56,24 +56,24 @@ def check_labels(path: str | os.PathLike, labels: np.ndarray, largest: int, reme
 def check_classes(
     where: str | os.PathLike, pixels: Sequence[int] | np.ndarray, names: Sequence[str], masks: int
 ) -> None:
-    """Stops at masks that tell no two classes apart: a loss of 0 and a mIoU of 100 are all they can give.
+    """Check that masks distinguish classes; otherwise loss is trivially 0 and mIoU 100.
 
     Args:
-        where: The folder.
-        pixels: Labelled pixels of each class.
-        names: Of the classes.
-        masks: How many masks were counted.
+        where: Folder of the masks.
+        pixels: Labelled pixels per class.
+        names: Class names.
+        masks: Number of masks counted.
 
     Raises:
-        UserError: Pixels of no class, or of one where there are several.
+        UserError: There are no labelled pixels, or all have one of several classes.
     """
     seen = [name for name, count in zip(names, pixels, strict=True) if count]
     if len(seen) < min(2, len(names)):
-        found = f"'{seen[0]}' alone" if seen else "none"
+        found = f"only '{seen[0]}'" if seen else "none"
         raise UserError(
             where,
-            f"leaves nothing to learn: of {len(names)} classes the {masks:,} masks read hold {found}, and pixels "
-            "to ignore",
-            "write each class as its own index, an object as 1 and not as 255; where 0 is a class of its own, set "
+            f"leaves nothing to learn: of {len(names)} classes, the {masks:,} masks read contain {found}, and ignored "
+            "pixels",
+            "write each class as its own index, e.g. an object as 1, not 255; if 0 is a class of its own, set "
             "reduce_zero_label=False",
         )

@@ -1,4 +1,4 @@
-"""One-line messages for exhausted resources: disk space and shared memory."""
+"""One-line messages for exhausted disk space and shared memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def exhausted(
     error: BaseException, folder: str | os.PathLike | None = None, workers: str = "--workers 0"
 ) -> str | None:
-    """What is full and what to do about it, or None where the error is another one.
+    """Return a message if an error means that disk or shared memory is full, else None.
 
     Args:
-        error: As the operating system, PyTorch or a data loader raised it; its causes are looked at as well.
-        folder: Where a file was being written, if known.
-        workers: The option that does without workers.
+        error: Error of the operating system, PyTorch or a data loader; its causes are checked too.
+        folder: Folder being written to, if known.
+        workers: Option that disables workers.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -27,7 +27,7 @@ def exhausted(
             return f"the data loader's workers ran out of shared memory{_free('/dev/shm')}: {remedy}"
         if isinstance(cause, OSError) and cause.errno in _FULL:
             folder = folder or os.path.dirname(os.path.abspath(cause.filename or "."))
-            return f"the disk is full{_free(folder)}: make room, then --resume auto goes on"
+            return f"the disk is full{_free(folder)}: make room, then continue with --resume auto"
         cause = cause.__cause__ or cause.__context__
     return None
 

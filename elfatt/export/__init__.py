@@ -1,7 +1,7 @@
-"""Models as files for other runtimes, checked against PyTorch before they are kept.
+"""Export to other runtimes, verified against PyTorch.
 
-The graph has standard operators only. Batch, height and width are dynamic from ``size_limit`` up; CSWin's stripes
-support a single image size.
+Graphs use standard operators only. Batch, height and width are dynamic from ``size_limit`` up; CSWin's stripes support
+a single image size.
 """
 
 from elfatt.export.check import PRECISIONS, export

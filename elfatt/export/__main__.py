@@ -1,4 +1,4 @@
-"""``python -m elfatt.export``: a model as a file for another runtime, checked against PyTorch before it is kept."""
+"""``python -m elfatt.export``: export a model to another runtime and verify it against PyTorch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from elfatt.checkpoints import load_checkpoint
 from elfatt.data.images import list_images, read_image
 from elfatt.export import LARGEST, PRECISIONS, RUNTIMES, export, size_limit
 
-BATCH = 16  # of the evaluation
+BATCH = 16  # for evaluation
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -35,21 +35,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
+    """Build the argument parser."""
     parser = argparse.ArgumentParser(prog="python -m elfatt.export", description=__doc__.split(": ", 1)[1])
     add = parser.add_argument
-    add("model", help="a model of elfatt.list_models(); with --size any of timm, or a config of a segmentor")
-    add("--to", required=True, choices=RUNTIMES, help="the runtime")
-    add("--checkpoint", type=Path, help="weights; random ones without it")
-    add("--output", type=Path, help="the file (default: the model's name)")
+    add("model", help="model in elfatt.list_models(); with --size, any timm model or a segmentor's config")
+    add("--to", required=True, choices=RUNTIMES, help="target runtime")
+    add("--checkpoint", type=Path, help="checkpoint (default: random weights)")
+    add("--output", type=Path, help="output file (default: the model's name)")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fixed image size (default: dynamic)")
-    add("--num-classes", type=int, default=1000, help="classes (default: %(default)s)")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="such as block_size=7")
+    add("--num-classes", type=int, default=1000, help="number of classes (default: %(default)s)")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="model keyword arguments, e.g. block_size=7")
     add("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     add("--calibration", type=Path, metavar="FOLDER", help="calibration images for int8")
     add("--images", type=int, default=128, help="maximum number of calibration images (default: %(default)s)")
-    add("--crop-pct", type=float, help="center crop (default: the model's)")
-    add("--evaluate", type=Path, metavar="FOLDER", help="a folder of images per class: accuracy before and after")
+    add("--crop-pct", type=float, help="evaluation crop ratio (default: the model's)")
+    add("--evaluate", type=Path, metavar="FOLDER", help="compare accuracy on a folder of images per class")
     return parser
 
 
@@ -58,12 +58,12 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: Arguments that do not fit the model or each other.
-        RuntimeError: The file would differ from PyTorch's model.
+        RuntimeError: The exported model differs from PyTorch's.
     """
     is_dense = args.model.endswith(".py")
     if is_dense:
         if args.evaluate or args.size is None:
-            raise ValueError(f"{args.model} is exported for one size and not evaluated: pass --size, no --evaluate")
+            raise ValueError(f"{args.model} needs a fixed size and cannot be evaluated: pass --size, not --evaluate")
         from elfatt.integrations.mm_models import load_segmentor
 
         model: nn.Module = load_segmentor(Path(args.model))
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     size = tuple(args.size) if args.size else None
     transform, side = _transform(model, size, args.crop_pct)
     if (args.calibration or args.evaluate) and size is None and side < (limit := size_limit(model)):
-        raise ValueError(f"images of {side} pixels are below the limit of {limit}: pass --size {side} {side}")
+        raise ValueError(f"images of {side} pixels are below the minimum of {limit}: pass --size {side} {side}")
     data = args.evaluate and labelled_images(args.evaluate, transform, labels, args.num_classes)
     images = calibration_images(args.calibration, transform, args.images) if args.calibration else []
     path = args.output or Path((Path(args.model).stem if is_dense else args.model) + RUNTIMES[args.to].suffix)
@@ -91,30 +91,30 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _transform(model: nn.Module, size: tuple[int, int] | None, crop_pct: float | None) -> tuple[Callable, int]:
-    """The transform of timm's evaluation, and the shorter side of what it makes."""
+    """Return timm's evaluation transform and the shorter side of its output."""
     options = {"crop_pct": crop_pct} | ({"input_size": (3, *size)} if size else {})
     config = resolve_data_config(options, model=model)
     return create_transform(**config), min(config["input_size"][1:])
 
 
 def calibration_images(folder: Path, transform: Callable, limit: int) -> list[torch.Tensor]:
-    """Normalised images ``[1, 3, H, W]``, at most ``limit``, spread over the folder.
+    """Return up to ``limit`` normalised images ``[1, 3, H, W]``, evenly spaced over the folder.
 
     Raises:
         ValueError: No images.
     """
     files = list(list_images(folder)[0].values())
     if not files or limit < 1:
-        raise ValueError(f"--calibration {folder} holds no images, or --images {limit} asks for none")
+        raise ValueError(f"--calibration {folder} contains no images, or --images {limit} is below 1")
     chosen = files[:: max(1, len(files) // limit)][:limit]
     return [transform(read_image(file))[None] for file in chosen]
 
 
 def labelled_images(folder: Path, transform: Callable, labels: dict[str, int] | None, num_classes: int) -> ImageDataset:
-    """A folder of images per class, labelled as the checkpoint was trained.
+    """Open a folder with one subfolder of images per class, using the checkpoint's labels if known.
 
     Raises:
-        ValueError: Its classes are not the model's.
+        ValueError: The number of classes is not the model's.
     """
     data = ImageDataset(str(folder), class_map=labels or "", transform=transform)
     count = len(labels or data.reader.class_to_idx)
@@ -124,7 +124,7 @@ def labelled_images(folder: Path, transform: Callable, labels: dict[str, int] | 
 
 
 def accuracy(run: Callable[[torch.Tensor], torch.Tensor], data: ImageDataset) -> float:
-    """Share of the images whose highest output is their class."""
+    """Return the top-1 accuracy as a fraction."""
     hits = 0
     for images, labels in tqdm(_batches(data), "images", total=-(-len(data) // BATCH), disable=None, leave=False):
         hits += (run(images).argmax(1) == labels).sum().item()

@@ -14,7 +14,7 @@ from elfatt.export.runtimes import RUNTIMES, Run, Runtime
 from elfatt.export.trace import example_size, export_model, size_limit
 from elfatt.ops import use_backend
 
-# largest difference allowed, relative to the largest output or to 1; int8 is judged by accuracy instead
+# maximum difference relative to max(1, largest output); int8 is judged by its accuracy instead
 PRECISIONS = {"fp32": 1e-4, "fp16": 2e-2, "int8": float("inf")}
 
 
@@ -31,18 +31,18 @@ def export(
     Args:
         model: A model of the package; with ``size``, any classifier.
         runtime: One of ``RUNTIMES``.
-        path: The file; OpenVINO puts its weights beside it.
-        size: Fixed height and width in pixels; None for dynamic ones from ``size_limit`` up.
+        path: Output file; OpenVINO writes its weights next to it.
+        size: Fixed height and width in pixels; None for dynamic sizes from ``size_limit`` up.
         precision: One of ``PRECISIONS``.
-        images: Normalised images ``[1, 3, H, W]`` for int8 to be calibrated on.
+        images: Normalised images ``[1, 3, H, W]`` for int8 calibration.
 
     Returns:
-        Input shapes and the largest difference on each, relative to the largest output or to 1.
+        Input shapes, each with the maximum difference relative to ``max(1, largest output)``.
 
     Raises:
-        ValueError: An unknown runtime, a precision it does not have, a path with another ending, no calibration images,
-            or a model that cannot be exported.
-        RuntimeError: A package is missing, or an output differs too much or is not finite; nothing is written.
+        ValueError: Unknown runtime, unsupported precision, wrong file extension, no calibration images, or a model that
+            cannot be exported.
+        RuntimeError: A package is missing, or outputs differ too much or are not finite; nothing is written.
     """
     path = Path(path)
     chosen = _check(runtime, path, precision, images)
@@ -83,9 +83,9 @@ def _check(runtime: str, path: Path, precision: str, images: Sequence[torch.Tens
     if path.suffix != suffix:
         raise ValueError(f"{path} must end in {suffix} for {runtime}")
     if precision not in packages:
-        raise ValueError(f"{runtime} has no {precision} here: choose one of {', '.join(packages)}")
+        raise ValueError(f"{runtime} does not support {precision}: choose one of {', '.join(packages)}")
     if precision == "int8" and not images:
-        raise ValueError("int8 needs images to calibrate on: pass images (--calibration FOLDER)")
+        raise ValueError("int8 needs calibration images: pass images (--calibration FOLDER)")
     for package in packages[precision]:
         try:
             __import__(package)
@@ -95,7 +95,7 @@ def _check(runtime: str, path: Path, precision: str, images: Sequence[torch.Tens
 
 
 def _difference(model: nn.Module, run: Run, shape: tuple[int, ...]) -> float:
-    """Largest difference on random images, relative to the largest output or to 1; infinite if one is not finite."""
+    """Return the maximum difference on random images, relative to ``max(1, largest output)``; inf if not finite."""
     images = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
     with torch.inference_mode(), use_backend("math"):
         expected = model(images).numpy()

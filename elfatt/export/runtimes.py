@@ -1,6 +1,6 @@
 """Writers and loaders for each runtime.
 
-A writer takes a program, the path, a precision and calibration images; a loader gives a function from images
+A writer takes a program, a path, a precision and calibration images; a loader returns a function that maps images
 ``[B, 3, H, W]`` to outputs.
 """
 
@@ -29,7 +29,7 @@ def write_torch_export(program: ExportedProgram, path: Path, precision: str = "f
 
 
 def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
-    """Write a single ``.onnx`` file with float32 inputs and outputs; int8 by onnxruntime's static quantiser."""
+    """Write a single ``.onnx`` file with float32 inputs and outputs; int8 uses onnxruntime's static quantisation."""
     torch.onnx.export(
         program,
         (),
@@ -73,7 +73,7 @@ class _CalibrationReader:
 
 
 def write_openvino(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
-    """Write an ``.xml`` file and its weights, ``.bin``: fp16 halves the weights, int8 is NNCF's."""
+    """Write an ``.xml`` file and its ``.bin`` weights: fp16 stores half-precision weights, int8 uses NNCF."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def write_openvino(program: ExportedProgram, path: Path, precision: str = "fp32"
             import nncf
             from nncf.quantization.advanced_parameters import QuantizationParameters
 
-            # per-channel activations and SmoothQuant fix the size of the maps
+            # per-channel activations and SmoothQuant would fix the map size
             options = nncf.AdvancedQuantizationParameters(
                 activations_quantization_params=QuantizationParameters(per_channel=False),
                 smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(-1, -1),
@@ -123,13 +123,13 @@ def _range(program: ExportedProgram, side: torch.SymInt):
 
 
 def load_torch_export(path: Path) -> Run:
-    """Runner of a ``.pt2`` file."""
+    """Load a ``.pt2`` file."""
     module = torch.export.load(path).module()
     return lambda images: module(images).numpy()
 
 
 def load_onnx(path: Path) -> Run:
-    """Runner of an ``.onnx`` file: onnxruntime on the CPU, with PyTorch's number of threads."""
+    """Load an ``.onnx`` file in onnxruntime on the CPU, with PyTorch's number of threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -139,7 +139,7 @@ def load_onnx(path: Path) -> Run:
 
 
 def load_openvino(path: Path) -> Run:
-    """Runner of an ``.xml`` file: OpenVINO on the CPU, in float32, with PyTorch's number of threads."""
+    """Load an ``.xml`` file in OpenVINO on the CPU, in float32 and with PyTorch's number of threads."""
     import openvino
 
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -148,7 +148,7 @@ def load_openvino(path: Path) -> Run:
 
 
 def load_executorch(path: Path) -> Run:
-    """Runner of a ``.pte`` file: ExecuTorch on the CPU."""
+    """Load a ``.pte`` file in ExecuTorch on the CPU."""
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(path).load_method("forward")
@@ -156,7 +156,7 @@ def load_executorch(path: Path) -> Run:
 
 
 def load_tensorrt(path: Path) -> Run:
-    """Runner of an engine through ``trtexec``, which exchanges tensors as files."""
+    """Load an engine in ``trtexec``, exchanging tensors as files."""
 
     def run(images: torch.Tensor) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
@@ -192,14 +192,14 @@ def _trtexec(options: list[str]) -> None:
 
 
 class Runtime(NamedTuple):
-    """How models reach a runtime.
+    """Export target.
 
     Attributes:
-        packages: What must be installed, by precision.
-        suffix: Of its files.
+        packages: Required packages by precision.
+        suffix: File extension.
         write: Writer.
         load: Loader.
-        dynamic: Whether height and width can be dynamic.
+        dynamic: Whether dynamic height and width are supported.
     """
 
     packages: dict[str, tuple[str, ...]]

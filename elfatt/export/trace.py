@@ -1,4 +1,4 @@
-"""Models as ``torch.export`` programs with dynamic batch, height and width."""
+"""Trace models with ``torch.export``, with dynamic batch, height and width."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LARGEST = 4096  # pixels
 
 
 def size_limit(model: nn.Module) -> int:
-    """Smallest height and width in pixels that a dynamic graph accepts.
+    """Return the minimum height and width of a dynamic graph, in pixels.
 
-    On a smaller image a block or window covers the whole map and is computed differently: pass ``size``.
+    On smaller images a block or window covers the whole map and is computed differently: pass ``size``.
 
     Raises:
         ValueError: Another kind of model.
@@ -29,7 +29,7 @@ def size_limit(model: nn.Module) -> int:
     if not isinstance(model, HierarchicalTransformer):
         raise ValueError(f"{type(model).__name__} supports a fixed image size only: pass size (--size)")
     sides = [(needed - 1) * 4 * 2**stage + 1 for stage, _, needed in _cuts(model)]
-    return max([64, *sides])  # torch.export takes a side of one token for a constant
+    return max([64, *sides])  # torch.export treats a side of one token as constant
 
 
 def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> ExportedProgram:
@@ -37,10 +37,10 @@ def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> Expor
 
     Args:
         model: A model of the package; with ``size``, any classifier.
-        size: Fixed height and width in pixels; None for dynamic ones.
+        size: Fixed height and width in pixels; None for dynamic sizes.
 
     Raises:
-        ValueError: Without ``size``, another kind of model, or one with stripes.
+        ValueError: Without ``size``, a model of another package or with stripes.
     """
     model = model.eval().requires_grad_(False)
     shape = {0: Dim("batch", min=1, max=LARGEST)}
@@ -55,7 +55,7 @@ def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> Expor
         program = torch.export.export(
             model, (image,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True
         )
-    # they only assert that other sizes have the example's strides, which export() checks by its outputs
+    # they only assert the example's strides at other sizes; export() checks the outputs instead
     for node in [n for n in program.graph.nodes if n.target is torch.ops.aten._assert_scalar.default]:
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
@@ -68,7 +68,7 @@ def _stages(model: nn.Module) -> nn.Sequential:
 
 
 def _cuts(model: nn.Module) -> list[tuple[int, int, int]]:
-    """For each attention that cuts its map: stage, side of the cut, and the side that the map must have, in tokens."""
+    """Return (stage, block or window size, minimum side of the map) of windowed attentions, in tokens."""
     cuts = set()
     for stage, blocks in enumerate(_stages(model)):
         for module in blocks.modules():
@@ -80,7 +80,7 @@ def _cuts(model: nn.Module) -> list[tuple[int, int, int]]:
 
 
 def example_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width at which every map is odd and padded, so that the trace takes no shortcut."""
+    """Return a height and width at which every map is odd and padded, so that the trace takes no shortcuts."""
     divisors = {(stage, side) for stage, side, _ in _cuts(model)} | {(stage, 2) for stage in range(len(_stages(model)))}
     sides = (
         side

@@ -1,1 +1,1 @@
-"""Bridges to other frameworks; each file imports its framework, and nothing else of the package imports these files."""
+"""Integrations with other frameworks; each module imports the framework it supports."""

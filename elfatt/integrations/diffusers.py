@@ -1,8 +1,8 @@
-"""ELFATT in diffusion models of diffusers, without training: Stable Diffusion 1.x, 2.x and XL, DiT, PixArt.
+"""Training-free ELFATT for diffusers: Stable Diffusion 1.x, 2.x and XL, DiT, PixArt.
 
-A processor wraps each self-attention layer's own one. The original runs as it is, with its projections, norms and
-adapters; only its softmax attention is computed by the plan. Cross-attention and masked attention are not touched.
-Token merging wraps the same processors: a layer gets fewer tokens, and its output is copied back to all of them.
+The processor of each self-attention layer is wrapped. The original still runs its projections, norms and adapters; the
+plan only replaces its softmax attention. Cross-attention and masked attention are left alone. Token merging uses the
+same wrappers: the layer runs on the merged tokens, and its output is copied back to all tokens.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from elfatt.conversion.intercept import InterceptAttention
 from elfatt.conversion.merging import Merge, TokenMerging
 
 MODELS = (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel, PixArtTransformer2DModel)
-EXPLICIT = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")  # processors with attention of their own
-WEIGH_EVERY = 7  # calls of the model; no divisor of the usual numbers of steps, so that all of them have their turn
-_TIMESTEP = {PixArtTransformer2DModel: 2}  # its place among the arguments of the forward pass, else 1
+EXPLICIT = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")  # processors that do not call SDPA
+WEIGH_EVERY = 7  # model calls; coprime to the usual numbers of steps, so that every step is covered
+_TIMESTEP = {PixArtTransformer2DModel: 2}  # position among the arguments of forward, 1 otherwise
 
 
 class DiffusionHandle(Handle):
@@ -39,14 +39,14 @@ class DiffusionHandle(Handle):
 
     Args:
         model: The UNet or transformer.
-        attend: Computes the softmax attention of a layer.
-        layers: Names of the layers that call it.
-        steps: First and last step in which they do, as shares.
-        train_steps: Steps that the model was trained with.
-        merge: Merges the tokens of the layers at the model's largest map.
+        attend: Function that computes a layer's softmax attention.
+        layers: Names of the layers that use it.
+        steps: Range of steps in which they do, as fractions of all steps.
+        train_steps: Number of training steps of the model.
+        merge: Token merging for the layers at the largest map.
 
     Raises:
-        TypeError: A model whose tokens cannot be merged.
+        TypeError: Token merging is not supported for the model.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class DiffusionHandle(Handle):
         self.attend, self.merge = attend, merge
         self._steps, self._train_steps = steps, train_steps
         self._latent, self._runs, self._done = (0, 0), False, 0.0
-        self._inputs: dict[str, torch.Tensor] = {}  # of the blocks whose layer's tokens are merged
+        self._inputs: dict[str, torch.Tensor] = {}  # of the blocks with merged tokens
         self._hooks = [model.register_forward_pre_hook(self._look, with_kwargs=True)]
         for name in merged:
             block = model.get_submodule(name.rpartition(".")[0])
@@ -73,7 +73,7 @@ class DiffusionHandle(Handle):
             if name in layers or name in merged:
                 own = _wrap(layer.processor)(layer.processor, name, self, name in layers, name in merged)
                 self._processors.append((layer, own))
-                layer.set_processor(own)  # type: ignore[arg-type]  # takes any callable
+                layer.set_processor(own)  # type: ignore[arg-type]  # accepts any callable
 
     def _restore(self):
         for hook in self._hooks:
@@ -81,12 +81,12 @@ class DiffusionHandle(Handle):
         self._runs = False
         self._inputs.clear()
         for layer, own in self._processors:
-            if layer.processor is own:  # else another one was set in the meantime, such as a fused one
+            if layer.processor is own:  # else it was replaced in the meantime, e.g. by a fused one
                 layer.set_processor(own.original)
         self._processors = []
 
     def _look(self, model, args, kwargs):
-        """Before each step: the size of the latent, and whether the step is among those to replace."""
+        """Before each step, record the latent size and whether the step is in range."""
         latent = kwargs.get("sample", kwargs.get("hidden_states", args[0] if args else None))
         patch = getattr(model.config, "patch_size", None) or 1
         self._latent = latent.shape[-2] // patch, latent.shape[-1] // patch
@@ -104,7 +104,7 @@ class DiffusionHandle(Handle):
 
 
 class _Processor:
-    """A processor whose softmax attention a handle computes, and whose tokens it may merge."""
+    """Processor wrapper that replaces softmax attention and optionally merges tokens."""
 
     def __init__(self, original: Callable, name: str, handle: DiffusionHandle, replaced: bool, merged: bool):
         self.original, self.name, self.handle = original, name, handle
@@ -134,12 +134,12 @@ def _same(x):
 
 
 def _wrap(original: Callable) -> type[_Processor]:
-    """The class of a wrapper with the original's signature: diffusers reads from it which keywords to pass."""
+    """Return a wrapper class with the original's signature, by which diffusers filters keyword arguments."""
 
     def call(self, *args, **kwargs):
         return _Processor.__call__(self, *args, **kwargs)
 
-    call.__signature__ = inspect.signature(type(original).__call__)  # type: ignore[attr-defined]  # of functions
+    call.__signature__ = inspect.signature(type(original).__call__)  # type: ignore[attr-defined]  # functions have it
     return type(type(original).__name__, (_Processor,), {"__call__": call})
 
 
@@ -152,29 +152,29 @@ def apply(
     steps: tuple[float, float] = (0.0, 1.0),
     merge_ratio: float = 0.0,
 ) -> DiffusionHandle:
-    """Replace the self-attention of a diffusion model by a plan; a second call replaces the first one's plan.
+    """Replace the self-attention of a diffusion model. Calling it again replaces the previous plan.
 
     Args:
         pipe_or_model: A pipeline, or its UNet or transformer.
-        plan: What each layer runs; by default the paper's ELFATT, ``Plan.uniform``. Or a function that computes the
+        plan: Attention plan; defaults to the paper's ELFATT, ``Plan.uniform``. Or a function that computes the
             attention of every layer, such as ``elfatt.conversion.Agent()``; its ``merge``, if any, merges tokens.
-        block: Side of its blocks, in tokens.
-        min_tokens: Layers of fewer tokens stay exact in it; merged tokens count once.
-        steps: First and last step that are replaced, as shares of all from 0 (noise) to 1.
-        merge_ratio: Share of the tokens that tomesd merges before the layers at the largest map, at most 0.75. Merged
-            tokens are no map: there block heads run exactly, linear ones linearly.
+        block: Block size of the default plan, in tokens.
+        min_tokens: Layers with fewer tokens stay exact in the default plan; merged tokens count once.
+        steps: Range of steps to replace, as fractions from 0 (noise) to 1.
+        merge_ratio: Fraction of tokens that tomesd merges before the layers at the largest map, at most 0.75. Merged
+            tokens do not form a map, so block heads run exact attention on them; linear heads stay linear.
 
     Returns:
-        A handle to remove it.
+        A handle whose ``remove()`` restores the model.
 
     Raises:
-        ImportError: Merging without tomesd.
-        TypeError: A model that is not supported, or whose tokens cannot be merged.
-        ValueError: A plan of another model, or a share out of range.
+        ImportError: Token merging without tomesd.
+        TypeError: The model, or token merging for it, is not supported.
+        ValueError: The plan is for another model, or a fraction is out of range.
     """
     model, train_steps = denoiser(pipe_or_model)
     if not 0 <= steps[0] < steps[1] <= 1:
-        raise ValueError(f"steps={steps} must be two growing shares from 0 to 1")
+        raise ValueError(f"steps={steps} must be two increasing fractions between 0 and 1")
     heads = {name: layer.heads for name, layer in self_attention_layers(model).items()}
     if plan is None:
         plan = Plan.uniform(name_of(model), heads, block=block, min_tokens=min_tokens)
@@ -184,14 +184,14 @@ def apply(
     if isinstance(plan, Plan):
         plan.check(name_of(model), heads)
         if plan.lepe:
-            raise ValueError("plans with LePE are supported for ViTs only: use a plan without it")
+            raise ValueError("plans with LePE are supported for ViTs only: use a plan without LePE")
         attend = partial(run_plan, plan)
         layers = {name for name, layer in plan.layers.items() if not layer.is_exact}
     else:
         attend, layers = plan, heads
     if merge_ratio:
         if merge:
-            raise ValueError(f"merge_ratio={merge_ratio} must be 0: {type(plan).__name__} merges tokens by itself")
+            raise ValueError(f"merge_ratio={merge_ratio} must be 0: {type(plan).__name__} already merges tokens")
         merge = TokenMerging(merge_ratio)
     return DiffusionHandle(model, attend, layers, (float(steps[0]), float(steps[1])), train_steps, merge)
 
@@ -204,18 +204,18 @@ def calibrate(
     weigh_every: int = WEIGH_EVERY,
     **options: Any,
 ) -> Calibration:
-    """Measure what each branch would do in each head of a model; ``.plan(error=…)`` of the result chooses.
+    """Measure the error of every branch in each head of a model; ``.plan(error=…)`` of the result selects branches.
 
     Args:
         pipe_or_model: A pipeline, or its UNet or transformer.
         run: Runs it on a batch, such as ``lambda prompt: pipe(prompt, num_inference_steps=10)``.
-        batches: What ``run`` takes.
-        weigh_every: In one of so many calls of the model its layers are weighed by what their errors do to its output,
-            with one call more for each of them; 0 weighs none.
-        **options: Of ``elfatt.conversion.Calibration``.
+        batches: Inputs of ``run``.
+        weigh_every: Every this many model calls, weigh the layers by the effect of their errors on the output, at one
+            extra call per layer; 0 to disable.
+        **options: Keyword arguments of ``elfatt.conversion.Calibration``.
 
     Raises:
-        TypeError: A model that is not supported.
+        TypeError: The model is not supported.
     """
     model, train_steps = denoiser(pipe_or_model)
     calibration, calls = Calibration(name_of(model), **options), itertools.count()
@@ -235,30 +235,30 @@ def calibrate(
 
 
 def denoiser(pipe_or_model: object) -> tuple[nn.Module, int]:
-    """The UNet or transformer of a pipeline, or the model given, and the number of steps that it was trained with.
+    """Return a pipeline's UNet or transformer, or the given model, and its number of training steps.
 
     Raises:
-        TypeError: A model that is not supported; the reason is named.
+        TypeError: The model is not supported; the message says why.
     """
     model = getattr(pipe_or_model, "unet", None) or getattr(pipe_or_model, "transformer", None) or pipe_or_model
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = getattr(model, "_orig_mod", model)  # unwrap torch.compile
     if not isinstance(model, MODELS):
-        reason = "it is no UNet or transformer with a self-attention of its own, as joint attention with text is not"
+        reason = "it must be a UNet or transformer with separate self-attention, not joint attention with text"
         names = ", ".join(kind.__name__ for kind in MODELS)
-        raise TypeError(f"{type(model).__name__} is not supported: {reason}; supported are {names}")
+        raise TypeError(f"{type(model).__name__} is not supported: {reason}; supported models: {names}")
     layers = self_attention_layers(model)
     if not layers:
         raise TypeError(f"{type(model).__name__} has no self-attention to replace")
     for name, layer in layers.items():
         if type(layer.processor).__name__ in EXPLICIT:
             kind = type(layer.processor).__name__
-            raise TypeError(f"{kind} of {name} does not call PyTorch's attention: set AttnProcessor2_0 in its place")
+            raise TypeError(f"{kind} of {name} does not call PyTorch's attention: use AttnProcessor2_0 instead")
     scheduler = getattr(pipe_or_model, "scheduler", None)
     return model, getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
 
 
 def self_attention_layers(model: nn.Module) -> dict[str, Attention]:
-    """The self-attention layers of a model, by name."""
+    """Return the self-attention layers of a model by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -267,7 +267,7 @@ def self_attention_layers(model: nn.Module) -> dict[str, Attention]:
 
 
 def _largest_layers(model: nn.Module) -> list[str]:
-    """The layers whose tokens are merged: those in blocks at the largest map, so in a UNet's first and last stage."""
+    """Return the layers to merge tokens in: those at the largest map, in a UNet's first and last stage."""
     layers = [name for name in self_attention_layers(model) if name.endswith(".attn1")]
     stages = [name.split(".")[:2] for name in layers]
     ends = [
@@ -276,23 +276,23 @@ def _largest_layers(model: nn.Module) -> list[str]:
     ]
     if not isinstance(model, UNet2DConditionModel) or not ends:
         raise TypeError(
-            f"tokens of {type(model).__name__} cannot be merged: tomesd and Agent know the blocks of "
-            "UNet2DConditionModel only; take a plan, without merge_ratio"
+            f"tokens of {type(model).__name__} cannot be merged: tomesd and Agent support "
+            "UNet2DConditionModel only; use a plan, without merge_ratio"
         )
     return [name for name, stage in zip(layers, stages, strict=True) if stage in ends]
 
 
 def name_of(model: nn.Module) -> str:
-    """What plans call a model: its class, its width and its number of self-attention layers."""
+    """Return a model's name in plans: its class, total attention width and number of self-attention layers."""
     layers = self_attention_layers(model)
     return f"{type(model).__name__}-{sum(layer.inner_dim for layer in layers.values())}-{len(layers)}"
 
 
 def map_size(latent: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """Height and width of the level of a latent that has so many tokens; levels halve, rounding up or down.
+    """Return the map size ``(height, width)`` at which a latent has this many tokens, halving it, rounded up or down.
 
     Raises:
-        ValueError: No level has.
+        ValueError: No map of the latent has this many tokens.
     """
     for rounding in (math.ceil, math.floor):
         height, width = latent
@@ -300,6 +300,4 @@ def map_size(latent: tuple[int, int], tokens: int) -> tuple[int, int]:
             height, width = rounding(height / 2), rounding(width / 2)
         if height * width == tokens:
             return height, width
-    raise ValueError(
-        f"{tokens} tokens are no level of a latent of {latent[0]} × {latent[1]}: the map's size is unknown"
-    )
+    raise ValueError(f"{tokens} tokens match no downsampled map of a {latent[0]} × {latent[1]} latent")

@@ -1,4 +1,4 @@
-"""Checks of a configuration before the first step."""
+"""Config checks before the first step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from elfatt.data import UserError
 
 
 def check_batch_norm(model: nn.Module, batch_size: int | None) -> None:
-    """Stops where a batch norm behind a pooling to one pixel, as UperNet's, would see one value a channel.
+    """Check that batch norm after 1x1 pooling, as in UperNet, sees more than one value per channel.
 
     Raises:
-        UserError: It would.
+        UserError: It sees only one.
     """
     pooled = [part for part in model.modules() if isinstance(part, nn.Sequential) and _pools_to_a_pixel(part)]
     norms = [part for whole in pooled for part in whole.modules() if isinstance(part, _BatchNorm)]
@@ -24,8 +24,8 @@ def check_batch_norm(model: nn.Module, batch_size: int | None) -> None:
     if batch_size == 1 and apart:
         raise UserError(
             "train_dataloader.batch_size=1",
-            "leaves one value a channel to the batch norm behind a pooling to 1x1",
-            "set train_dataloader.batch_size=2, or a norm_cfg without batch norm",
+            "leaves one value per channel for the batch norm after 1x1 pooling",
+            "set train_dataloader.batch_size=2, or use a norm_cfg without batch norm",
         )
 
 
@@ -35,14 +35,14 @@ def _pools_to_a_pixel(part: nn.Sequential) -> bool:
 
 
 def check_channels(config: Config) -> None:
-    """Stops where the backbone, the preprocessor and the pipelines do not agree on the channels of an image.
+    """Check that the backbone, the preprocessor and the pipelines agree on the number of image channels.
 
     Raises:
-        UserError: They do not, or there is no such image.
+        UserError: They disagree, or the number is neither 1 nor 3.
     """
     channels, preprocessor = config.model.backbone.get("in_chans", 3), config.model.get("data_preprocessor") or {}
     if channels not in (1, 3):
-        raise UserError(f"model.backbone.in_chans={channels}", "fits no image", "choose 3 (colour) or 1 (grey)")
+        raise UserError(f"model.backbone.in_chans={channels}", "is not supported", "use 3 (colour) or 1 (greyscale)")
     mode = "L" if channels == 1 else "RGB"
     loaders = [config.get(f"{name}_dataloader") for name in ("train", "val", "test")]
     modes = {step.get("mode", "RGB") for loader in loaders for step in _steps(loader, "LoadImage")}
@@ -55,11 +55,11 @@ def check_channels(config: Config) -> None:
             f"{channels} value(s) and bgr_to_rgb={channels == 3}",
         )
     if channels == 1 and any(list(_steps(loader, "PhotoMetricDistortion")) for loader in loaders):
-        raise UserError("PhotoMetricDistortion", "changes colours, and in_chans=1 is grey", "leave it out")
+        raise UserError("PhotoMetricDistortion", "changes colours, but in_chans=1 is greyscale", "remove it")
 
 
 def _steps(node, kind: str) -> Iterator[dict]:
-    """Every dict of one type in a configuration."""
+    """Yield every dict of one type in a config."""
     if isinstance(node, dict):
         if node.get("type") == kind:
             yield node

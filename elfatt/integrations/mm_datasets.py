@@ -1,4 +1,4 @@
-"""Data sets of mmseg and mmdet, checked by the rules of ``elfatt.data``; nothing is skipped silently."""
+"""mmseg and mmdet datasets with the checks of ``elfatt.data``; nothing is skipped silently."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from elfatt.data.coco import check_annotations, check_categories, check_ids, for
 from elfatt.data.masks import check_classes, check_mask
 from elfatt.integrations.mm_transforms import CheckMask
 
-SAMPLE = 100  # images or masks of a data set that are opened before the first step
+SAMPLE = 100  # images or masks per dataset to open before the first step
 LOADS_MASKS = "LoadAnnotations"
 MMENGINE_DATASETS = BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 
 
 def open_dataset(config: dict) -> BaseDataset:
-    """Builds, lists and checks a data set, and those that it wraps.
+    """Build, list and check a dataset and the datasets it wraps.
 
     Args:
-        config: Of the data set.
+        config: Dataset config.
 
     Raises:
-        UserError: It cannot be trained on or evaluated; its folder or annotation file is named.
+        UserError: It cannot be used; the message names its folder or annotation file.
     """
     dataset = DATASETS.build(lazy(config))
     if not isinstance(dataset, MMENGINE_DATASETS):
@@ -44,7 +44,7 @@ def open_dataset(config: dict) -> BaseDataset:
 
 
 def lazy(config: dict) -> dict:
-    """The configuration of a data set, and of those that it wraps, that reads nothing before it is told to."""
+    """Return a dataset config with lazy initialisation, also of the datasets it wraps."""
     with DATASETS.switch_scope_and_registry(None) as registry:
         kind = registry.get(config["type"]) if isinstance(config["type"], str) else config["type"]
     if isinstance(kind, type) and not issubclass(kind, MMENGINE_DATASETS):
@@ -58,13 +58,14 @@ def lazy(config: dict) -> dict:
 
 
 def check_training_masks(dataset: BaseDataset) -> None:
-    """Read up to 100 masks as training does, and all of them if these hold fewer than two classes.
+    """Read up to 100 masks as in training, or all of them if these contain fewer than two classes.
 
     Args:
-        dataset: Open; passed over where its pipeline reads no mask.
+        dataset: Initialised dataset; ignored if its pipeline reads no masks.
 
     Raises:
-        UserError: No two classes in all of them; see ``check_classes``, and ``CheckMask`` for a single one.
+        UserError: All masks together have fewer than two classes; see ``check_classes``, and ``CheckMask`` for a single
+            mask.
     """
     parts = [(part, _steps_to_masks(part)) for part in _unwrap(dataset)]
     parts = [(part, steps) for part, steps in parts if steps]
@@ -86,12 +87,12 @@ def check_training_masks(dataset: BaseDataset) -> None:
 
 
 def check_evaluator(evaluator, source: str, classes: tuple[str, ...]) -> None:
-    """Stops at annotation files of mmdet's ``CocoMetric`` that would be scored under other names, or not at all.
+    """Check that annotation files of mmdet's ``CocoMetric`` are scored, and under the right class names.
 
     Args:
-        evaluator: mmengine's, built.
+        evaluator: mmengine evaluator.
         source: Path of the annotation file, for the message.
-        classes: Of the data set.
+        classes: Classes of the dataset.
 
     Raises:
         UserError: See ``check_categories`` and ``check_ids``.
@@ -103,29 +104,29 @@ def check_evaluator(evaluator, source: str, classes: tuple[str, ...]) -> None:
 
 
 def check_same_classes(where: str, classes: Sequence[str], trained: Sequence[str]) -> None:
-    """Raise if one index means two classes.
+    """Check that an index means the same class in the data and the model.
 
     Args:
-        where: A checkpoint, or the data set that is evaluated.
-        classes: Of the data.
-        trained: Those that the model was trained on.
+        where: Checkpoint or evaluated dataset, for the message.
+        classes: Classes of the data.
+        trained: Classes the model was trained on.
 
     Raises:
         UserError: They differ, in names or order.
     """
     here, there = ({name: index for index, name in enumerate(names)} for names in (classes, trained))
     if difference := mismatch(here, there):
-        remedy = "take the configuration and the data that it was trained with, or train anew"
-        raise UserError(where, f"has other classes than the data: {difference}", remedy)
+        remedy = "use the config and data it was trained with, or retrain"
+        raise UserError(where, f"has different classes from the data: {difference}", remedy)
 
 
 def warn(message: str) -> None:
-    """Logs a warning; of several processes the first one does."""
+    """Log a warning on the main process."""
     print_log(message, logger="current", level=logging.WARNING)
 
 
 def _unwrap(dataset) -> list:
-    """The data sets that a RepeatDataset, a ConcatDataset or another wrapper holds, or the one given."""
+    """Return the datasets inside a ``RepeatDataset``, ``ConcatDataset`` or other wrapper, or the dataset itself."""
     if hasattr(dataset, "dataset"):
         return _unwrap(dataset.dataset)
     return [part for inner in getattr(dataset, "datasets", ()) for part in _unwrap(inner)] or [dataset]
@@ -143,14 +144,14 @@ def _open(dataset: BaseDataset) -> None:
     except ValueError as error:
         if dataset.data_list:
             raise
-        # mmengine cannot pack an empty list
+        # mmengine fails to serialise an empty list
         source = dataset.ann_file or dataset.data_prefix["img_path"]
-        fault = f"holds no image that can be used (filter_cfg={dataset.filter_cfg})"
+        fault = f"contains no usable images (filter_cfg={dataset.filter_cfg})"
         raise UserError(source, fault, "check data_root, data_prefix and ann_file") from error
     for name in ("load_data_list", "COCOAPI"):
-        vars(dataset).pop(name, None)  # a worker that is spawned gets the data set alone
+        vars(dataset).pop(name, None)  # spawned workers get the dataset without them
     for step in dataset.pipeline.transforms:
-        if hasattr(step, "_load_seg_map"):  # of mmcv's LoadAnnotations, whose errors name no file
+        if hasattr(step, "_load_seg_map"):  # mmcv's LoadAnnotations, whose errors do not name the file
             step._load_seg_map = partial(_load_mask, step._load_seg_map)
     _warn_of_turned(dataset)
 
@@ -163,27 +164,27 @@ def _load_mask(load: Callable[[dict], None], results: dict) -> None:
 
 
 def _spread(dataset: BaseDataset) -> list[int]:
-    """Numbers of up to 100 items, evenly over the data set."""
+    """Return up to 100 evenly spaced indices of the dataset."""
     count = min(SAMPLE, len(dataset))
     return [i * len(dataset) // count for i in range(count)]
 
 
 def _steps_to_masks(dataset: BaseDataset) -> list:
-    """The steps of a pipeline up to ``CheckMask``, or to the one that loads masks; none where nothing does."""
+    """Return the pipeline's steps up to ``CheckMask`` or the mask loader; none if it loads no masks."""
     steps = dataset.pipeline.transforms
     last = [i for i, step in enumerate(steps) if isinstance(step, CheckMask) or type(step).__name__ == LOADS_MASKS]
     return steps[: last[-1] + 1] if last and hasattr(dataset, "reduce_zero_label") else []
 
 
 def _warn_of_turned(dataset: BaseDataset) -> None:
-    """Warns of images that EXIF turns where the sizes do not tell how the labels were drawn; up to 100 are opened."""
+    """Check up to 100 images; warn if EXIF rotates some and sizes do not show if the labels follow."""
     opened, turned = 0, []
     for item in map(dataset.get_data_info, _spread(dataset)):
         if not Path(item["img_path"]).is_file():
-            continue  # whoever loads it says so
+            continue  # reported when it is loaded
         if item.get("seg_map_path"):
             if not _steps_to_masks(dataset):
-                return  # masks of another form, with a reader of their own
+                return  # masks in another format, with their own reader
             size, owner = check_mask(item["seg_map_path"]), f"mask {item['seg_map_path']}"
         elif "width" in item:
             size, owner = (item["width"], item["height"]), dataset.ann_file
@@ -193,17 +194,17 @@ def _warn_of_turned(dataset: BaseDataset) -> None:
             if check_size(item["img_path"], size, owner):
                 turned.append(item["img_path"])
         except UnidentifiedImageError:
-            continue  # another reader's, or damaged: whoever loads it says so
+            continue  # another format, or damaged: reported when it is loaded
         opened += 1
     if turned:
         warn(
-            f"{len(turned)} of {opened} images opened are turned upright by their EXIF orientation, first {turned[0]}: "
-            "where labels were drawn on the pixels as they are stored, remove the tag (exiftool -Orientation= FILE)"
+            f"{len(turned)} of {opened} images opened are rotated by their EXIF orientation, first {turned[0]}: "
+            "if labels were drawn on the pixels as stored, remove the tag (exiftool -Orientation= FILE)"
         )
 
 
 def _is_listed_by_mmseg(dataset: BaseDataset) -> bool:
-    """Whether the listing is mmseg's own, of local images and of masks in another folder."""
+    """Whether mmseg itself lists the dataset: local images, and masks in a separate folder."""
     listing = type(dataset).load_data_list
     theirs = (listing.__module__, listing.__qualname__)
     if theirs != ("mmseg.datasets.basesegdataset", "BaseSegDataset.load_data_list") or dataset.backend_args:
@@ -216,28 +217,28 @@ def _is_listed_by_mmseg(dataset: BaseDataset) -> bool:
 
 
 def _list_pairs(dataset) -> list[dict]:
-    """What mmseg's ``BaseSegDataset.load_data_list`` gives, for images and masks with any extension.
+    """List data like mmseg's ``BaseSegDataset.load_data_list``, but with any file extension.
 
-    ``img_suffix`` and ``seg_map_suffix`` count as in ``list_images``.
+    See ``list_images`` for ``img_suffix`` and ``seg_map_suffix``.
 
     Raises:
-        UserError: Images without a mask, two files of one name, or names in ``ann_file`` without an image.
+        UserError: Images without a mask, two files with the same name, or names in ``ann_file`` without an image.
     """
     folders = [dataset.data_prefix[key] for key in ("img_path", "seg_map_path")]
     (images, others), (masks, _) = map(list_images, folders, (dataset.img_suffix, dataset.seg_map_suffix))
     if others:
-        warn(f"{folders[0]}: {len(others):,} files are passed over, first {others[0]}")
+        warn(f"{folders[0]}: {len(others):,} files are skipped, first {others[0]}")
     names = list(images)
     if dataset.ann_file:
         names = [line.strip() for line in Path(dataset.ann_file).read_text().splitlines() if line.strip()]
         absent = [name for name in names if name not in images]
         if absent:
             fault = f"names {len(absent):,} images that are not in {folders[0]}, first {absent[0]}"
-            raise UserError(dataset.ann_file, fault, "a line is the path of an image there, without its extension")
+            raise UserError(dataset.ann_file, fault, "each line must be an image's path there, without extension")
     bare = [name for name in names if name not in masks]
     if bare:
-        fault = f"holds {len(bare):,} of {len(names):,} images without a mask, first {images[bare[0]]}"
-        raise UserError(folders[0], fault, f"add masks of the same names to {folders[1]}, or remove the images")
+        fault = f"contains {len(bare):,} of {len(names):,} images without a mask, first {images[bare[0]]}"
+        raise UserError(folders[0], fault, f"add masks with the same names to {folders[1]}, or remove the images")
     idle = [name for name in masks if name not in images]
     if idle:
         warn(f"{folders[1]}: {len(idle):,} of {len(masks):,} masks have no image, first {masks[idle[0]]}")
@@ -253,7 +254,7 @@ def _is_read_by_pycocotools(dataset: BaseDataset) -> bool:
 
 
 def _read_coco(dataset, path: str):
-    """The annotation file as mmdet wants it, checked; in place of ``dataset.COCOAPI(path)``.
+    """Load and check an annotation file, replacing ``dataset.COCOAPI(path)``.
 
     Raises:
         UserError: See ``elfatt.data.coco``.

@@ -1,4 +1,4 @@
-"""Entry point of the dense programs: user errors end in one line, other errors keep their traceback."""
+"""Entry point of the segmentation and detection programs, and their error handling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_WORKERS = "--cfg-options " + " ".join(f"{split}_dataloader.num_workers=0" for
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a program; a user error ends it in one line, any other error keeps its traceback."""
+    """Run a program; user errors are reported in one line, other errors keep their traceback."""
     try:
         main()
     except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -32,14 +32,14 @@ def run(main: Callable[[], object]) -> None:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether the package raised it itself: its ValueErrors and TypeErrors are for the user."""
+    """Whether the package itself raised it: its ``ValueError`` and ``TypeError`` messages are for the user."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(last.filename).is_relative_to(Path(elfatt.__file__).parent)
     return not isinstance(error, RuntimeError) and ours and (last.line or "").startswith("raise ")
 
 
 def _line(error: Exception) -> str:
-    """The message alone, of what mmengine's registry or a worker of the data loader has wrapped."""
+    """Return the bare message of an error wrapped by mmengine's registry or a data loader worker."""
     text = str(error)
     if "\nOriginal Traceback" in text:
         text = text.strip().splitlines()[-1].partition(": ")[2]
@@ -48,7 +48,7 @@ def _line(error: Exception) -> str:
 
 @contextmanager
 def as_user_error(where: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Makes errors of these kinds, raised within, a ``UserError`` of one line that begins with ``where``."""
+    """Convert errors of these kinds into a one-line ``UserError`` that starts with ``where``."""
     try:
         yield
     except kinds as error:
@@ -58,7 +58,7 @@ def as_user_error(where: str, *kinds: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def enough_space(folder: str) -> Iterator[None]:
-    """Makes the error of a full disk, raised within, a ``UserError`` that names the folder and what is free."""
+    """Convert a full-disk error into a ``UserError`` that names the folder and its free space."""
     try:
         yield
     except (OSError, RuntimeError) as error:

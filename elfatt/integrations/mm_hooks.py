@@ -1,4 +1,4 @@
-"""Hooks of the dense programs."""
+"""Hooks of the segmentation and detection programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from elfatt.integrations.mm_datasets import warn
 
 @HOOKS.register_module()
 class SaveFirstCheckpointHook(CheckpointHook):
-    """mmengine's hook, which removes the oldest checkpoint before it saves; here, once the newest is complete."""
+    """``CheckpointHook`` that removes the oldest checkpoint after saving the newest, not before."""
 
     max_keep_ckpts: int
 
@@ -27,7 +27,7 @@ class SaveFirstCheckpointHook(CheckpointHook):
         if kept <= 0 or step in self.keep_ckpt_ids:
             return super()._save_checkpoint_with_step(runner, step, meta)
         oldest = self.keep_ckpt_ids[0] if len(self.keep_ckpt_ids) == kept else None
-        self.keep_ckpt_ids.append(step)  # no longer than `kept`: the first one drops out
+        self.keep_ckpt_ids.append(step)  # at most `kept` long: drops the oldest
         runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
         self.max_keep_ckpts = 0
         try:
@@ -41,10 +41,10 @@ class SaveFirstCheckpointHook(CheckpointHook):
 
 
 class DrawImages(Hook):
-    """Draws every evaluated image, its truth on the left and its prediction on the right; mmengine lets rank 0 draw.
+    """Draw the ground truth (left) and the prediction (right) of every evaluated image; in mmengine only rank 0 draws.
 
     Args:
-        folder: Where the pictures go, under the images' names.
+        folder: Output folder; files are named after the images.
     """
 
     def __init__(self, folder: str):
@@ -59,7 +59,7 @@ class DrawImages(Hook):
 
 
 class NameUnseenClasses(Hook):
-    """Log classes without a pixel in the ground truth after each evaluation."""
+    """Log the classes absent from the ground truth after each evaluation."""
 
     def _before(self, runner: Runner) -> None:
         device = next(runner.model.parameters()).device
@@ -81,8 +81,8 @@ class NameUnseenClasses(Hook):
         if unseen:
             listed = ", ".join(unseen[:20]) + (", …" if len(unseen) > 20 else "")
             warn(
-                f"no pixel of the truth is of {len(unseen)} of the {len(names)} classes: {listed}; "
-                "mAcc leaves them out, mIoU too but for those predicted somewhere, which count 0"
+                f"{len(unseen)} of the {len(names)} classes are absent from the ground truth: {listed}; "
+                "mAcc ignores them, mIoU counts those predicted anywhere as 0 and ignores the rest"
             )
 
     before_val_epoch = before_test_epoch = _before

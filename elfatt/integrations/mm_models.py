@@ -1,4 +1,4 @@
-"""Segmentors and detectors of the configurations, outside mmengine's Runner, doing the same work for any image."""
+"""Segmentors and detectors built from configs without mmengine's ``Runner``, with the same work for any image."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def _register(scope: str) -> None:
 
 
 def build_model(config: Config, device: str = "meta") -> nn.Module:
-    """The segmentor or detector of a configuration, in evaluation mode."""
+    """Build the segmentor or detector of a config, in eval mode."""
     _register(config.default_scope)
     with DefaultScope.overwrite_default_scope(config.default_scope), torch.device(device):
         return MODELS.build(config.model).eval()
 
 
 def load_model(path: Path, device: str = "meta") -> nn.Module:
-    """``build_model`` for a configuration file."""
+    """Build the model of a config file; see ``build_model``."""
     return build_model(Config.fromfile(path), device)
 
 
 class Segmentor(nn.Module):
-    """Backbone and decode head of a segmentor, under its parameter names.
+    """Backbone and decode head of a segmentor, with unchanged parameter names.
 
     Args:
-        model: A segmentor of mmsegmentation.
+        model: mmsegmentation model.
     """
 
     def __init__(self, model: nn.Module):
@@ -48,15 +48,15 @@ class Segmentor(nn.Module):
         self.backbone, self.decode_head = model.get_submodule("backbone"), model.get_submodule("decode_head")
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Normalised images ``[B, 3, H, W]`` to logits ``[B, classes, H/4, W/4]``."""
+        """Map normalised images ``[B, 3, H, W]`` to logits ``[B, classes, H/4, W/4]``."""
         return self.decode_head(self.backbone(image))
 
 
 def load_segmentor(path: Path) -> Segmentor:
-    """The segmentor of a configuration file, without preprocessing and auxiliary heads, for export.
+    """Build the segmentor of a config file for export, without preprocessing and auxiliary heads.
 
     Raises:
-        ValueError: The configuration is of a detector.
+        ValueError: The config is of a detector.
     """
     model = load_model(path, "cpu")
     if hasattr(model, "rpn_head"):
@@ -65,14 +65,14 @@ def load_segmentor(path: Path) -> Segmentor:
 
 
 class FixedWork(nn.Module):
-    """Image to raw outputs, through the real model's own ``forward(mode="tensor")``.
+    """Model that maps an image to raw outputs with ``forward(mode="tensor")`` and data-independent cost.
 
-    A detector's proposals depend on the data; they are given boxes here, behind the real RPN. On the meta device
-    RoIAlign, which no rule counts, gives maps of its shape.
+    A detector's data-dependent proposals are replaced by fixed boxes after the real RPN. On the meta device, RoIAlign
+    (which is not counted) returns empty maps of the right shape.
 
     Args:
-        model: Segmentor or detector; a detector is changed.
-        proposals: Boxes of a detector, one set for every image; mmdet's mask head takes the first 100.
+        model: Segmentor or detector; a detector is modified in place.
+        proposals: Number of boxes per image of a detector; mmdet's mask head uses the first 100.
     """
 
     def __init__(self, model: nn.Module, proposals: int = 1000):
@@ -87,13 +87,13 @@ class FixedWork(nn.Module):
                     extractor.forward = MethodType(_extract, extractor)
 
     def forward(self, image: torch.Tensor):
-        """Images ``[B, 3, H, W]`` to what the model's heads give."""
+        """Map images ``[B, 3, H, W]`` to the outputs of the heads."""
         return self.model(image, None, mode="tensor")
 
 
 def _predict(head, features, samples, rescale=False):
-    """Boxes from 16 pixels to the image's shorter side, everywhere in it."""
-    seen = 0 * sum(x.mean() for maps in head(features) for x in maps)  # a trace forgets what nothing depends on
+    """Return boxes of 16 pixels up to the image's shorter side, spread over the image."""
+    seen = 0 * sum(x.mean() for maps in head(features) for x in maps)  # keeps the RPN in traces
     height, width = (4 * side for side in features[0].shape[-2:])
     step = torch.linspace(0, 1, head.proposals, device=features[0].device, dtype=features[0].dtype)
     side = 16 * (min(height, width) / 16) ** step

@@ -37,20 +37,20 @@ from elfatt.layers import align_gradients
 from elfatt.ops import BACKENDS, active_backend, set_default_backend
 from elfatt.processes import start_worker
 
-# mmengine's list of what a checkpoint may hold lacks the float32 arrays of its own history of losses; a file with
-# anything beyond the list is unpickled without restraint, after a warning
+# mmengine's safe globals lack the float32 arrays of its own loss history, and it falls back to unrestricted unpickling
+# for anything not listed, with a warning
 torch.serialization.add_safe_globals([np.dtypes.Float32DType])
 
 
 class CheckedRunner(Runner):
-    """mmengine's Runner with checks before the first step; errors are one line."""
+    """mmengine's ``Runner`` with checks before the first step and one-line errors."""
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
         """See ``Runner``.
 
         Raises:
-            UserError: The data set cannot be trained on or evaluated; its folder or annotation file is named.
+            UserError: The dataset cannot be used; the message names its folder or annotation file.
         """
         if isinstance(dataloader, dict) and isinstance(dataloader["dataset"], dict):
             dataloader = {**dataloader, "dataset": open_dataset(dataloader["dataset"])}
@@ -62,7 +62,7 @@ class CheckedRunner(Runner):
         """See ``Runner``.
 
         Raises:
-            UserError: The configuration describes no model.
+            UserError: The config does not describe a model.
         """
         with as_user_error("model", ValueError, TypeError):
             return super().build_model(model)
@@ -71,7 +71,7 @@ class CheckedRunner(Runner):
         """See ``Runner``.
 
         Raises:
-            UserError: Masks that teach nothing, or a batch norm over single values.
+            UserError: Masks with fewer than two classes, or batch norm over single values.
         """
         loop = super().build_train_loop(loop)
         check_training_masks(loop.dataloader.dataset)
@@ -82,7 +82,7 @@ class CheckedRunner(Runner):
         """See ``Runner``.
 
         Raises:
-            UserError: The data set or annotation file that is evaluated has other classes.
+            UserError: The evaluated dataset or annotation file has other classes.
         """
         return self._checked(super().build_val_loop(loop), "val_evaluator")
 
@@ -104,11 +104,11 @@ class CheckedRunner(Runner):
             super()._init_model_weights()
 
     def load_checkpoint(self, filename: str, map_location="cpu", strict: bool = True, **kwargs) -> dict:
-        """See ``Runner``; a tensor that is missing or left over is an error here.
+        """See ``Runner``; missing or unexpected tensors are errors.
 
         Raises:
-            UserError: No checkpoint, or one of another model; the tensors are named. Resumed or evaluated, one of other
-                classes.
+            UserError: No checkpoint, or one of another model (the message names the tensors) or, when resuming or
+                evaluating, of other classes.
         """
         with as_user_error(f"checkpoint {filename}", Exception):
             checkpoint = super().load_checkpoint(filename, map_location, strict, **kwargs)
@@ -117,7 +117,7 @@ class CheckedRunner(Runner):
         return checkpoint
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """See ``Runner``; the file is there as a whole or not at all.
+        """See ``Runner``; the write is atomic.
 
         Raises:
             UserError: The disk is full.
@@ -137,7 +137,7 @@ class CheckedRunner(Runner):
         """See ``Runner``.
 
         Raises:
-            UserError: The disk of the work dir is full.
+            UserError: The disk is full.
         """
         with enough_space(self.work_dir):
             return super().train()
@@ -156,52 +156,52 @@ def _check_trained_classes(path: str, checkpoint: dict, meta: dict | None) -> No
 
 
 def parse_train(argv: list[str] | None, task: str) -> argparse.Namespace:
-    """Command line of a ``train.py``; see ``train``."""
-    parser = _parser(task, "Trains", "train.py")
+    """Parse the command line of a ``train.py``; see ``train``."""
+    parser = _parser(task, "Train", "train.py")
     add = parser.add_argument
-    add("--pretrained", help="classification checkpoint for the backbone, ours or an official one")
-    add("--resume", help="checkpoint to continue, or auto: the newest one of the work dir, if any")
-    add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision, instead of what the config says")
+    add("--pretrained", help="classification checkpoint for the backbone, from this project or official")
+    add("--resume", help="checkpoint to resume, or auto for the newest in the work dir, if any")
+    add("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: the config's)")
     return _parse(parser, argv)
 
 
 def parse_test(argv: list[str] | None, task: str) -> argparse.Namespace:
-    """Command line of a ``test.py``; see ``test``."""
-    parser = _parser(task, "Evaluates", "test.py")
+    """Parse the command line of a ``test.py``; see ``test``."""
+    parser = _parser(task, "Evaluate", "test.py")
     add = parser.add_argument
-    add("checkpoint", help="of train.py")
-    add("--show-dir", help="folder for pictures of truth and prediction; of N processes the first draws its share")
+    add("checkpoint", help="checkpoint of train.py")
+    add("--show-dir", help="folder for images of ground truth and prediction; only rank 0 draws, its own share")
     if task == "segmentation":
         add("--tta", action="store_true", help="average over six scales and flips")
     return _parse(parser, argv, "checkpoint")
 
 
 def parse_inference(argv: list[str] | None, task: str) -> argparse.Namespace:
-    """Command line of an ``inference.py``."""
-    parser = argparse.ArgumentParser(prog=f"{task}/inference.py", description="Draws the prediction for an image.")
+    """Parse the command line of an ``inference.py``."""
+    parser = argparse.ArgumentParser(prog=f"{task}/inference.py", description="Draw the prediction for an image.")
     add = parser.add_argument
-    add("config", help=f"that trained the model, e.g. of configs/{task}")
-    add("checkpoint", help="of train.py")
+    add("config", help=f"config the model was trained with, e.g. in configs/{task}")
+    add("checkpoint", help="checkpoint of train.py")
     add("image", help="image file")
-    add("output", help="picture to write")
+    add("output", help="output image")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     _add_backend(parser)
     if task == "detection":
-        add("--score", type=float, default=0.3, help="leave out instances below it (default: %(default)s)")
+        add("--score", type=float, default=0.3, help="minimum score of the instances to draw (default: %(default)s)")
     args = _parse(parser, argv, "checkpoint", "image")
     if Path(args.output).resolve() in (Path(path).resolve() for path in (args.config, args.checkpoint, args.image)):
-        _stop(args, f"output {args.output} is what is read: give another name")
+        _stop(args, f"output {args.output} would overwrite an input: pass another name")
     try:
         read_image(args.image)
     except (OSError, SyntaxError, ValueError) as error:
-        _stop(args, f"image {args.image} is no picture that can be read ({error})")
+        _stop(args, f"image {args.image} cannot be read ({error})")
     if not cv2.haveImageWriter(args.output):
-        _stop(args, f"output {args.output} has no extension of a picture: give one such as .png or .jpg")
+        _stop(args, f"output {args.output} has no image extension: use one such as .png or .jpg")
     return args
 
 
 def train(args: argparse.Namespace, task: str) -> Runner:
-    """Trains as the command line says and returns the runner."""
+    """Train with the parsed options and return the runner."""
     config = _config(args, task)
     resumed = find_latest_checkpoint(config.work_dir) if args.resume == "auto" else args.resume
     if resumed:
@@ -218,12 +218,12 @@ def train(args: argparse.Namespace, task: str) -> Runner:
 
 
 def test(args: argparse.Namespace, task: str) -> dict[str, float]:
-    """Evaluates as the command line says and returns the metrics."""
+    """Evaluate with the parsed options and return the metrics."""
     config = _config(args, task)
     config.load_from = args.checkpoint
     if getattr(args, "tta", False):
         if not config.get("tta_pipeline"):
-            _stop(args, f"--tta: {args.config} has no tta_pipeline; leave --tta out or add one")
+            _stop(args, f"--tta: {args.config} has no tta_pipeline; add one or remove --tta")
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = ConfigDict(**config.tta_model, module=config.model)
     runner = _build_runner(config)
@@ -240,21 +240,22 @@ def _build_runner(config: Config) -> CheckedRunner:
 
 
 def load_model(args: argparse.Namespace, init: Callable[..., nn.Module]) -> nn.Module:
-    """The trained model of an ``inference.py``, which knows the classes of its configuration.
+    """Load the trained model of an ``inference.py``, with the classes of its config.
 
     Args:
-        args: Of ``parse_inference``.
+        args: Options from ``parse_inference``.
         init: ``init_model`` of mmseg or ``init_detector`` of mmdet.
 
     Raises:
-        UserError: No model, or a checkpoint of another one, whose tensors are named, or of other classes.
+        UserError: No model in the config, or a checkpoint of another model (the message names the tensors) or of other
+            classes.
     """
     config = Config.fromfile(args.config)
     _choose_backend(args, config, args.device)
     check_channels(config)
     with as_user_error("model", ValueError, TypeError):
         model = init(config, device=args.device)
-    with as_user_error(f"checkpoint {args.checkpoint}", Exception):  # init passes over what does not fit
+    with as_user_error(f"checkpoint {args.checkpoint}", Exception):  # init ignores mismatches
         checkpoint = load_checkpoint(model, args.checkpoint, map_location="cpu", strict=True)
     dataset = cast(Config, model.cfg).test_dataloader.dataset
     model.dataset_meta = meta = DATASETS.build(lazy(dataset)).metainfo
@@ -265,45 +266,45 @@ def load_model(args: argparse.Namespace, init: Callable[..., nn.Module]) -> nn.M
 def _parser(task: str, verb: str, program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"{task}/{program}", description=f"{verb} a model of configs/{task}.")
     add = parser.add_argument
-    add("config", help=f"e.g. of configs/{task}")
-    add("--data-dir", help="root of the data set, instead of the config's data_root")
+    add("config", help=f"config file, e.g. in configs/{task}")
+    add("--data-dir", help="dataset root (default: the config's data_root)")
     add("--work-dir", help=f"folder for logs and checkpoints (default: runs/{task}/CONFIG)")
     launcher = "pytorch" if "TORCHELASTIC_RUN_ID" in os.environ else "none"
     add(
         "--launcher",
         choices=("none", "pytorch", "slurm"),
         default=launcher,
-        help="who started the processes (default: pytorch under torchrun, or else none)",
+        help="job launcher (default: pytorch under torchrun, none otherwise)",
     )
     _add_backend(parser)
-    add("--cfg-options", nargs="+", action=DictAction, help="KEY=VALUE …: any field, e.g. train_cfg.max_iters=80000")
+    add("--cfg-options", nargs="+", action=DictAction, help="fields to override, e.g. train_cfg.max_iters=80000")
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:
-    text = f"code of the attention operations (default: the config's backend, or {active_backend()})"
+    text = f"backend of the attention operations (default: the config's, or {active_backend()})"
     parser.add_argument("--backend", choices=BACKENDS, help=text)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None, *files: str) -> argparse.Namespace:
-    """Parses; a file or folder that is not there ends the program in one line, before anything is built."""
+    """Parse and check that files and folders exist; exit with one line if not."""
     args = parser.parse_args(argv)
     args.program = parser.prog
     for name in ("config", *files):
         _check_file(args, name, getattr(args, name))
     if getattr(args, "data_dir", None) and not Path(args.data_dir).is_dir():
-        _stop(args, f"--data-dir {args.data_dir} is no folder")
+        _stop(args, f"--data-dir {args.data_dir} is not a folder")
     for name in ("work_dir", "show_dir"):
         folder = getattr(args, name, None)
         if folder and Path(folder).is_file():
-            _stop(args, f"--{name.replace('_', '-')} {folder} is a file: give a folder")
+            _stop(args, f"--{name.replace('_', '-')} {folder} is a file: pass a folder")
     return args
 
 
 def _check_file(args: argparse.Namespace, name: str, path: str) -> None:
     if not Path(path).is_file():
-        _stop(args, f"{name} {path} is no file")
+        _stop(args, f"{name} {path} is not a file")
 
 
 def _stop(args: argparse.Namespace, message: str) -> NoReturn:
@@ -311,7 +312,7 @@ def _stop(args: argparse.Namespace, message: str) -> NoReturn:
 
 
 def _choose_backend(args: argparse.Namespace, config: Config, device: str | None) -> None:
-    """Runs what is asked for and keeps its name in the configuration, which mmengine logs and saves."""
+    """Set the backend and record it in the config, which mmengine logs and saves."""
     config.backend = args.backend or config.get("backend") or active_backend()
     try:
         set_default_backend(config.backend, device)
@@ -320,21 +321,21 @@ def _choose_backend(args: argparse.Namespace, config: Config, device: str | None
 
 
 def _config(args: argparse.Namespace, task: str) -> Config:
-    """The configuration with the command line's changes, ready for the machine that it runs on."""
+    """Load the config and apply the command line and the limits of this machine."""
     config = Config.fromfile(args.config)
     if args.launcher == "slurm" and not torch.cuda.is_available():
-        _stop(args, "--launcher slurm needs a GPU for each process: on CPUs use scripts/slurm/train.sbatch")
+        _stop(args, "--launcher slurm needs one GPU per process: on CPUs use scripts/slurm/train.sbatch")
     if args.data_dir:
         if not config.get("data_root"):
-            _stop(args, f"--data-dir replaces data_root, which {args.config} has not: set it there")
+            _stop(args, f"--data-dir overrides data_root, which {args.config} does not define: add it there")
         _move(config, config.data_root.rstrip("/"), args.data_dir.rstrip("/"))
     if args.cfg_options:
         config.merge_from_dict(args.cfg_options)
-    # on a GPU the process's own is not known yet
+    # the process's own GPU is not known yet
     _choose_backend(args, config, None if torch.cuda.is_available() else "cpu")
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(name) and config[name].get("num_workers") == 0:
-            config[name].persistent_workers = False  # PyTorch refuses to keep what is not there
+            config[name].persistent_workers = False  # PyTorch rejects it without workers
     check_channels(config)
     saver = config.get("default_hooks", {}).get("checkpoint") or ConfigDict()
     if saver.get("type") == CheckpointHook.__name__:
@@ -345,13 +346,13 @@ def _config(args: argparse.Namespace, task: str) -> Config:
     if not torch.cuda.is_available():
         config.sync_bn = None  # PyTorch synchronises batch norm on GPUs only
         if args.launcher == "pytorch" and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")  # mmengine's own start and wrapper ask for a GPU
+            torch.distributed.init_process_group("gloo")  # mmengine's own initialisation and wrapper need a GPU
             config.model_wrapper_cfg = {"device_ids": None, "broadcast_buffers": False}
     return config
 
 
 def _move(node, old: str, new: str):
-    """Replaces a folder at the head of every path in a configuration."""
+    """Replace the leading folder of every path in a config, in place."""
     for key, value in enumerate(node) if isinstance(node, list) else node.items():
         if isinstance(value, str) and (value == old or value.startswith(old + "/")):
             node[key] = new + value[len(old) :]
@@ -360,16 +361,16 @@ def _move(node, old: str, new: str):
 
 
 def _choose_precision(wrapper: ConfigDict, amp: bool | None) -> None:
-    """Mixed precision as asked, or as configured; without a GPU there is none.
+    """Set mixed precision as requested or configured; without a GPU, disable it.
 
     Raises:
-        UserError: It was asked for and there is no GPU.
+        UserError: Mixed precision was requested without a GPU.
     """
     if not torch.cuda.is_available():
         if amp:
-            raise UserError("--amp needs a GPU: leave it out")
+            raise UserError("--amp needs a GPU: remove it")
         if amp is None and wrapper.type == "AmpOptimWrapper":
-            warn("no GPU: training in float32, not in mixed precision")
+            warn("no GPU: training in float32 instead of mixed precision")
         amp = False
     if amp is None:
         return

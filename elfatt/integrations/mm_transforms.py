@@ -1,4 +1,4 @@
-"""Steps of the dense pipelines that read and check a user's files, registered in mmengine's root registry."""
+"""Pipeline steps that read and check a user's files, registered in mmengine's root registry."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from elfatt.data.masks import check_labels, check_mask
 
 @TRANSFORMS.register_module()
 class LoadImage:
-    """Reads an image as every program of this project does; takes the place of mmcv's ``LoadImageFromFile``.
+    """Read an image with ``elfatt.data.read_image``; replaces mmcv's ``LoadImageFromFile``.
 
     Args:
-        mode: ``RGB``, which gives ``[H, W, 3]`` in mmcv's order BGR, or ``L``, grey ``[H, W]``; uint8.
+        mode: ``RGB`` for ``[H, W, 3]`` in mmcv's BGR order, or ``L`` for greyscale ``[H, W]``; uint8.
     """
 
     def __init__(self, mode: str = "RGB"):
         if mode not in ("RGB", "L"):
-            raise UserError(f"LoadImage(mode={mode!r})", "is no mode", "choose 'RGB' or 'L'")
+            raise UserError(f"LoadImage(mode={mode!r})", "is not a mode", "use 'RGB' or 'L'")
         self.mode = mode
 
     def __call__(self, results: dict) -> dict:
-        """Add ``img``, ``img_shape`` and ``ori_shape``, ``(H, W)`` both, to ``results`` with an ``img_path``.
+        """Read ``img_path``, adding ``img``, and ``img_shape`` and ``ori_shape`` as ``(H, W)``.
 
         Raises:
-            UserError: The file cannot be read, or is very flat.
+            UserError: The file cannot be read, or the aspect ratio is too extreme.
         """
         path = results["img_path"]
         try:
@@ -44,10 +44,10 @@ class LoadImage:
 
 @TRANSFORMS.register_module()
 class CheckMask:
-    """Stops at a segmentation mask that does not belong to its image or to the classes, and says which file it is.
+    """Check that a segmentation mask matches its image and the classes.
 
-    Unchecked, a wrong size trains on shifted labels, and a wrong label is an assertion inside a CUDA kernel. Stands
-    right behind ``LoadAnnotations``, before anything is resized.
+    Otherwise a wrong size would train on shifted labels, and a wrong label would fail an assertion in a CUDA kernel.
+    Place it directly after ``LoadAnnotations``, before any resizing.
 
     Args:
         num_classes: Labels are 0 to ``num_classes - 1``, after ``reduce_zero_label``.
@@ -58,44 +58,43 @@ class CheckMask:
         self.opened: set[str] = set()
 
     def __call__(self, results: dict) -> dict:
-        """Pass ``results`` on as they are; an image without a mask passes as well.
+        """Return ``results`` unchanged, also for an image without a mask.
 
         Raises:
-            UserError: The mask has channels or 16 bits, another size than its image, or an unknown label, or is not
-                loaded yet.
+            UserError: The mask has channels, 16 bits, the wrong size or an unknown label, or is not loaded yet.
         """
         if "gt_seg_map" not in results:
             if results.get("seg_map_path") and results.get("seg_fields") == []:
-                raise UserError("CheckMask", "stands before LoadAnnotations in the pipeline", "put it right behind")
+                raise UserError("CheckMask", "comes before LoadAnnotations in the pipeline", "move it directly after")
             return results
         mask, path = results["gt_seg_map"], results["seg_map_path"]
-        if path not in self.opened:  # once: Pillow decodes a PNG to look for EXIF data
-            check_mask(path)  # mmseg has cut the labels to 8 bits
+        if path not in self.opened:  # only once: Pillow decodes a PNG to look for EXIF data
+            check_mask(path)  # the file, as mmseg truncates labels to 8 bits
             self.opened.add(path)
-        if mask.ndim != 2:  # mmseg squeezes
+        if mask.ndim != 2:  # squeezed by mmseg
             raise UserError(f"mask {path}", "is one pixel wide or high", "remove it and its image")
         if mask.shape != tuple(results["ori_shape"]):
             check_size(results["img_path"], mask.shape[::-1], f"mask {path}")
-        remedy = f"labels as trained are those of the {self.num_classes} classes: check the mask or num_classes"
+        remedy = f"training labels must be those of the {self.num_classes} classes: check the mask or num_classes"
         check_labels(path, mask, self.num_classes - 1, remedy)
         return results
 
 
 @TRANSFORMS.register_module()
 class CheckInstances:
-    """Stops at an image that is not of the size that its annotation file says.
+    """Check that an image has the size stated in its annotation file.
 
-    Unchecked, a wrong width and height cut boxes off. Stands right before mmdet's ``LoadAnnotations``.
+    Otherwise boxes would be clipped. Place it directly before mmdet's ``LoadAnnotations``.
     """
 
     def __call__(self, results: dict) -> dict:
-        """Pass ``results`` on as they are; an image without annotations passes as well.
+        """Return ``results`` unchanged, also for an image without annotations.
 
         Raises:
-            UserError: Another size, or the instances are loaded already.
+            UserError: The size differs, or the instances are already loaded.
         """
         if "gt_bboxes" in results:
-            raise UserError("CheckInstances", "stands behind LoadAnnotations in the pipeline", "put it right before")
+            raise UserError("CheckInstances", "comes after LoadAnnotations in the pipeline", "move it directly before")
         height, width = results["ori_shape"]
         stated = results.get("width", width), results.get("height", height)
         if stated != (width, height):

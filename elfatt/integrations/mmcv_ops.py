@@ -1,9 +1,9 @@
-"""A stand-in for mmcv's compiled operations, so that mmdet trains and tests after a plain ``pip install``.
+"""Replacement for mmcv's compiled ops, so that mmdet trains and tests after a plain ``pip install``.
 
-``mmcv.ops`` imports ``mmcv._ext``, which has to be compiled for each version of PyTorch. Mask R-CNN needs three
-functions of it, and torchvision ships all three for CPU and CUDA. ``install`` puts a module with these under that name
-before ``mmcv.ops`` is imported; every other operation imports, and refuses when it is called. Where the compiled
-module exists, it is left in charge.
+``mmcv.ops`` imports ``mmcv._ext``, which must be compiled for each PyTorch version. Mask R-CNN needs three of its
+functions, all of which torchvision ships for CPU and CUDA. ``install`` registers a module with these as ``mmcv._ext``
+before ``mmcv.ops`` is imported; all other ops can be imported but raise when called. A compiled ``mmcv._ext`` takes
+precedence.
 
 Signatures follow mmcv (mmcv/ops/nms.py, mmcv/ops/roi_align.py).
 """
@@ -23,20 +23,20 @@ NAME = "mmcv._ext"
 
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset: int) -> torch.Tensor:
-    """Indices of the boxes that non-maximum suppression keeps, best score first.
+    """Return the indices of the boxes kept by non-maximum suppression, best score first.
 
     Args:
         boxes: ``[N, 4]`` as x1, y1, x2, y2 in pixels.
         scores: ``[N]``.
-        iou_threshold: A box that overlaps a better one by more than this is dropped.
-        offset: Pixels added to widths and heights; torchvision has 0, mmdet's default.
+        iou_threshold: Drop boxes whose IoU with a better one is larger than this.
+        offset: Pixels added to widths and heights; torchvision only supports 0, mmdet's default.
 
     Raises:
-        ValueError: Another ``offset``.
+        ValueError: ``offset`` is not 0.
     """
     if offset:
-        raise ValueError(f"nms with offset={offset} needs mmcv's compiled operations: use offset=0")
-    wide = torch.promote_types(boxes.dtype, torch.float32)  # a CPU has no half-precision kernel
+        raise ValueError(f"nms with offset={offset} needs mmcv's compiled ops: use offset=0")
+    wide = torch.promote_types(boxes.dtype, torch.float32)  # no half-precision kernel on CPU
     return torchvision.ops.nms(boxes.to(wide), scores.to(wide), iou_threshold)
 
 
@@ -54,23 +54,23 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Write the mean of bilinear samples in each cell of each region into ``output``.
+    """Write the average-pooled bilinear samples of each region to ``output``.
 
     Args:
-        input: Map ``[B, C, H, W]``.
-        rois: ``[N, 5]``: index of the image, then x1, y1, x2, y2 in pixels of the image.
+        input: Feature map ``[B, C, H, W]``.
+        rois: ``[N, 5]``: image index, then x1, y1, x2, y2 in image pixels.
         output: ``[N, C, aligned_height, aligned_width]``, overwritten.
-        argmax_y: For maximum pooling only; untouched.
-        argmax_x: Likewise.
-        aligned_height: Rows of cells.
-        aligned_width: Columns of cells.
-        spatial_scale: Side of a pixel of the image in pixels of the map.
-        sampling_ratio: Samples along a side of a cell; 0 takes one for each pixel of the map.
-        pool_mode: 1 for the mean.
-        aligned: Shift by half a pixel, so that pixels are counted at their centres.
+        argmax_y: For max pooling only; unused.
+        argmax_x: For max pooling only; unused.
+        aligned_height: Output height.
+        aligned_width: Output width.
+        spatial_scale: Scale from image to map coordinates.
+        sampling_ratio: Samples along each side of a cell; 0 for one per map pixel.
+        pool_mode: 1 for average pooling.
+        aligned: Shift by half a pixel, to pixel centres.
 
     Raises:
-        ValueError: ``pool_mode`` 0, the maximum.
+        ValueError: ``pool_mode`` is 0 (max pooling).
     """
     _check_pool_mode(pool_mode)
     size = (aligned_height, aligned_width)
@@ -91,10 +91,10 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Add the gradient of the map to ``grad_input`` ``[B, C, H, W]``; see ``roi_align_forward``.
+    """Add the gradient of the feature map to ``grad_input`` ``[B, C, H, W]``; see ``roi_align_forward``.
 
     Raises:
-        ValueError: ``pool_mode`` 0, the maximum.
+        ValueError: ``pool_mode`` is 0 (max pooling).
     """
     _check_pool_mode(pool_mode)
     size = (aligned_height, aligned_width)
@@ -106,15 +106,15 @@ def roi_align_backward(
 
 
 def get_compiler_version() -> str:
-    """Shown in the version list of mmengine's log."""
-    return "none: torchvision's operations stand in for mmcv's"
+    """Return the text shown in mmengine's version log."""
+    return "none: torchvision ops replace mmcv's"
 
 
 get_compiling_cuda_version = get_compiler_version
 
 
 def install() -> bool:
-    """Put the stand-in in place where mmcv has no compiled operations; says whether it is there afterwards.
+    """Register the replacement if mmcv has no compiled ops; return whether it is in use.
 
     Raises:
         ModuleNotFoundError: mmcv is not installed.
@@ -125,7 +125,7 @@ def install() -> bool:
 
 
 class _StandIn(ModuleType):
-    """``mmcv._ext`` with the functions above; any other name is a function that refuses."""
+    """``mmcv._ext`` with the functions above; any other name is a function that raises."""
 
     def __init__(self):
         super().__init__(NAME, __doc__)
@@ -140,7 +140,7 @@ class _StandIn(ModuleType):
 
         def refuse(*args, **kwargs) -> NoReturn:
             raise NotImplementedError(
-                f"mmcv's operation {name!r} is not compiled here, and torchvision has no equal that stands in for it: "
+                f"mmcv's op {name!r} is not compiled, and torchvision has no equivalent: "
                 "build mmcv with MMCV_WITH_OPS=1, or use nms and average roi_align"
             )
 
@@ -149,6 +149,4 @@ class _StandIn(ModuleType):
 
 def _check_pool_mode(pool_mode: int) -> None:
     if pool_mode != 1:
-        raise ValueError(
-            f"roi_align with pool_mode={pool_mode} (maximum) needs mmcv's compiled operations: use pool_mode='avg'"
-        )
+        raise ValueError(f"roi_align with pool_mode={pool_mode} (max) needs mmcv's compiled ops: use pool_mode='avg'")

@@ -1,9 +1,9 @@
-"""ELFATT in pretrained ViTs of timm: VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, MAE …), EVA, DINOv3, SAM.
+"""ELFATT for timm's pretrained ViTs: VisionTransformer (DeiT, DINOv2, CLIP, SigLIP, MAE …), EVA, DINOv3, SAM.
 
-Each attention layer keeps its forward pass with its projections, norms and rotary embeddings; the plan computes its
-softmax attention only. SAM's windows stay, and the biases of its other layers enter as features of queries and keys.
-In this package's models the vanilla layers are converted, which makes them linear in the pixels; LePE stays.
-State dicts do not change.
+Each attention layer keeps its own projections, norms and rotary embeddings; the plan only replaces its softmax
+attention. SAM's windowed layers are left alone, and the position biases of its global layers become extra query and key
+features. In this package's models the vanilla layers are converted, which makes them linear in the number of pixels;
+LePE is kept. State dicts do not change.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ def convert(
 ) -> vit.ViTHandle:
     """Replace the self-attention of a trained ViT. Converting again replaces the previous conversion.
 
-    Without a plan, one is calibrated on ``images``; without these it is the paper's ELFATT, ``Plan.uniform``: half the
+    Without a plan, one is calibrated on ``images``; without images it is the paper's ELFATT, ``Plan.uniform``: half the
     heads linear, half in blocks. Models with rotary embeddings or relative position biases (EVA-02, DINOv3, SAM) do not
-    support linear heads; there the first half stays exact.
+    support linear heads; their first half stays exact.
 
     Args:
-        model: A ViT of timm, a model of this package, or a module with one in it, such as its ``features_only`` form or
+        model: A timm ViT, a model of this package, or a module that contains one, such as its ``features_only`` form or
             a segmentor.
-        plan: What each layer runs.
-        images: A batch ``[B, C, H, W]``, normalised as the model wants it, or several.
-        budget: Share of attention's multiply-adds that calibration leaves, at most.
-        block: Side of the uniform plan's blocks, in tokens.
-        min_tokens: Inputs of fewer tokens stay exact in a plan that is made here.
+        plan: Attention plan.
+        images: One or more batches ``[B, C, H, W]``, normalised for the model.
+        budget: Maximum share of attention's multiply-adds to keep when calibrating.
+        block: Block size of the uniform plan, in tokens.
+        min_tokens: Inputs with fewer tokens stay exact, unless a plan is given.
 
     Returns:
-        A handle with the ``plan``; its ``remove()`` takes it out.
+        A handle with the ``plan``; its ``remove()`` restores the model.
 
     Raises:
         TypeError: The model contains no supported ViT.
-        ValueError: The plan was made for another model, has branches that this one does not support, or the budget is
-            out of range.
+        ValueError: The plan is for another model or has branches this one does not support, or the budget is out of
+            range.
     """
     return vit.convert(vit_of(model), plan, images=images, budget=budget, block=block, min_tokens=min_tokens)
 
@@ -71,13 +71,13 @@ def convert(
 def calibrate(
     model: nn.Module, images: torch.Tensor | Iterable[torch.Tensor], *, weigh: bool = True, **options: Any
 ) -> Calibration:
-    """Measure what each branch would do in each head of a ViT; ``.plan(cost=…)`` or ``.plan(error=…)`` chooses.
+    """Measure the error of every branch in each head of a ViT, for ``.plan(cost=…)`` or ``.plan(error=…)``.
 
     Args:
-        model: As in ``convert``.
-        images: As in ``convert``.
-        weigh: Weigh each layer by what its errors do to the features, with one more pass of each batch for each layer.
-        **options: Of ``elfatt.conversion.Calibration``.
+        model: See ``convert``.
+        images: See ``convert``.
+        weigh: Weigh layers by the effect of their errors on the features, at one extra pass per layer and batch.
+        **options: Keyword arguments of ``elfatt.conversion.Calibration``.
 
     Raises:
         TypeError: The model contains no supported ViT.
@@ -86,10 +86,10 @@ def calibrate(
 
 
 def vit_of(model: nn.Module) -> vit.ViT:
-    """The ViT in a model.
+    """Return the ViT inside a model.
 
     Raises:
-        TypeError: None or several, or one whose attention is not supported; the reason is named.
+        TypeError: No ViT, several, or one with unsupported attention; the message says why.
     """
     found = [module for module in model.modules() if isinstance(module, ENCODERS)]
     if len(found) != 1:
@@ -130,7 +130,7 @@ def _own(model: HierarchicalBackbone) -> vit.ViT:
         name=f"{type(model).__name__}-{dims}-{len(layers)}",
         layers=layers,
         heads={name: layer.num_heads for name, layer in layers.items()},
-        width=0,  # differs per stage; needed by a plan's LePE only, which is refused
+        width=0,  # differs per stage; only used by a plan's LePE, which is rejected
         linear=True,
         features=model.forward_features,
         handle=_OwnHandle,
@@ -142,9 +142,9 @@ class _OwnHandle(vit.ViTHandle):
 
     def __init__(self, found: vit.ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
         if plan and plan.lepe:
-            raise ValueError(f"{found.name} has its own LePE: leave the plan's out")
+            raise ValueError(f"{found.name} has its own LePE: use a plan without it")
         super().__init__(found, attend, layers, plan)
-        layer: Any  # takes another attribute
+        layer: Any  # gets a new attribute
         for name, layer in self.layers.items():
             layer.attend = _OwnAttend(self, name, layer)
 
@@ -155,7 +155,7 @@ class _OwnHandle(vit.ViTHandle):
 
 
 class _OwnAttend:
-    """``VanillaAttention.attend`` with its softmax attention computed by a handle."""
+    """``VanillaAttention.attend`` with the softmax attention replaced by a handle's."""
 
     def __init__(self, handle: _OwnHandle, name: str, layer: VanillaAttention):
         self.handle, self.name, self.layer = handle, name, layer
@@ -183,7 +183,7 @@ class _Handle(vit.ViTHandle):
         self.prefix = getattr(found.model, "num_prefix_tokens", 0)
         self._hook = found.model.get_submodule("patch_embed").register_forward_pre_hook(self._look)
         self._fused = {name: layer.fused_attn for name, layer in self.layers.items()}
-        layer: Any  # takes other attributes
+        layer: Any  # gets new attributes
         for name, layer in self.layers.items():
             layer.fused_attn = True  # explicit products cannot be intercepted
             layer.forward = (_Forward if isinstance(layer, LAYERS) else _RelativeForward)(self, name, layer)
@@ -200,7 +200,7 @@ class _Handle(vit.ViTHandle):
 
 
 class _Forward:
-    """A layer's forward pass with its softmax attention computed by a handle."""
+    """A layer's ``forward`` with the softmax attention replaced by a handle's."""
 
     def __init__(self, handle: _Handle, name: str, layer: nn.Module):
         self.handle, self.name, self.layer = handle, name, layer
@@ -214,7 +214,7 @@ class _Forward:
 
 
 class _RelativeForward(_Forward):
-    """The forward pass of a layer with decomposed relative positions, without materialising the ``N × N`` bias."""
+    """``forward`` of a layer with decomposed relative positions, without materialising the ``N × N`` bias."""
 
     layer: SAMAttention
 

@@ -1,10 +1,10 @@
-"""ELFATT in vision encoders of transformers: ViT, DINOv2 with and without registers, DINOv3, CLIP, SigLIP.
+"""ELFATT for vision encoders of transformers: ViT, DINOv2 with and without registers, DINOv3, CLIP, SigLIP.
 
-Importing this file registers the attention implementation ``elfatt``::
+Importing this module registers the attention implementation ``elfatt``::
 
     AutoModel.from_pretrained(…, attn_implementation="elfatt")  # or model.set_attn_implementation("elfatt")
 
-runs the paper's uniform split at the image size of the configuration. ``convert`` takes plans and images of any size.
+It runs the paper's uniform split at the config's image size. Use ``convert`` for plans and other image sizes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ except ImportError as error:
 from elfatt.conversion import Attend, Calibration, Plan, hybrid_attention, vit
 
 NAME = "elfatt"
-LAYERS: dict[type[nn.Module], type[nn.Module]] = {  # of each kind of embeddings
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {  # attention class by embeddings class
     ViTEmbeddings: ViTAttention,
     Dinov2Embeddings: Dinov2Attention,
     Dinov2WithRegistersEmbeddings: Dinov2WithRegistersAttention,
@@ -56,14 +56,14 @@ def convert(
     block: int = 8,
     min_tokens: int = 0,
 ) -> vit.ViTHandle:
-    """``elfatt.convert`` for a model of transformers; ``images`` are its pixel values."""
+    """Convert a transformers model; see ``elfatt.convert``. ``images`` are pixel values."""
     return vit.convert(vit_of(model), plan, images=images, budget=budget, block=block, min_tokens=min_tokens)
 
 
 def calibrate(
     model: nn.Module, images: torch.Tensor | Iterable[torch.Tensor], *, weigh: bool = True, **options: Any
 ) -> Calibration:
-    """``elfatt.integrations.timm.calibrate`` for a model of transformers; ``images`` are its pixel values."""
+    """Calibrate a transformers model; see ``elfatt.integrations.timm.calibrate``. ``images`` are pixel values."""
     return vit.calibrate(vit_of(model), images, weigh=weigh, **options)
 
 
@@ -78,24 +78,24 @@ def attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention implementation ``elfatt``, by the signature of ``AttentionInterface``.
+    """Compute attention for transformers' ``AttentionInterface``.
 
     Args:
-        module: The attention layer.
+        module: Attention layer.
         query: ``[B, heads, N, d]``.
-        key: Like ``query``.
-        value: Like ``query``.
-        attention_mask: None.
-        scaling: Factor of the scores.
-        dropout: 0.
-        is_causal: Not true.
+        key: ``[B, heads, N, d]``.
+        value: ``[B, heads, N, d]``.
+        attention_mask: Must be None.
+        scaling: Scale of the scores.
+        dropout: Must be 0.
+        is_causal: Must not be True.
 
     Returns:
-        ``[B, N, heads, d]``, and None for the weights.
+        Outputs ``[B, N, heads, d]``, and None in place of the weights.
 
     Raises:
-        ValueError: A mask, causal attention, dropout, a layer of another kind, or images of another size than the
-            configuration's where ``convert`` was not called.
+        ValueError: Mask, causal attention, dropout, an unsupported layer, or, without ``convert``, an image size other
+            than the config's.
     """
     kind = type(module).__name__
     if not isinstance(module, tuple(LAYERS.values())) or not hasattr(module.config, "patch_size"):
@@ -114,18 +114,18 @@ def attention(
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # else masks would be dropped before they can be refused
+AttentionMaskInterface.register(NAME, sdpa_mask)  # else masks would be dropped before they can be rejected
 
 
 def _uniform(module, q, k, v, scale):
-    """The uniform plan at the configuration's image size, since a layer does not see the image."""
+    """Run the uniform plan at the config's image size, since a layer does not know the image's."""
     config = module.config
     size = tuple(side // config.patch_size for side in _pair(config.image_size))
     prefix = 0 if isinstance(module, SiglipAttention) else 1 + getattr(config, "num_register_tokens", 0)
     if q.shape[1] != prefix + size[0] * size[1]:
         raise ValueError(
-            f"{q.shape[1]} tokens are not the {prefix} + {size[0]} × {size[1]} of the configuration: "
-            "elfatt.integrations.transformers.convert(model) takes images of any size"
+            f"{q.shape[1]} tokens do not match the config's {prefix} + {size[0]} × {size[1]}: "
+            "use elfatt.integrations.transformers.convert(model) for images of any size"
         )
     branch = "exact" if isinstance(module, ROTARY) else "linear"
     plan = Plan.uniform("", {"": q.shape[2]}, global_branch=branch).layers[""]
@@ -137,10 +137,10 @@ def _pair(size):
 
 
 def vit_of(model: nn.Module) -> vit.ViT:
-    """The vision encoder in a model.
+    """Return the vision encoder inside a model.
 
     Raises:
-        TypeError: None or several.
+        TypeError: No supported encoder, or several.
     """
     found = [m for m in model.modules() if type(getattr(m, "embeddings", None)) in LAYERS]
     if len(found) != 1:
@@ -151,7 +151,7 @@ def vit_of(model: nn.Module) -> vit.ViT:
     (encoder,) = found
     attention_class = LAYERS[type(encoder.get_submodule("embeddings"))]
     layers = {name: module for name, module in encoder.named_modules() if isinstance(module, attention_class)}
-    config: Any = encoder.config  # of its kind
+    config: Any = encoder.config  # depends on the encoder
     return vit.ViT(
         model=encoder,
         name=f"{type(encoder).__name__}-{config.hidden_size}-{len(layers)}",
@@ -168,19 +168,19 @@ def _features(encoder, images):
     accepted = inspect.signature(encoder.embeddings.forward).parameters
     options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
     out = encoder(images, **options)[0]
-    return out[-1] if isinstance(out, tuple) else out  # a backbone gives several maps
+    return out[-1] if isinstance(out, tuple) else out  # a backbone returns several maps
 
 
 class _Handle(vit.ViTHandle):
     def __init__(self, found: vit.ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
         super().__init__(found, attend, layers, plan)
-        self._hooked = list(found.layers.values()) if self.layers else []  # an exact plan changes nothing
+        self._hooked = list(found.layers.values()) if self.layers else []  # nothing to do for an exact plan
         if not self._hooked:
             return
-        config: Any = found.model.config  # of its kind
+        config: Any = found.model.config  # depends on the encoder
         self._before, config._attn_implementation = config._attn_implementation, NAME
         self._hook = found.model.get_submodule("embeddings").register_forward_hook(self._look, with_kwargs=True)
-        layer: Any  # takes another attribute
+        layer: Any  # gets a new attribute
         for name, layer in found.layers.items():
             layer.elfatt_attention = partial(self.attention, name) if name in self.layers else None  # None: exact
 

@@ -1,4 +1,4 @@
-"""Modules shared by attention and backbones."""
+"""Layers shared by attention mechanisms and backbones."""
 
 from elfatt.layers.gradients import align_gradients
 from elfatt.layers.lepe import LePE

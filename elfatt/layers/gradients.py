@@ -1,4 +1,4 @@
-"""Gradients laid out as their parameters, which ``DistributedDataParallel`` asks for."""
+"""Align gradient strides with parameters for ``DistributedDataParallel``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 
 def align_gradients(model: nn.Module) -> None:
-    """Give gradients their parameters' strides in dimensions of size 1 too, where any stride is right.
+    """Give gradients their parameters' strides in size-1 dimensions too, where strides are arbitrary.
 
-    Autograd keeps the strides that an operator chose, such as a depthwise or 1 × 1 convolution of a channels-last map;
-    DDP compares them all with its buckets' and warns. Call it before DDP wraps the model.
+    Autograd keeps the strides chosen by an operator, e.g. a depthwise or 1×1 convolution of a channels-last map; DDP
+    compares all strides with its buckets' and warns. Call this before wrapping the model in DDP.
     """
     for parameter in model.parameters():
         if parameter.requires_grad and 1 in parameter.shape:
@@ -20,9 +20,9 @@ def align_gradients(model: nn.Module) -> None:
 
 
 def _align(parameter: nn.Parameter, gradient: torch.Tensor | None) -> torch.Tensor | None:
-    if gradient is None:  # of an operator that gives none
+    if gradient is None:  # an operator may return none
         return None
     pairs = zip(parameter.shape, parameter.stride(), gradient.stride(), strict=True)
     if all(size == 1 or own == other for size, own, other in pairs):
         return gradient.as_strided(parameter.shape, parameter.stride())
-    return gradient  # of another layout: autograd copies it into the parameter's
+    return gradient  # another layout, which autograd copies into the parameter's

@@ -11,11 +11,11 @@ from elfatt.ops.geometry import Kernel
 
 
 class LePE(nn.Conv2d):
-    """Holds the depthwise kernels; the operations apply them, over the map or inside each block.
+    """Depthwise filter of LePE; operations apply it, over the map or inside each block.
 
     Args:
         channels: Channels of V.
-        kernel_size: Odd side of the kernel in tokens.
+        kernel_size: Odd filter size in tokens.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3):
@@ -28,5 +28,5 @@ class LePE(nn.Conv2d):
 
 
 def kernel_of(lepe: LePE | None) -> Kernel | None:
-    """The kernels of an optional LePE."""
+    """Return the weight and bias of an optional LePE."""
     return None if lepe is None else lepe.kernel

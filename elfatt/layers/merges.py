@@ -9,13 +9,13 @@ from torch import nn
 from elfatt.ops.geometry import pad_to_multiple
 
 
-@register_notrace_module  # the padding depends on the map's size
+@register_notrace_module  # padding depends on the map's size
 class PatchMerge(nn.Module):
-    """Swin's merge (arXiv 2103.14030): 2×2 neighbours side by side, LayerNorm, linear. Odd maps are zero-padded.
+    """Swin's patch merging (arXiv 2103.14030): concatenated 2×2 patches, LayerNorm, linear; zero-pads odd maps.
 
     Args:
-        dim: Channels in.
-        out_dim: Channels out.
+        dim: Input channels.
+        out_dim: Output channels.
     """
 
     def __init__(self, dim: int, out_dim: int):
@@ -24,18 +24,18 @@ class PatchMerge(nn.Module):
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Merge ``[B, H, W, C]``; the four neighbours are ordered by column, then row."""
+        """Downsample ``[B, H, W, C]``; the four neighbours are ordered column by column, as in Swin."""
         x = pad_to_multiple(x, (2, 2))
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(x))
 
 
 class ConvMerge(nn.Module):
-    """CSWin's merge (official ``Merge_Block``): 3×3 stride-2 convolution, LayerNorm.
+    """CSWin's downsampling (official ``Merge_Block``): 3×3 stride-2 convolution, LayerNorm.
 
     Args:
-        dim: Channels in.
-        out_dim: Channels out.
+        dim: Input channels.
+        out_dim: Output channels.
     """
 
     def __init__(self, dim: int, out_dim: int):
@@ -44,5 +44,5 @@ class ConvMerge(nn.Module):
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Merge ``[B, H, W, C]``."""
+        """Downsample ``[B, H, W, C]``."""
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

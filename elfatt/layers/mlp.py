@@ -1,4 +1,4 @@
-"""MLP of a transformer block; in inference on a CPU, over chunks of tokens."""
+"""Transformer MLP, chunked over tokens for CPU inference."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 
 from elfatt.ops.geometry import count_blocks
 
-TOKENS = 2048  # per chunk at most: enough to reuse the weights, few enough to keep hidden activations in cache
+TOKENS = 2048  # maximum per chunk: enough to reuse the weights, few enough to keep hidden activations in cache
 
 
 class Mlp(timm.layers.Mlp):
     """timm's ``Mlp``, with the same parameters and results.
 
-    In inference on a CPU the memory of the hidden activations does not grow with the map.
+    In CPU inference, hidden activations take constant memory whatever the map size.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

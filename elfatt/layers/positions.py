@@ -1,4 +1,4 @@
-"""Position tables: relative indices and shift masks of Swin's windows, resizing of learned tables."""
+"""Relative position indices and shift masks for Swin's windows, and resizing of learned position tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elfatt.ops.geometry import always, to_blocks
 
 
 def relative_position_index(window: int, device: torch.device | None = None) -> torch.Tensor:
-    """Row of the bias table for each pair of tokens of a square window: ``[window², window²]``, int64."""
+    """Return the bias table's row for each pair of tokens in a square window: ``[window², window²]``, int64."""
     side = torch.arange(window, device=device)
     rows, columns = (axis.flatten() for axis in torch.meshgrid(side, side, indexing="ij"))
     offset = [axis[:, None] - axis[None, :] + window - 1 for axis in (rows, columns)]
@@ -21,17 +21,17 @@ def relative_position_index(window: int, device: torch.device | None = None) -> 
 def shift_mask(
     size: Sequence[int], window: int, shift: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Bias that keeps tokens apart which the cyclic shift put into one window.
+    """Return the bias that masks attention between regions joined by the cyclic shift.
 
     Args:
         size: Height and width of the padded map in tokens, multiples of ``window``.
-        window: Side of a window in tokens.
+        window: Window side in tokens.
         shift: Cyclic shift in tokens along height and width.
-        device: Where the mask is made.
-        dtype: Its dtype.
+        device: Device of the mask.
+        dtype: Dtype of the mask.
 
     Returns:
-        ``[windows, window², window²]``, 0 within a region and -100 across, as in Swin.
+        ``[windows, window², window²]``, 0 within regions and -100 across them, as in Swin.
     """
     regions = []
     for length, step in zip(size, shift, strict=True):
@@ -43,11 +43,11 @@ def shift_mask(
 
 
 def resize_positions(table: torch.Tensor, size: Sequence[int], mode: str) -> torch.Tensor:
-    """Resize a learned table ``[N, C, H, W]`` to another map; untouched when the size is already right.
+    """Interpolate a learned table ``[N, C, H, W]`` to another map size; a no-op if it fits.
 
     Args:
-        table: The table.
-        size: Height and width wanted, in tokens.
+        table: Position table.
+        size: Target height and width in tokens.
         mode: ``bilinear`` or ``bicubic``.
     """
     if all(always(have == want) for have, want in zip(table.shape[-2:], size, strict=True)):

@@ -1,4 +1,4 @@
-"""Stems: from an image ``[B, 3, H, W]`` to a map of tokens ``[B, H/4, W/4, C]``."""
+"""Stems: image ``[B, 3, H, W]`` to tokens ``[B, H/4, W/4, C]``."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import nn
 
 from elfatt.ops.geometry import count_blocks
 
-KINDS = {"patch": (4, 0), "conv": (7, 2)}  # kernel and padding in pixels; the stride is 4
+KINDS = {"patch": (4, 0), "conv": (7, 2)}  # filter size and padding in pixels; stride 4
 
 
-@register_notrace_module  # the padding depends on the image's size
+@register_notrace_module  # padding depends on the image's size
 class Stem(nn.Module):
     """Stride-4 convolution and LayerNorm.
 
-    ``patch`` is Swin's 4×4 embedding (the image is zero-padded to a multiple of 4), ``conv`` is CSWin's 7×7 one.
+    ``patch`` is Swin's 4×4 embedding, which zero-pads images to a multiple of 4; ``conv`` is CSWin's 7×7 one.
 
     Args:
         kind: ``patch`` or ``conv``.
-        in_chans: Channels of the image.
-        dim: Channels of the tokens.
+        in_chans: Image channels.
+        dim: Token channels.
 
     Raises:
-        ValueError: Unknown kind; in ``forward``, an image too small to give a token.
+        ValueError: Unknown kind; in ``forward``, an image too small for a token.
     """
 
     def __init__(self, kind: str, in_chans: int, dim: int):
@@ -42,7 +42,7 @@ class Stem(nn.Module):
         if self.pads_image:
             x = F.pad(x, (0, count_blocks(width, 4) * 4 - width, 0, count_blocks(height, 4) * 4 - height))
         elif min(height, width) < 3:
-            raise ValueError(f"an image of {height}x{width} pixels gives no token: use at least 3x3")
+            raise ValueError(f"image of {height}x{width} pixels is too small: use at least 3x3")
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
@@ -50,8 +50,8 @@ class DoubleStem(nn.Module):
     """VMamba's stem (official ``patchembed_version="v2"``): two 3×3 stride-2 convolutions, each with a LayerNorm.
 
     Args:
-        in_chans: Channels of the image.
-        dim: Channels of the tokens; half of them after the first convolution.
+        in_chans: Image channels.
+        dim: Token channels; the first convolution has half as many.
     """
 
     def __init__(self, in_chans: int, dim: int):

@@ -1,4 +1,4 @@
-"""Attention as functions of tensors, each behind one signature for every backend."""
+"""Functional attention operations with selectable backends."""
 
 from elfatt.ops.agent import agent_attention
 from elfatt.ops.block import block_attention

@@ -1,4 +1,4 @@
-"""Agent attention (Han et al., arXiv 2312.08874): a few pooled queries stand between the queries and the keys."""
+"""Agent attention (Han et al., arXiv 2312.08874): pooled queries mediate between queries and keys."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ def agent_attention(
     broadcast_bias: torch.Tensor,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """``softmax(s q aᵀ + broadcast_bias) · softmax(s a kᵀ + gather_bias) · v`` with ``a`` the pooled queries.
+    """Compute ``softmax(s q aᵀ + broadcast_bias) · softmax(s a kᵀ + gather_bias) · v``.
+
+    ``a`` are the queries, average-pooled to the agent grid; ``s = 1 / √d``.
 
     Args:
-        q: Queries ``[B, H, W, C]``, any strides; ``k`` and ``v`` alike.
-        k: Keys.
-        v: Values.
-        num_heads: Heads, a divisor of C.
-        agents: Side of the pooled grid; there are ``agents²`` agents.
+        q: Queries ``[B, H, W, C]``, any strides.
+        k: Keys, same shape.
+        v: Values, same shape.
+        num_heads: Heads; must divide C.
+        agents: Side of the agent grid, of ``agents²`` agents.
         gather_bias: ``[heads, agents², H * W]``.
         broadcast_bias: ``[heads, H * W, agents²]``.
-        backend: One of ``BACKENDS``, or None for the ambient one.
+        backend: One of ``BACKENDS``; None for the active one.
 
     Returns:
         ``[B, H, W, C]``.

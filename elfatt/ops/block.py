@@ -1,4 +1,4 @@
-"""Softmax attention inside blocks of a map, with LePE: ELFATT's local branch, CSWin's stripes, vanilla attention.
+"""Block-wise softmax attention with LePE: ELFATT's local branch, CSWin's stripes, vanilla attention.
 
 Source: ELFATT (arXiv 2501.06098), local branch ``g(softmax(f(Q) f(K)ᵀ / √d) f(V) + L(f(V)))``.
 """
@@ -19,23 +19,23 @@ def block_attention(
     lepe: Kernel | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Attention within non-overlapping blocks; LePE sees zeros beyond its block.
+    """Compute softmax attention and LePE within non-overlapping blocks; LePE is zero-padded at block borders.
 
-    Where the block does not divide the map, q, k and v are zero-padded on the right and at the bottom and the padding
-    takes part without a mask. A block at least as large as the map is the map.
+    If the blocks do not divide the map, q, k and v are zero-padded on the right and bottom, and the padding is not
+    masked. Blocks larger than the map are clipped to it.
 
     Args:
         qkv: Queries, keys and values ``[B, H, W, 3, C]``, any strides.
-        num_heads: Heads, a divisor of C.
-        block: Height and width of a block in tokens; 0 stands for the whole side.
-        lepe: Depthwise weights ``[C, 1, 3, 3]`` and bias ``[C]``, or None.
-        backend: One of ``BACKENDS``, or None for the ambient one.
+        num_heads: Heads; must divide C.
+        block: Block height and width in tokens; 0 means the full side.
+        lepe: Depthwise weight ``[C, 1, 3, 3]`` and bias ``[C]``, or None.
+        backend: One of ``BACKENDS``; None for the active one.
 
     Returns:
         ``[B, H, W, C]``.
 
     Raises:
-        ValueError: A shape does not fit, or the chosen backend cannot take these tensors.
+        ValueError: Invalid shapes, or tensors that the backend does not support.
     """
     if qkv.ndim != 5 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [B, H, W, 3, C], got {tuple(qkv.shape)}")

@@ -1,4 +1,4 @@
-"""Depthwise convolution of a channels-last map: LePE (CSWin, arXiv 2107.00652, section 3.3) and its relatives."""
+"""Depthwise convolution of channels-last maps: LePE (CSWin, arXiv 2107.00652, section 3.3) and variants."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from elfatt.ops.geometry import Kernel
 def depthwise_conv(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, backend: str | None = None
 ) -> torch.Tensor:
-    """Convolve each channel with its own odd-sided kernel, zero-padded to keep the size.
+    """Apply a depthwise convolution with an odd filter size, zero-padded to keep the map's size.
 
-    The map is handed to the convolution as a channels-last *view*, so a slice of a packed qkv is not copied.
+    The map is passed on as a channels-last *view*, so a slice of a packed qkv is not copied.
 
     Args:
         x: Map ``[B, H, W, C]``, any strides.
-        weight: Weights ``[C, 1, k, k]``.
+        weight: ``[C, 1, k, k]``.
         bias: ``[C]`` or None.
-        backend: One of ``BACKENDS``, or None for the ambient one.
+        backend: One of ``BACKENDS``; None for the active one.
 
     Returns:
         Map ``[B, H, W, C]``.
 
     Raises:
-        ValueError: ``x`` is not a map, or the chosen backend cannot take it.
+        ValueError: ``x`` is not 4-D, or the backend does not support it.
     """
     _check_map(x)
     return resolve(backend, x).depthwise_conv(x, weight, bias)
 
 
 def add_lepe(out: torch.Tensor, v: torch.Tensor, lepe: Kernel | None, *, backend: str | None = None) -> torch.Tensor:
-    """``out + L(v)`` on maps ``[B, H, W, C]``, or ``out`` where there is no LePE."""
+    """Return ``out + LePE(v)`` for maps ``[B, H, W, C]``, or ``out`` if ``lepe`` is None."""
     if lepe is None:
         return out
     _check_map(v)

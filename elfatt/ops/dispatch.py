@@ -1,13 +1,13 @@
-"""Which backend runs an operation: the table of backends, the ambient default, and the choice that ``auto`` makes.
+"""Backend table, the active backend, and automatic selection.
 
-``auto``        the default: the fused kernels where they are verified, else ``sdpa``
-``reference``   the formula as the paper writes it: slow, any dtype up to float64, the oracle of the tests
-``plain``       ELFATT in straightforward PyTorch, the baseline of the benchmarks; the rest as ``sdpa``
-``math``        softmax attention as two explicit matrix products (the paper's "nFA")
+``auto``        the default: fused kernels where verified, else ``sdpa``
+``reference``   the paper's formulas, taken literally: slow, any dtype up to float64; the tests' oracle
+``plain``       ELFATT in straightforward PyTorch, the benchmark baseline; otherwise as ``sdpa``
+``math``        softmax attention as two explicit matmuls (the paper's "nFA")
 ``sdpa``        softmax attention through ``torch.nn.functional.scaled_dot_product_attention`` (the paper's "FA")
 ``flash_attn``  softmax attention through the flash-attn package
-``triton``      the ELFATT operation and LePE as fused CUDA kernels, forward and backward; the rest as ``sdpa``
-``cpp``         the same as C++ kernels for a CPU, compiled at first use, and softmax attention in small blocks of a map
+``triton``      ELFATT and LePE as fused CUDA kernels, forward and backward; otherwise as ``sdpa``
+``cpp``         the same as C++ CPU kernels, compiled on first use; also softmax attention in small blocks
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ _TABLE: dict[str, PyTorchBackend] = {
     )
 }
 BACKENDS = ("auto", *_TABLE)
-# what ``auto`` prefers on each device type; these fall back to PyTorch operators where a kernel fails
+# preferred by ``auto``, per device type; these fall back to PyTorch operators if a kernel fails
 AUTO: dict[str, FusedBackend] = {"cuda": TritonBackend(falls_back=True), "cpu": CppBackend(falls_back=True)}
 _TLS_KEY = "elfatt.backend"
 _Result = TypeVar("_Result")
 
 
 class _Ambient(threading.local):
-    """This thread's innermost ``use_backend``, and the state to restore on leaving it."""
+    """This thread's innermost ``use_backend``, and the outer state to restore on exit."""
 
     def __init__(self):
-        self.name = None  # set here and not on the class, or torch.compile does not guard on it
-        self.outer = ()  # nested, for torch.compile would guard on the length of a list
+        self.name = None  # per instance: torch.compile does not guard on the class attribute
+        self.outer = ()  # nested tuples: torch.compile would guard on a list's length
 
 
 _ambient = _Ambient()
@@ -62,12 +62,12 @@ _default = "auto"
 
 
 def active_backend() -> str:
-    """Name of the backend in force in this thread, one of ``BACKENDS``."""
+    """Return the name of this thread's backend, one of ``BACKENDS``."""
     return _ambient.name or (None if torch.compiler.is_compiling() else _inherited()) or _default
 
 
 def _inherited() -> str | None:
-    """The backend of the thread that called ``backward()``, as seen from autograd's worker threads."""
+    """Return the backend of the thread that called ``backward()``, for autograd's worker threads."""
     return torch._C._get_obj_in_tls(_TLS_KEY) if torch._C._is_key_in_tls(_TLS_KEY) else None
 
 
@@ -77,14 +77,14 @@ def _hand_on(name: str | None) -> None:
 
 
 def set_default_backend(name: str, device: torch.device | str | None = None) -> None:
-    """Choose the backend of every thread outside ``use_backend``; the variable ELFATT_BACKEND does so at import.
+    """Set the backend used outside ``use_backend``, in all threads; ELFATT_BACKEND sets it on import.
 
     Args:
         name: One of ``BACKENDS``.
-        device: Where it is to run, if that is known.
+        device: Target device, if known.
 
     Raises:
-        ValueError: The name is unknown, or the backend cannot run on this machine or device.
+        ValueError: Unknown name, or a backend that cannot run on this machine or device.
     """
     global _default
     check_backend(name, device)
@@ -92,16 +92,16 @@ def set_default_backend(name: str, device: torch.device | str | None = None) -> 
 
 
 class use_backend:
-    """Run the operations of this thread on one backend inside the ``with`` block.
+    """Context manager that selects this thread's backend.
 
-    A backward pass that recomputes (``elfatt.ops.checkpoint``) runs on the backend of its forward pass, wherever it is
-    called.
+    Recomputation in the backward pass (``elfatt.ops.checkpoint``) uses the forward pass's backend, even outside the
+    context.
 
     Args:
         name: One of ``BACKENDS``.
 
     Raises:
-        ValueError: The name is unknown, or the backend cannot run on this machine.
+        ValueError: Unknown name, or a backend that cannot run on this machine.
     """
 
     def __init__(self, name: str):
@@ -122,7 +122,7 @@ class use_backend:
 
 
 def checkpoint(function: Callable[..., _Result], *args: Any) -> _Result:
-    """``torch.utils.checkpoint.checkpoint`` that recomputes on the backend of the forward pass.
+    """Call ``torch.utils.checkpoint.checkpoint``, recomputing on the backend of the forward pass.
 
     Args:
         function: A module or function of tensors.
@@ -135,10 +135,10 @@ def checkpoint(function: Callable[..., _Result], *args: Any) -> _Result:
 
 
 def get_backend(name: str) -> PyTorchBackend:
-    """Look up a backend by name: any of ``BACKENDS`` except ``auto``.
+    """Return a backend by name: any of ``BACKENDS`` except ``auto``.
 
     Raises:
-        ValueError: The name is unknown.
+        ValueError: Unknown name.
     """
     if name not in _TABLE:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
@@ -146,12 +146,12 @@ def get_backend(name: str) -> PyTorchBackend:
 
 
 def check_backend(name: str, device: torch.device | str | None = None) -> None:
-    """Raise ``ValueError`` for an unknown name and for a backend that cannot run on this machine or device."""
+    """Raise ``ValueError`` for an unknown backend or one that cannot run on this machine or device."""
     if name == "auto":
         return
     backend = get_backend(name)
     reason = backend.unsupported_reason()
-    if device is not None and reason is None:  # of a dtype that all of them take
+    if device is not None and reason is None:  # bfloat16: supported by all
         reason = backend.unsupported_reason(torch.empty(1, 1, 1, 1, dtype=torch.bfloat16, device=device), (1,))
     if reason:
         raise ValueError(f"backend {name!r} cannot run: {reason}; use 'sdpa'")
@@ -163,16 +163,16 @@ def resolve(
     widths: tuple[int, ...] = (),
     block: tuple[int, int] | None = None,
 ) -> PyTorchBackend:
-    """Resolve the backend of one call.
+    """Return the backend for one call.
 
     Args:
-        name: One of ``BACKENDS``, or None for the ambient one.
-        x: The map of the ELFATT operation or LePE; None for an operation without fused kernels.
-        widths: Channels of a head in each branch.
+        name: One of ``BACKENDS``; None for the active one.
+        x: Input of ELFATT or LePE; None for operations without fused kernels.
+        widths: Channels per head of each branch.
         block: Height and width of the local branch's blocks.
     """
     name = name or active_backend()
-    widths = tuple(operator.index(width) for width in widths)  # a graph is compiled for its own
+    widths = tuple(operator.index(width) for width in widths)  # specialises compiled graphs on them
     return _choose(x, widths, block) if name == "auto" else get_backend(name)
 
 

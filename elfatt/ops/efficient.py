@@ -1,4 +1,7 @@
-"""Efficient attention (Shen et al., arXiv 1812.01243): linear in the tokens. ELFATT's global branch, all of EFFATT."""
+"""Efficient attention (Shen et al., arXiv 1812.01243): linear in the number of tokens.
+
+ELFATT's global branch, and all of EFFATT.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,15 @@ from elfatt.ops.dispatch import resolve
 def efficient_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, backend: str | None = None
 ) -> torch.Tensor:
-    """``softmax_features(q) · (softmax_tokens(k)ᵀ · v)`` per head, without a scale.
+    """Compute ``softmax_features(q) · (softmax_tokens(k)ᵀ · v)`` per head, without scaling.
 
-    Finite for any finite input in any dtype: both factors are averages.
+    Finite for finite inputs in any dtype, as both products are weighted averages.
 
     Args:
-        q: Queries ``[B, N, heads, d]``, any strides; ``k`` and ``v`` alike.
-        k: Keys.
-        v: Values.
-        backend: One of ``BACKENDS``, or None for the ambient one.
+        q: Queries ``[B, N, heads, d]``, any strides.
+        k: Keys, same shape.
+        v: Values, same shape.
+        backend: One of ``BACKENDS``; None for the active one.
 
     Returns:
         ``[B, N, heads, d]``.

@@ -1,4 +1,4 @@
-"""The ELFATT operation (arXiv 2501.06098): a linear global branch beside a softmax branch inside blocks."""
+"""ELFATT (arXiv 2501.06098): a linear global branch and block-wise softmax attention."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def elfatt_attention(
     lepe_local: Kernel | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Everything ELFATT computes between its two linear layers.
+    """Compute ELFATT between its qkv and output projections.
 
     Args:
-        qkv: Packed queries, keys and values ``[B, H, W, 3C]``; within each C the channels are [global, local].
-        num_heads: Heads of the global and of the local branch; a divisor of each branch's channels.
+        qkv: Packed queries, keys and values ``[B, H, W, 3C]``; each C is ordered [global, local].
+        num_heads: Heads of the global and local branches; each must divide its branch's channels.
         global_channels: Channels of the global branch, from 0 (block attention) to C (efficient attention).
-        block_size: Side of a block in tokens.
-        lepe_global: Weights ``[global_channels, 1, 3, 3]`` and bias over the whole map, or None.
-        lepe_local: Weights ``[C - global_channels, 1, 3, 3]`` and bias inside each block, or None.
-        backend: One of ``BACKENDS``, or None for the ambient one.
+        block_size: Block side in tokens.
+        lepe_global: Weight ``[global_channels, 1, 3, 3]`` and bias of LePE over the whole map, or None.
+        lepe_local: Weight ``[C - global_channels, 1, 3, 3]`` and bias of LePE inside each block, or None.
+        backend: One of ``BACKENDS``; None for the active one.
 
     Returns:
-        ``[B, H, W, C]``, the concatenation [global, local].
+        ``[B, H, W, C]``, ordered [global, local].
 
     Raises:
-        ValueError: A shape does not fit, or the chosen backend cannot take these tensors.
+        ValueError: Invalid shapes, or tensors that the backend does not support.
     """
     channels = qkv.shape[-1] // 3
     if qkv.ndim != 4 or qkv.shape[-1] % 3:
@@ -65,13 +65,13 @@ def elfatt_attention(
 def global_branch(
     qkv: torch.Tensor, *, num_heads: int, lepe: Kernel | None, backend: str | None = None
 ) -> torch.Tensor:
-    """Efficient attention over the whole map plus LePE: ``elfatt_attention`` without a local branch.
+    """Compute efficient attention plus LePE over the whole map: ``elfatt_attention`` without a local branch.
 
     Args:
         qkv: Queries, keys and values ``[B, H, W, 3, C]``, any strides.
-        num_heads: Heads, a divisor of C.
-        lepe: Weights ``[C, 1, 3, 3]`` and bias ``[C]``, or None.
-        backend: One of ``BACKENDS``, or None for the ambient one.
+        num_heads: Heads; must divide C.
+        lepe: Weight ``[C, 1, 3, 3]`` and bias ``[C]``, or None.
+        backend: One of ``BACKENDS``; None for the active one.
 
     Returns:
         ``[B, H, W, C]``.

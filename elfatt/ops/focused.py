@@ -13,17 +13,17 @@ POWER = 3
 def focused_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: torch.Tensor, *, num_heads: int
 ) -> torch.Tensor:
-    """``z · φ(q) · (φ(k)ᵀ v) / N`` per head with ``z = 1 / (φ(q) · mean φ(k) + ε)``.
+    """Compute ``z · φ(q) · (φ(k)ᵀ v) / N`` per head, with ``z = 1 / (φ(q) · mean φ(k) + ε)``.
 
-    ``φ(x) = ‖r‖ · r³ / ‖r³‖`` with ``r = (ReLU(x) + ε) / softplus(scale)``, norms over all C channels. Cubes and sums
-    over tokens leave float16's range, so at least float32 is used inside.
+    ``φ(x) = ‖r‖ · r³ / ‖r³‖`` with ``r = (ReLU(x) + ε) / softplus(scale)``, norms over all C channels. Computed
+    in float32 or wider, because cubes and sums over tokens overflow float16.
 
     Args:
-        q: Queries ``[B, N, C]``, any strides; ``k`` and ``v`` alike.
-        k: Keys, with their positional term already added.
-        v: Values.
+        q: Queries ``[B, N, C]``, any strides.
+        k: Keys, same shape, positional encoding included.
+        v: Values, same shape.
         scale: ``[1, 1, C]``.
-        num_heads: Heads, a divisor of C.
+        num_heads: Heads; must divide C.
 
     Returns:
         ``[B, N, C]`` in the dtype of ``v``.

@@ -1,11 +1,11 @@
 """Fused backends: ELFATT and LePE kernels wrapped as differentiable PyTorch operators.
 
-Each operator is one node to ``torch.compile`` (no graph break), activation checkpointing and CUDA graphs. A backend's
-kernels are a module with ``new_buffers``, ``forward``, ``backward``, ``lepe`` and ``lepe_sums``, imported at first use.
+Each operator is a single node under ``torch.compile`` (no graph breaks), and works with activation checkpointing and
+CUDA graphs. A backend provides its kernels as a module with ``new_buffers``, ``forward``, ``backward``, ``lepe`` and
+``lepe_sums``, imported on first use.
 
-Under ``auto``, a kernel that fails to compile or launch triggers one warning, and its configuration uses PyTorch
-operators from then on. The fallback is inside the operator: the current pass, the backward pass and compiled graphs
-all continue.
+Under ``auto``, a kernel that fails to compile or launch logs one warning, and its configuration uses PyTorch operators
+from then on. The fallback is inside the operator, so the current call, the backward pass and compiled graphs continue.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from torch import Tensor
 
 from elfatt.ops.pytorch import SDPA, PyTorchBackend, dtype_name, refusal, without_autocast
 
-MESSAGE = 400  # characters of a kernel's error that a warning repeats
+MESSAGE = 400  # characters of a kernel's error quoted in the warning
 _logger = logging.getLogger("elfatt")
 _explained: set[tuple[str, str]] = set()
 _INSTANCES: dict[tuple[str, bool], FusedBackend] = {}
 
 
 class FusedBackend(PyTorchBackend):
-    """Base class of backends with their own kernels; everything else runs as in ``sdpa``.
+    """Base class of backends with fused kernels; other operations run as in ``sdpa``.
 
     Args:
-        falls_back: Run PyTorch's operators where a kernel fails, as ``auto`` wants it; else the failure is raised.
+        falls_back: Fall back to PyTorch operators if a kernel fails (for ``auto``); otherwise raise.
 
     Attributes:
-        kernels_module: Name of the module with the kernels.
-        failures: Why a configuration runs PyTorch's operators.
+        kernels_module: Name of the kernels' module.
+        failures: Reason for the fallback, by configuration.
     """
 
     kernels_module: str
@@ -51,18 +51,18 @@ class FusedBackend(PyTorchBackend):
         return importlib.import_module(self.kernels_module)
 
     def limit(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
-        """Why the kernels cannot take such tensors, or None; constant within a compiled graph."""
+        """Return why the kernels do not support such tensors, or None; constant within a compiled graph."""
         raise NotImplementedError
 
     def unverified(self, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str | None:
-        """Why ``auto`` avoids the kernels for such tensors although they would run, or None."""
+        """Return why ``auto`` avoids the kernels for supported tensors, or None."""
         return None
 
     def unsupported_reason(self, x=None, widths=(), bias=None):
         return None if x is None else _ask(self.name, self.falls_back, "limit", x.device, x.dtype, widths)
 
     def unverified_reason(self, x: Tensor, widths: tuple[int, ...], block: tuple[int, int] | None) -> str | None:
-        """Why ``auto`` avoids the kernels: an earlier failure, or an unverified configuration."""
+        """Return why ``auto`` avoids the kernels (an earlier failure or an unverified configuration), or None."""
         if self.failures and not torch.compiler.is_compiling() and _configuration(x, widths, block) in self.failures:
             return self.failures[_configuration(x, widths, block)]
         return _ask(self.name, self.falls_back, "unverified", x.device, x.dtype, widths)
@@ -76,7 +76,7 @@ class FusedBackend(PyTorchBackend):
         if lepe is None or lepe[0].shape[-1] != 3:
             return super().add_lepe(out, v, lepe)
         if out.device != v.device:
-            raise ValueError(f"LePE of a map on {v.device} cannot be added to one on {out.device}")
+            raise ValueError(f"v is on {v.device} but out is on {out.device}: move both to one device")
         return self._convolve(v, *lepe, out.to(v.dtype).expand_as(v))
 
     def _convolve(self, v, weight, bias, residual):
@@ -87,7 +87,7 @@ class FusedBackend(PyTorchBackend):
 
     def elfatt_attention(self, qkv, *, num_heads, global_channels, block, lepe_global, lepe_local):
         local_channels = qkv.shape[-1] // 3 - global_channels
-        if not self.falls_back:  # asked before it was chosen
+        if not self.falls_back:  # ``auto`` has already checked
             self._check(qkv, head_widths(num_heads, (global_channels, local_channels)))
         weight_global, bias_global = _checked_lepe(qkv, lepe_global, global_channels)
         weight_local, bias_local = _checked_lepe(qkv, lepe_local, local_channels)
@@ -99,12 +99,12 @@ class FusedBackend(PyTorchBackend):
     def _check(self, x, widths):
         reason = self.unsupported_reason(x, widths)
         if reason is None and is_transformed():
-            reason = "its operators have a first derivative by backward() only, none for torch.func and forward mode"
+            reason = "its operators support first-order backward() only, not torch.func or forward-mode AD"
         if reason:
             raise ValueError(refusal(self.name, x, reason))
 
     def run(self, configure: Callable[[], tuple], kernels: Callable[[], Any], operators: Callable[[], Any]) -> Any:
-        """Run the kernels; under ``auto``, fall back to PyTorch operators if they fail now or failed before."""
+        """Run the kernels; under ``auto``, fall back to PyTorch operators if they fail or have failed before."""
         if not self.failures or configure() not in self.failures:
             try:
                 return kernels()
@@ -116,7 +116,7 @@ class FusedBackend(PyTorchBackend):
                         f"backend 'auto' would fall back to PyTorch operators here; {SDPA.name!r} always uses them"
                     )
                     raise
-                result = operators()  # where these fail too, it is not the kernels' fault
+                result = operators()  # if this raises too, the kernels are not at fault
                 self._remember(configure(), " ".join(str(error).split())[:MESSAGE] or type(error).__name__)
                 return result
         return operators()
@@ -134,13 +134,13 @@ class FusedBackend(PyTorchBackend):
 
 
 def head_widths(num_heads: Sequence[int], channels: Sequence[int]) -> tuple[int, ...]:
-    """Channels of a head in each branch that has channels."""
+    """Return the channels per head of each non-empty branch."""
     return tuple(width // heads for width, heads in zip(channels, num_heads, strict=True) if width)
 
 
 @torch.compiler.assume_constant_result
 def explain_once(backend: str, reason: str) -> None:
-    """Log why ``auto`` runs without a backend's kernels, once for each reason."""
+    """Log once per reason why ``auto`` does not use a backend's kernels."""
     if (backend, reason) not in _explained:
         _explained.add((backend, reason))
         _logger.warning("backend 'auto' runs without the %s kernels: %s", backend, reason)
@@ -152,13 +152,13 @@ def is_transformed() -> bool:
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-@torch.compiler.assume_constant_result  # fixed when a graph is traced
+@torch.compiler.assume_constant_result  # fixed at trace time
 def _ask(name, falls_back, question, device, dtype, widths):
     return getattr(_INSTANCES[name, falls_back], question)(device, dtype, widths)
 
 
 def _configuration(x, widths, block):
-    """Key of the compiled kernels; ``block`` is None for LePE alone."""
+    """Return the key under which failures are recorded; ``block`` is None for LePE alone."""
     return x.device, x.dtype, widths, None if block is None else tuple(block)
 
 
@@ -169,7 +169,7 @@ def _describe(configuration):
 
 
 def _checked_lepe(x, lepe, channels):
-    """Weight and bias of a branch, None where it has no LePE or no channels."""
+    """Return a branch's LePE weight and bias, or None for each if it has no LePE or no channels."""
     if lepe is None or not channels:
         return None, None
     _check_lepe(x, *lepe, channels)
@@ -177,14 +177,14 @@ def _checked_lepe(x, lepe, channels):
 
 
 def _check_lepe(x, weight, bias, channels):
-    """The kernels read memory by these shapes, on this device."""
+    """Raise ``ValueError`` for a wrong shape or device, which the kernels do not check."""
     if weight.shape != (channels, 1, 3, 3) or (bias is not None and bias.shape != (channels,)):
         shapes = " and ".join(str(tuple(y.shape)) for y in (weight, bias) if y is not None)
         raise ValueError(
-            f"LePE of {channels} channels needs weights [{channels}, 1, 3, 3] and [{channels}], got {shapes}"
+            f"LePE of {channels} channels needs weight [{channels}, 1, 3, 3] and bias [{channels}], got {shapes}"
         )
     if other := next((y.device for y in (weight, bias) if y is not None and y.device != x.device), None):
-        raise ValueError(f"LePE's weights are on {other}, the map is on {x.device}: move the module")
+        raise ValueError(f"LePE weights are on {other} but the input is on {x.device}: move the module")
 
 
 # ---- the operators ----
@@ -210,7 +210,7 @@ _lepe_backward = torch.ops.elfatt.lepe_backward.default
 def _run_attention(
     qkv, weight_global, bias_global, weight_local, bias_local, num_heads, global_channels, block, backend, falls_back
 ):
-    """Output, and what the backward pass keeps: the context softmax(K)ᵀV, K's and the scores' log-sum-exp."""
+    """Return the output and, for the backward pass, softmax(K)ᵀV and the log-sum-exps of K and the scores."""
     own = _INSTANCES[backend, falls_back]
     lepes = (weight_global, bias_global, weight_local, bias_local)
     results = own.kernels.new_buffers(qkv, num_heads, global_channels, block)
@@ -230,7 +230,7 @@ def _run_attention_backward(
     dout, qkv, weight_global, bias_global, weight_local, bias_local, context, key_lse, row_lse,
     num_heads, global_channels, block, backend, falls_back,
 ):  # fmt: skip
-    """Gradients of qkv and of each weight and bias; an empty tensor for what is None."""
+    """Return the gradients of qkv, weights and biases; empty tensors for those that are None."""
     own = _INSTANCES[backend, falls_back]
     lepes = (weight_global, bias_global, weight_local, bias_local)
 
@@ -324,7 +324,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, *_):
         if dout is None:
             return (None,) * 10
-        saved = ctx.saved_tensors  # under activation checkpointing they can be taken once
+        saved = ctx.saved_tensors  # activation checkpointing allows unpacking only once
         gradients = _differentiated_once(_attention_backward, dout, *saved, *ctx.options)
         return *(None if x is None else dx for x, dx in zip(saved, gradients, strict=False)), *(None,) * 5
 
@@ -353,7 +353,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"the fused operators have no second derivative: use backend {SDPA.name!r}")
+        raise RuntimeError(f"the fused operators do not support double backward: use backend {SDPA.name!r}")
 
 
 def _differentiated_once(operator, *arguments):
@@ -371,11 +371,11 @@ def _has_tangent(tensors):
 
 
 def _with_backward(operator, function, tensors):
-    """Autograd kernel of an operator; half the call overhead of ``torch.library.register_autograd``."""
+    """Return an operator's autograd kernel; half the call overhead of ``torch.library.register_autograd``."""
 
     def run(*arguments):
-        if _has_tangent(arguments[:tensors]):  # in a compiled graph: elsewhere it was asked before
-            raise RuntimeError(f"the fused operators have no forward-mode derivative: use backend {SDPA.name!r}")
+        if _has_tangent(arguments[:tensors]):  # compiled graphs only; eager calls are checked earlier
+            raise RuntimeError(f"the fused operators do not support forward-mode AD: use backend {SDPA.name!r}")
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:tensors]):
             return function.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
@@ -416,31 +416,31 @@ def _portable_lepe(v, weight, bias):
 
 
 def _cast_lepe(x, weight, bias):
-    """Cast as autocast would; it is not active in the backward pass."""
+    """Cast as autocast would; autocast is inactive in the backward pass."""
     return None if weight is None else (weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _portable_gradients(run, dout, x, *lepe):
-    """Gradients of ``run(x, *lepe)``, recomputed; an empty tensor for None."""
+    """Recompute ``run(x, *lepe)`` and return its gradients; empty tensors for None."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *lepe)]
-    # autograd, which a dispatch mode has left behind here
+    # re-enable the autograd keys that a dispatch mode excludes
     with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
         out = run(*leaves)
         dx, *found = torch.autograd.grad(out, [t for t in leaves if t is not None], dout)
-    # of parameters in their own layout, which DDP's buckets have too
+    # parameter gradients keep the parameters' layout, as DDP's buckets do
     gradients = iter(found)
     dlepe = (dout.new_empty(0) if t is None else torch.empty_like(t).copy_(next(gradients)) for t in lepe)
     return x.new_empty(x.shape).copy_(dx), *dlepe
 
 
 def _unpack(sums, weight, bias, dtype):
-    """Gradients of a weight and a bias, in their layout, from ``[10, channels]``; empty, in ``dtype``, for None."""
+    """Return weight and bias gradients, in their layouts, from ``[10, channels]``; empty in ``dtype`` for None."""
     dweight = torch.empty_like(weight).copy_(sums[:9].t().view(weight.shape))
     return dweight, sums.new_empty(0, dtype=dtype) if bias is None else sums[9].to(bias.dtype, copy=True)
 
 
 def _evenly_strided(x):
-    """A map whose tokens all lie at one distance, as in a slice of a contiguous map's channels; else a copy."""
+    """Return ``x`` if its tokens are evenly strided, as in a channel slice of a contiguous map, else a copy."""
     _, h, w, _ = x.shape
     even = x.stride(3) == 1 and x.stride(1) == w * x.stride(2) and x.stride(0) == h * x.stride(1)
     return x if even else x.contiguous()

@@ -9,7 +9,7 @@ from elfatt.ops.pytorch import PyTorchBackend
 
 
 class PlainBackend(PyTorchBackend):
-    """``plain``: the ELFATT operation in straightforward PyTorch; everything else as ``sdpa``."""
+    """``plain``: ELFATT in straightforward PyTorch; everything else as in ``sdpa``."""
 
     name = "plain"
 

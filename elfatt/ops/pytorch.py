@@ -1,4 +1,4 @@
-"""Every operation in terms of PyTorch operators: the base class of all backends."""
+"""PyTorch implementations of all operations: the base class of all backends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from elfatt.ops.geometry import Kernel, cat_with_blocks, from_blocks, to_blocks
 from elfatt.ops.recurrence import fast_scan
 
-# half precisions for which this CPU has no vector instructions
+# half-precision dtypes without vector instructions on this CPU
 _SLOW_ON_THIS_CPU = {torch.bfloat16, torch.float16}
 if torch.backends.mkldnn.is_available():
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -21,12 +21,12 @@ if torch.backends.mkldnn.is_available():
 
 
 class PyTorchBackend:
-    """``sdpa``: softmax attention through ``scaled_dot_product_attention``; arguments as in the public operations.
+    """``sdpa``: softmax attention by ``scaled_dot_product_attention``; arguments as in the public operations.
 
     Attributes:
-        name: As ``use_backend`` takes it.
-        devices: Device types that it runs on; empty for any.
-        dtypes: Floating-point dtypes that it runs in; empty for any.
+        name: Name for ``use_backend``.
+        devices: Supported device types; empty for any.
+        dtypes: Supported floating-point dtypes; empty for any.
     """
 
     name = "sdpa"
@@ -36,13 +36,13 @@ class PyTorchBackend:
     def unsupported_reason(
         self, x: torch.Tensor | None = None, widths: tuple[int, ...] = (), bias: torch.Tensor | None = None
     ) -> str | None:
-        """Why this backend cannot run an operation, in one line; None when it can.
+        """Return in one line why this backend cannot run an operation, or None if it can.
 
         Args:
-            x: The map ``[B, H, W, C]`` of ELFATT or LePE, or the queries ``[B, N, heads, d]`` of softmax attention;
-                None asks about this machine alone.
-            widths: Channels of a head, in each branch.
-            bias: Added to the scores of softmax attention.
+            x: Input ``[B, H, W, C]`` of ELFATT or LePE, or queries ``[B, N, heads, d]`` of softmax attention; None
+                checks the machine only.
+            widths: Channels per head of each branch.
+            bias: Bias on the scores of softmax attention.
         """
         return None
 
@@ -58,7 +58,7 @@ class PyTorchBackend:
         if is_slow_half(v):
             with without_autocast(v):
                 return self.efficient_attention(q.float(), k.float(), v.float()).to(v.dtype)
-        # an explicit dtype keeps autocast from storing the weights in float32; the sums run in float32 either way
+        # explicit dtype: autocast would store the weights in float32; sums are float32 either way
         q = q.softmax(dim=-1, dtype=q.dtype)
         k = k.softmax(dim=1, dtype=k.dtype)
         context = k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
@@ -72,8 +72,8 @@ class PyTorchBackend:
         return out.transpose(1, 2).reshape(b, h, w, c)
 
     def pool(self, q: torch.Tensor, side: int) -> torch.Tensor:
-        """Average a map ``[B, H, W, C]`` over a grid of cells: ``[B, side², C]``."""
-        if any(isinstance(n, torch.SymInt) for n in q.shape[1:3]):  # ONNX has no adaptive pooling of dynamic sizes
+        """Average-pool a map ``[B, H, W, C]`` to a square grid ``[B, side², C]``."""
+        if any(isinstance(n, torch.SymInt) for n in q.shape[1:3]):  # ONNX has no adaptive pooling for dynamic sizes
             rows, columns = (_averages(side, n, q) for n in q.shape[1:3])
             return (columns @ (rows @ q.flatten(2)).unflatten(2, q.shape[2:])).flatten(1, 2)
         return F.adaptive_avg_pool2d(q.permute(0, 3, 1, 2), side).flatten(2).transpose(1, 2)
@@ -87,7 +87,7 @@ class PyTorchBackend:
     def add_lepe(self, out: torch.Tensor, v: torch.Tensor, lepe: Kernel | None) -> torch.Tensor:
         if lepe is None:
             return out
-        # in place of the convolution's result, which no backward pass needs
+        # in place: no backward pass needs the convolution's output
         return self.depthwise_conv(v, *lepe).add_(out)
 
     def selective_scan(self, x, delta, a, b, c, d) -> torch.Tensor:
@@ -102,7 +102,7 @@ class PyTorchBackend:
     def attend_blocks(
         self, qkv: torch.Tensor, *, num_heads: int, block: tuple[int, int], lepe: Kernel | None
     ) -> torch.Tensor:
-        """``block_attention`` before its blocks are put together: ``[B * rows * columns, bh, bw, C]``."""
+        """``block_attention`` before merging the blocks: ``[B * rows * columns, bh, bw, C]``."""
         q, k, v = (to_blocks(x, block) for x in qkv.unbind(3))
         tokens = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)) for x in (q, k, v))
         return self.add_lepe(self.softmax_attention(*tokens).reshape(v.shape), v, lepe)
@@ -135,7 +135,7 @@ SDPA = PyTorchBackend()
 
 
 class MathBackend(PyTorchBackend):
-    """``math``: softmax attention as two explicit products, the paper's "nFA"."""
+    """``math``: softmax attention as two explicit matmuls, the paper's "nFA"."""
 
     name = "math"
 
@@ -143,12 +143,12 @@ class MathBackend(PyTorchBackend):
         scores = (q.transpose(1, 2) * q.shape[-1] ** -0.5) @ k.permute(0, 2, 3, 1)
         if bias is not None:
             scores = scores + bias
-        # an explicit dtype keeps autocast from storing the weights in float32; the sum runs in float32 either way
+        # explicit dtype: autocast would store the weights in float32; sums are float32 either way
         return (scores.softmax(dim=-1, dtype=scores.dtype) @ v.transpose(1, 2)).transpose(1, 2)
 
 
 class FlashAttnBackend(PyTorchBackend):
-    """``flash_attn``: softmax attention through the flash-attn package."""
+    """``flash_attn``: softmax attention by the flash-attn package."""
 
     name = "flash_attn"
     devices = ("cuda",)
@@ -157,13 +157,13 @@ class FlashAttnBackend(PyTorchBackend):
     def unsupported_reason(self, x=None, widths=(), bias=None):
         if x is not None:
             if bias is not None:
-                return "it cannot add a position bias to the scores"
+                return "it does not support a bias on the scores"
             if x.device.type not in self.devices:
                 return f"it needs CUDA tensors, not {x.device.type}"
             if x.dtype not in self.dtypes:
                 return f"it needs float16 or bfloat16, not {dtype_name(x.dtype)}"
             if max(widths) > 256:
-                return f"it takes heads of at most 256 channels, not {max(widths)}"
+                return f"it supports heads of up to 256 channels, not {max(widths)}"
         return None if _has_flash_attn() else "it is not installed: pip install flash-attn"
 
     def softmax_attention(self, q, k, v, bias=None):
@@ -175,24 +175,24 @@ class FlashAttnBackend(PyTorchBackend):
 
 
 def refusal(name: str, x: torch.Tensor, reason: str) -> str:
-    """Error message of a backend that was requested by name but cannot run."""
-    return f"{name} cannot run a tensor of shape {tuple(x.shape)}: {reason}; use 'sdpa'"
+    """Return the error message for a backend that was requested by name but cannot run."""
+    return f"backend {name!r} does not support this tensor of shape {tuple(x.shape)}: {reason}; use 'sdpa'"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` of ``torch.float32``."""
+    """Return ``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:
-    """Disable autocast on the device of ``x``; a no-op if it is off, to keep exported graphs free of regions."""
+    """Disable autocast on the device of ``x``; a no-op if off, to keep autocast regions out of exported graphs."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def is_slow_half(x: torch.Tensor) -> bool:
-    """Whether a half-precision tensor is on a CPU whose convolutions and products are many times faster in float32."""
+    """Return True for half precision on a CPU whose convolutions and matmuls are much faster in float32."""
     return x.device.type == "cpu" and x.dtype in _SLOW_ON_THIS_CPU
 
 
@@ -206,7 +206,7 @@ def _convolve(x, weight, bias):
 
 
 def _averages(cells: int, length: int, like: torch.Tensor) -> torch.Tensor:
-    """Matrix ``[cells, length]`` of adaptive average pooling along one side."""
+    """Return the matrix ``[cells, length]`` of adaptive average pooling along one side."""
     cell = torch.arange(cells, device=like.device)[:, None]
     token = torch.arange(length, device=like.device)
     inside = (token >= cell * length // cells) & (token < ((cell + 1) * length + cells - 1) // cells)
@@ -215,7 +215,7 @@ def _averages(cells: int, length: int, like: torch.Tensor) -> torch.Tensor:
 
 def _attend_explicitly(q, k, v, bias):
     scale = q.shape[-1] ** -0.5
-    if q.dtype == torch.float16:  # products of large activations pass float16's 65504
+    if q.dtype == torch.float16:  # products of large activations overflow float16
         with without_autocast(q):
             scores = (q.float() * scale) @ k.float().transpose(-2, -1) + bias.float()
         weights = scores.softmax(dim=-1).to(v.dtype)

@@ -1,4 +1,4 @@
-"""The linear recurrence behind the selective scan: mamba_ssm's kernel, or a scan in chunks of tokens."""
+"""Linear recurrence of the selective scan: mamba_ssm's kernel or a chunked scan."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-CHUNK = 16  # tokens that one step of the loop brings forward in every chunk at once
+CHUNK = 16  # tokens per chunk; each step of the loop advances all chunks by one token
 
 
 def fast_scan(
     x: torch.Tensor, delta: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
 ) -> torch.Tensor:
-    """``selective_scan`` by the kernel where it is installed and takes these tensors, else in chunks."""
+    """Run ``selective_scan`` by mamba_ssm's kernel if it is installed and supports the tensors, else in chunks."""
     if x.is_cuda and x.dtype == torch.float32 and _kernel() is not None:
         return _run_kernel(_kernel(), x, delta, a, b, c, d)
     decay = (delta[..., None] * a[:, None]).exp()
@@ -26,7 +26,7 @@ def fast_scan(
 
 @cache
 def _kernel() -> Callable | None:
-    """mamba_ssm's fused scan, or None where the package is not installed."""
+    """Return mamba_ssm's fused scan, or None if it is not installed."""
     if importlib.util.find_spec("mamba_ssm") is None:
         return None
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -43,7 +43,7 @@ def _run_kernel(kernel, x, delta, a, b, c, d):
 
 
 class _Recurrence(torch.autograd.Function):
-    """``h_t = a_t h_{t-1} + b_t`` along the last axis but one; its gradient is the same recurrence backwards."""
+    """``h_t = a_t h_{t-1} + b_t`` along the second-to-last axis; its gradient is the same recurrence in reverse."""
 
     @staticmethod
     def forward(ctx, a, b):

@@ -1,4 +1,4 @@
-"""The formulas as the papers write them: slow, in any dtype up to float64, the oracle of the tests."""
+"""The papers' formulas, taken literally: slow, any dtype up to float64; the tests' oracle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from elfatt.ops.pytorch import PyTorchBackend
 
 
 class ReferenceBackend(PyTorchBackend):
-    """``reference``: explicit sums, loops over blocks and cells."""
+    """``reference``: explicit sums and loops over blocks."""
 
     name = "reference"
 

@@ -1,7 +1,7 @@
-"""The selective scan of Mamba (arXiv 2312.00752, section 3.2): a linear recurrence whose coefficients follow the input.
+"""Mamba's selective scan (arXiv 2312.00752, section 3.2): a linear recurrence with input-dependent coefficients.
 
-``reference`` is the recurrence step by step. Every other backend runs mamba_ssm's kernel for CUDA tensors where that
-package is installed, and else a scan in chunks, which takes a few dozen steps whatever the length.
+``reference`` runs the recurrence step by step. Other backends use mamba_ssm's kernel for CUDA tensors if the package is
+installed, else a chunked scan that takes a few dozen steps at any length.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ def selective_scan(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """``h_t = exp(δ_t A) h_{t-1} + δ_t B_t x_t`` and ``y_t = C_t h_t + D x_t``, per channel, from ``h_{-1} = 0``.
+    """Compute ``h_t = exp(δ_t A) h_{t-1} + δ_t B_t x_t``, ``y_t = C_t h_t + D x_t`` per channel, with ``h_{-1} = 0``.
 
-    Computed in float32 at least. To torch's function modes it is one function, so that a counter can tell it apart.
+    Computed in float32 or wider. Torch function modes see a single call, so that FLOP counters can recognise it.
 
     Args:
-        x: Sequences ``[B, K, L, D]``, of K groups with coefficients of their own.
-        delta: Step sizes δ, positive, ``[B, K, L, D]``.
-        a: Rates A, negative, ``[K, D, N]``.
+        x: Sequences ``[B, K, L, D]``, of K groups, each with its own coefficients.
+        delta: Step sizes δ > 0 ``[B, K, L, D]``.
+        a: Rates A < 0 ``[K, D, N]``.
         b: Input coefficients B ``[B, K, L, N]``.
         c: Output coefficients C ``[B, K, L, N]``.
         d: Skip D ``[K, D]``.
-        backend: One of ``BACKENDS``, or None for the ambient one.
+        backend: One of ``BACKENDS``; None for the active one.
 
     Returns:
-        ``[B, K, L, D]`` in float32, or in float64 for float64 sequences.
+        ``[B, K, L, D]`` in float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: Shapes that do not fit each other.
+        ValueError: Inconsistent shapes.
     """
     tensors = (x, delta, a, b, c, d)
     if has_torch_function(tensors):

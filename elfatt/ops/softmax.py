@@ -15,19 +15,19 @@ def softmax_attention(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """``softmax(q kᵀ / √d + bias) v`` per head.
+    """Compute ``softmax(q kᵀ / √d + bias) v`` per head.
 
     Args:
         q: Queries ``[B, N, heads, d]``.
         k: Keys ``[B, M, heads, d]``.
         v: Values ``[B, M, heads, d]``.
-        bias: Added to the scores, broadcastable to ``[B, heads, N, M]``.
-        backend: One of ``BACKENDS``, or None for the ambient one.
+        bias: Bias on the scores, broadcastable to ``[B, heads, N, M]``.
+        backend: One of ``BACKENDS``; None for the active one.
 
     Returns:
         ``[B, N, heads, d]``.
 
     Raises:
-        ValueError: The chosen backend cannot take these tensors.
+        ValueError: The backend does not support these tensors.
     """
     return resolve(backend).softmax_attention(q, k, v, bias)

@@ -1,6 +1,6 @@
-"""Trains small diffusion models on real digits, replaces their attention without training, and reports what it costs.
+"""Train small diffusion models on real digits, replace their attention without retraining, and report the quality.
 
-Every variant starts from the noise of the unpatched model's samples, so their pictures are compared in pairs.
+All variants start from the noise of the unpatched model, so that their images are compared in pairs.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from scripts.quickstart.material import load_material
 
 PICTURES, BATCH, STEPS = 120, 40, 8
 CALIBRATION_PICTURES = 20
-BUDGETS = (0.75, 0.5, 0.3, 0.1)  # and what each rival costs
+BUDGETS = (0.75, 0.5, 0.3, 0.1)  # plus the cost of each rival
 
 
 class Subject:
-    """A trained model, and what calibration found in it.
+    """A trained model and its calibration.
 
     Args:
         name: One of ``MODELS``.
         model: The model.
-        steps: Steps of the sampler.
+        steps: Number of sampling steps.
     """
 
     def __init__(self, name: str, model: nn.Module, steps: int):
@@ -48,7 +48,7 @@ class Subject:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Of pictures that are no samples."""
+        """Calibration on images outside the evaluated samples."""
         batches = (torch.arange(CALIBRATION_PICTURES) % CLASSES).split(CLASSES // 2)
 
         def run(number):
@@ -57,17 +57,17 @@ class Subject:
         return adapter.calibrate(self.model, run, trange(len(batches), desc=f"calibrating {self.name}", unit="batch"))
 
     def plan(self, cost: float, shortcut: bool) -> Plan:
-        """The calibrated plan of a budget, with multiples of V or without."""
-        calibration = copy.copy(self.calibration)  # errors with and without them are measured at once
+        """Return the calibrated plan for a budget, with or without the V shortcut."""
+        calibration = copy.copy(self.calibration)  # both kinds of errors are measured in one pass
         calibration.shortcut = shortcut
         return calibration.plan(cost=cost)
 
     def exact(self) -> Plan:
-        """Nothing replaced."""
+        """Return a plan that replaces nothing."""
         return Plan(adapter.name_of(self.model))
 
     def every_head(self, head: Head) -> Plan:
-        """The same branch in all heads of the layers that the rivals replace, which are those at full resolution."""
+        """Return a plan with one branch in all heads of the full-resolution layers, which the rivals replace."""
         layers = adapter.self_attention_layers(self.model)
         return Plan(
             adapter.name_of(self.model),
@@ -77,11 +77,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Variant:
-    """What stands in for attention.
+    """A replacement of attention.
 
     Attributes:
-        family: Variants of one family make one line of the curve.
-        options: For ``elfatt.integrations.diffusers.apply``, or None for no patch.
+        family: Variants of one family share a curve.
+        options: Keyword arguments of ``elfatt.integrations.diffusers.apply``, or None for the unpatched model.
     """
 
     family: str
@@ -110,7 +110,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def load_digits() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Pictures ``[N, 1, SIDE, SIDE]`` in -1…1 and labels ``[N]`` of both splits, ``train`` and ``val``."""
+    """Return images ``[N, 1, SIDE, SIDE]`` in -1…1 and labels ``[N]`` of the splits ``train`` and ``val``."""
     images, labels = {}, {}
     for split, material in load_material().items():
         ink = torch.tensor(material.digits, dtype=torch.float32)[:, None] / 8 - 1
@@ -120,12 +120,12 @@ def load_digits() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 
 def patched(subject: Subject, variant: Variant):
-    """The context in which the subject's model runs a variant."""
+    """Return the context in which the subject's model runs a variant."""
     return nullcontext() if variant.options is None else adapter.apply(subject.model, **variant.options(subject))
 
 
 def supported(subject: Subject, variants: dict[str, Variant]) -> tuple[dict[str, Variant], dict[str, str]]:
-    """The variants that a model can run, and why it cannot run the others."""
+    """Return the variants that a model supports, and why it does not support the others."""
     refused = {}
     for name, variant in variants.items():
         try:
@@ -137,7 +137,7 @@ def supported(subject: Subject, variants: dict[str, Variant]) -> tuple[dict[str,
 
 
 def at_equal_cost(variants: dict[str, Variant], shares: dict[str, float]) -> dict[str, Variant]:
-    """A calibrated plan at the cost of each rival."""
+    """Return a calibrated plan at the cost of each rival."""
     family = "ELFATT, calibrated + V"
     return {
         f"{family}, {share:.1%}": Variant(
@@ -148,12 +148,12 @@ def at_equal_cost(variants: dict[str, Variant], shares: dict[str, float]) -> dic
 
 
 def attention_share(subject: Subject, variants: dict[str, Variant]) -> dict[str, float]:
-    """The multiply-adds of each variant's attention, as a share of the unpatched model's.
+    """Return each variant's multiply-adds in attention as a share of the unpatched model's.
 
-    The whole sampling of a picture is counted, so what a variant adds (matching of tokens) or saves (projections of
-    merged ones) belongs to its attention.
+    Sampling is counted as a whole, so everything a variant adds (token matching) or saves (projections of merged
+    tokens) is attributed to attention.
     """
-    attention, labels = 0.0, torch.zeros(2, dtype=torch.long)  # two, as ToMe leaves out chance where the batch is odd
+    attention, labels = 0.0, torch.zeros(2, dtype=torch.long)  # even batch: ToMe is not random for odd ones
 
     def count(layer, q, k, v, size, *, prefix=0, scale=None):
         nonlocal attention
@@ -173,16 +173,16 @@ def attention_share(subject: Subject, variants: dict[str, Variant]) -> dict[str,
 def draw_samples(
     subject: Subject, variants: dict[str, Variant], path: Path, pictures: int, batch: int
 ) -> dict[str, tuple[torch.Tensor, list[float]]]:
-    """Pictures of every variant from the same noise, and the seconds that each of its batches took a step.
+    """Sample images of every variant from the same noise, and time each batch in seconds per step.
 
-    Variants take turns, a batch each, so that whatever else the machine does slows down all of them.
+    Variants take turns batch by batch, so that background load affects them equally.
 
     Args:
         subject: The model.
-        variants: What to compare.
-        path: Where finished turns are kept until the report is written.
-        pictures: Pictures of each variant, of all classes in turn.
-        batch: Pictures of a turn.
+        variants: Variants to compare.
+        path: File that keeps finished turns until the report is written.
+        pictures: Images per variant, cycling through the classes.
+        batch: Images per turn.
     """
     kept = torch.load(path, weights_only=True) if path.exists() else {}
     labels = (torch.arange(pictures) % CLASSES).split(batch)
@@ -190,7 +190,7 @@ def draw_samples(
     for number, name in tqdm(turns, desc=f"sampling {subject.name}", unit="turn"):
         if (name, number) in kept:
             continue
-        torch.manual_seed(number)  # token merging throws dice
+        torch.manual_seed(number)  # token merging is random
         with patched(subject, variants[name]):
             start = time.perf_counter()
             found = sample(subject.model, labels[number], subject.steps, seed=number)
@@ -210,14 +210,14 @@ def compare(
     real: torch.Tensor,
     samples: dict[str, tuple[torch.Tensor, list[float]]],
 ) -> list[Result]:
-    """What each variant's samples are to the unpatched ones.
+    """Compare the samples of each variant with the unpatched ones.
 
     Args:
-        variants: What was compared.
-        shares: Of ``attention_share``.
-        classifier: Judges the pictures.
-        real: Pictures of real digits ``[M, 1, SIDE, SIDE]`` in 0…1.
-        samples: Of ``draw_samples``.
+        variants: Compared variants.
+        shares: Result of ``attention_share``.
+        classifier: Classifier of the images.
+        real: Images of real digits ``[M, 1, SIDE, SIDE]`` in 0…1.
+        samples: Result of ``draw_samples``.
     """
     real_features, _ = quality.judge(classifier, real)
     wanted, wanted_seconds = samples[UNPATCHED]
@@ -243,9 +243,9 @@ def compare(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is not trained yet, compare, report."""
+    """Train the models unless already trained, compare the variants and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("root", type=Path, help="folder of the models, samples and the report")
+    parser.add_argument("root", type=Path, help="folder for models, samples and report")
     root = parser.parse_args(argv).root
     images, labels = load_digits()
     torch.manual_seed(0)
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         grids[name] = {variant: pictures[:CLASSES] for variant, (pictures, _) in samples.items()}
     write_report(root, results, grids, refused, classifier_accuracy=right, pictures=PICTURES, steps=STEPS)
     for name in MODELS:
-        (root / f"{name}-samples.pt").unlink()  # started again, it measures again
+        (root / f"{name}-samples.pt").unlink()  # another run samples and times again
 
 
 if __name__ == "__main__":

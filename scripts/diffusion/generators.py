@@ -1,8 +1,8 @@
-"""Two small class-conditional diffusion models of diffusers, trained from random on 32×32 digits, and their samples.
+"""Two small class-conditional diffusion models of diffusers, trained from scratch on 32×32 digits, and their sampling.
 
-Most steps of the DiT see digits at half the side, where softmax attention over all pixels costs a sixteenth; the
-coordinates of its tokens are interpolated. A UNet's convolutions do not change their scale; it gets each pixel's place
-as two more channels.
+The DiT is mostly trained at half the resolution, where global softmax attention costs a sixteenth; its token
+coordinates are interpolated. The UNet, whose convolutions do not rescale, is trained at full resolution and gets the
+pixel coordinates as two extra channels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 SIDE, CLASSES = 32, 10
-PHASES = {  # side of the pictures in pixels, pictures of a batch, steps
+PHASES = {  # image size in pixels, batch size, steps
     "UNet": ((32, 16, 320),),
     "DiT": ((16, 32, 400), (32, 32, 40)),
 }
@@ -32,7 +32,7 @@ SCHEDULE = {
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Attention over all 32×32 pixels thrice, over 2×2 once; the class scales and shifts, there is no text."""
+    """Build a UNet with three attention layers at 32×32 and one at 2×2, class scale and shift, and no text."""
     return UNet2DConditionModel(
         sample_size=SIDE,
         in_channels=3,
@@ -44,13 +44,13 @@ def build_unet() -> UNet2DConditionModel:
         cross_attention_dim=8,
         num_class_embeds=CLASSES,
         resnet_time_scale_shift="scale_shift",
-        attention_head_dim=4,  # diffusers takes it for the number of heads
+        attention_head_dim=4,  # diffusers uses it as the number of heads
         norm_num_groups=8,
     )
 
 
 def build_dit() -> DiTTransformer2DModel:
-    """Four blocks, each pixel a token."""
+    """Build a DiT with four blocks and one token per pixel."""
     return DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=16,
@@ -67,7 +67,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"UNet": build_unet, "DiT": build_d
 
 
 def denoise(model: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What the model predicts for noisy pictures ``[B, 1, H, W]`` at steps ``[B]``, of classes ``[B]``."""
+    """Return the model's prediction for noisy images ``[B, 1, H, W]`` at timesteps ``[B]``, of classes ``[B]``."""
     if isinstance(model, DiTTransformer2DModel):
         return model(x, timestep=t, class_labels=labels).sample
     place = torch.meshgrid(*(torch.linspace(-1, 1, length).to(x) for length in x.shape[2:]), indexing="ij")
@@ -78,17 +78,17 @@ def denoise(model: nn.Module, x: torch.Tensor, t: torch.Tensor, labels: torch.Te
 def train(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, path: Path, phases: Sequence[tuple[int, int, int]]
 ) -> nn.Module:
-    """Train a model, or go on where its file ends.
+    """Train a model, resuming from its file if it exists.
 
     Args:
-        model: One of ``MODELS``, at random weights.
+        model: One of ``MODELS``, with random weights.
         images: ``[N, 1, SIDE, SIDE]`` in -1…1.
         labels: ``[N]``.
-        path: Where it is kept, with the state of its training.
-        phases: Side of the pictures, size of a batch and number of steps, one after another.
+        path: Checkpoint with the model and the training state.
+        phases: Image size, batch size and number of steps of each successive phase.
 
     Returns:
-        The model, in evaluation mode.
+        The model, in eval mode.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     scheduler = DDIMScheduler(**SCHEDULE)
@@ -103,7 +103,7 @@ def train(
     for side, batch, steps in phases:
         small = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
         for step in range(max(done, first), first + steps):
-            chance = torch.Generator().manual_seed(step)  # so a run that goes on sees what it would have seen
+            chance = torch.Generator().manual_seed(step)  # a resumed run draws the same numbers
             for group in optimizer.param_groups:
                 group["lr"] = RATE * min(1, (step - first + 1) / 20, (first + steps - step) / (0.5 * steps))
             chosen = torch.randint(len(images), (batch,), generator=chance)
@@ -127,13 +127,13 @@ def train(
 
 @torch.no_grad()
 def sample(model: nn.Module, labels: torch.Tensor, steps: int, seed: int) -> torch.Tensor:
-    """Pictures ``[B, 1, SIDE, SIDE]`` in 0…1 of classes ``[B]``, by DDIM without noise of its own.
+    """Sample images ``[B, 1, SIDE, SIDE]`` in 0…1 by deterministic DDIM.
 
     Args:
         model: A trained model.
-        labels: The classes.
-        steps: Steps of the sampler.
-        seed: Of the noise at the start; the same seed and classes start the same.
+        labels: Classes ``[B]``.
+        steps: Number of sampling steps.
+        seed: Seed of the initial noise.
     """
     scheduler = DDIMScheduler(**SCHEDULE)
     scheduler.set_timesteps(steps)
@@ -144,7 +144,7 @@ def sample(model: nn.Module, labels: torch.Tensor, steps: int, seed: int) -> tor
 
 
 def save(content: object, path: Path) -> None:
-    """``torch.save`` that leaves no half-written file."""
+    """Save atomically with ``torch.save``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     torch.save(content, unfinished)

@@ -1,4 +1,4 @@
-"""The report of the comparison: a table, pictures, curves of quality over cost, and what follows from them."""
+"""Write the report of the comparison: a table, images, curves of quality over cost, and conclusions."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from elfatt.analysis.diffusion_quality import MAX_PSNR
 
 UNPATCHED, UNIFORM, CALIBRATED = "unpatched", "ELFATT, uniform", "ELFATT, calibrated"
-TRAINED = 80.0  # least accuracy in % at which the unpatched model's is worth comparing
+TRAINED = 80.0  # minimum accuracy in % of the unpatched model for a meaningful comparison
 RIVALS = ("ToMe", "Agent")
-HALF, POINT = 0.5, 1.0  # the goal: at most this share of the multiply-adds, at most so many points of accuracy lost
+HALF, POINT = 0.5, 1.0  # goal: maximum share of the multiply-adds, and maximum loss of accuracy in points
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one variant's samples are.
+    """Results of one variant.
 
     Attributes:
-        name: Of the variant.
-        family: Its line in the curves.
+        name: Name of the variant.
+        family: Its curve in the plots.
         share: Attention's multiply-adds over the unpatched model's.
-        psnr: Of its pictures to the unpatched ones in dB, ``MAX_PSNR`` where they are equal.
+        psnr: PSNR to the unpatched images in dB, ``MAX_PSNR`` if equal.
         features: Relative distance of the classifier's features to the unpatched ones.
-        accuracy: Pictures that the classifier takes for their class, in %.
+        accuracy: Images classified as their class, in %.
         frechet: Fréchet distance of the classifier's features to those of real digits.
-        seconds: Of a step.
-        speed: Unpatched seconds over these, in the same turn.
+        seconds: Seconds per step.
+        speed: Speed-up over the unpatched model in the same turn.
     """
 
     name: str
@@ -59,16 +59,16 @@ def write_report(
     pictures: int,
     steps: int,
 ) -> None:
-    """Write ``report.md`` with ``grid.png`` and ``curves.png`` beside it, and print its text.
+    """Write ``report.md``, ``grid.png`` and ``curves.png``, and print the report.
 
     Args:
-        root: Folder.
-        results: Of every variant of each model, the unpatched one first.
-        grids: Pictures ``[digits, 1, H, W]`` in 0…1 of each variant of each model.
-        refused: Variants that a model cannot run, and why.
-        classifier_accuracy: On real held-out digits, in %.
-        pictures: Samples of each variant.
-        steps: Steps of the sampler.
+        root: Output folder.
+        results: Results of every variant by model, the unpatched one first.
+        grids: Images ``[digits, 1, H, W]`` in 0…1 by model and variant.
+        refused: Unsupported variants by model, and why.
+        classifier_accuracy: Accuracy on real held-out digits, in %.
+        pictures: Number of images per variant.
+        steps: Number of sampling steps.
     """
     draw_grid(results, grids, root / "grid.png")
     draw_curves(results, root / "curves.png")
@@ -94,7 +94,7 @@ def write_report(
 
 
 def table(rows: Sequence[Result]) -> str:
-    """The figures of one model as a Markdown table."""
+    """Format the results of one model as a Markdown table."""
     lines = [
         "| variant | attention | PSNR | features | accuracy | Fréchet | s/step | speed |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -109,7 +109,7 @@ def table(rows: Sequence[Result]) -> str:
 
 
 def conclusions(rows: Sequence[Result], refused: dict[str, str]) -> str:
-    """What the figures of one model say of the uniform split, of calibration and of the rivals, as a list."""
+    """List conclusions for one model: the uniform split, calibration and the rivals."""
     reasons = dict.fromkeys(refused.values())
     left_out = [f"Left out, {', '.join(n for n in refused if refused[n] == reason)}: {reason}." for reason in reasons]
     by_name = {row.name: row for row in rows}
@@ -154,7 +154,7 @@ def _losses(row: Result, unpatched: Result) -> str:
 
 
 def _closest(rows: Sequence[Result], share: float) -> Result | None:
-    """The calibrated plan with the highest PSNR among those that cost no more than a share."""
+    """Return the calibrated plan with the highest PSNR at no more than a share of the cost."""
     found = [row for row in rows if row.family.startswith(CALIBRATED) and row.share <= share]
     return max(found, key=lambda row: row.psnr, default=None)
 
@@ -164,7 +164,7 @@ def _bullets(lines: Sequence[str]) -> str:
 
 
 def draw_grid(results: dict[str, list[Result]], grids: dict[str, dict[str, torch.Tensor]], path: Path) -> None:
-    """Write a PNG: a row for each variant, the same digits below each other, models side by side."""
+    """Draw a PNG with one row per variant, the same digits in each column, and models side by side."""
     names = list(dict.fromkeys(row.name for rows in results.values() for row in rows))
     found = {model: {row.name: row for row in rows} for model, rows in results.items()}
     digits = max(len(pictures) for grid in grids.values() for pictures in grid.values())
@@ -189,12 +189,12 @@ def draw_grid(results: dict[str, list[Result]], grids: dict[str, dict[str, torch
 
 
 def _pad(picture: torch.Tensor) -> torch.Tensor:
-    """Two white columns beside a picture ``[H, W]``."""
+    """Pad an image ``[H, W]`` with a white column on each side."""
     return torch.nn.functional.pad(picture, (1, 1))
 
 
 def draw_curves(results: dict[str, list[Result]], path: Path) -> None:
-    """Write a PNG: PSNR, accuracy and Fréchet distance over attention's multiply-adds, a row of panels a model."""
+    """Plot PSNR, accuracy and Fréchet distance over attention's multiply-adds, with one row of panels per model."""
     panels = {"psnr": "PSNR to the unpatched, dB", "accuracy": "accuracy, %", "frechet": "Fréchet distance"}
     figure, axes = plt.subplots(len(results), len(panels), figsize=(12.5, 3.4 * len(results)), squeeze=False)
     families = list(dict.fromkeys(row.family for rows in results.values() for row in rows))

@@ -1,4 +1,4 @@
-"""What a classifier of digits says of pictures: their class, and how far their features are from others'."""
+"""Judge images with a digit classifier: classes and distances of features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EPOCHS, BATCH, RATE = 12, 64, 2e-3
 
 
 def train_classifier(images: torch.Tensor, labels: torch.Tensor, path: Path, epochs: int = EPOCHS) -> nn.Module:
-    """The quickstart's ELFATT for grey digits ``[N, 1, SIDE, SIDE]`` in -1…1, trained or read from its file."""
+    """Train or load the quickstart's ELFATT for greyscale digits ``[N, 1, SIDE, SIDE]`` in -1…1."""
     model = timm.create_model(
         "cswin_nano_elfatt", in_chans=1, img_size=SIDE, num_classes=CLASSES, block_size=4, drop_path_rate=0.05
     )
@@ -44,7 +44,7 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor, path: Path, epo
 
 @torch.no_grad()
 def judge(classifier: nn.Module, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features ``[N, D]`` before the last layer and classes ``[N]`` of pictures ``[N, 1, H, W]`` in 0…1."""
+    """Return the pre-logits ``[N, D]`` and predicted classes ``[N]`` of images ``[N, 1, H, W]`` in 0…1."""
     features = torch.cat(
         [
             classifier.forward_head(classifier.forward_features(part * 2 - 1), pre_logits=True)
@@ -55,12 +55,12 @@ def judge(classifier: nn.Module, pictures: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def feature_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """``‖found − wanted‖ / ‖wanted‖`` of paired features ``[N, D]``: the mean over the pictures."""
+    """Return the mean of ``‖found − wanted‖ / ‖wanted‖`` over paired features ``[N, D]``."""
     return ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).mean().item()
 
 
 def frechet_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Fréchet distance of two normal distributions fitted to features ``[N, D]`` and ``[M, D]``.
+    """Return the Fréchet distance of normal distributions fitted to features ``[N, D]`` and ``[M, D]``.
 
     ``‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2 (C₁ C₂)^½)``. With ``C = XᵀX`` the last trace is the nuclear norm of ``X₁ X₂ᵀ``.
     """

@@ -1,4 +1,4 @@
-"""Converts a ViT trained on digits at several budgets: accuracy without training and aligned, cost and speed."""
+"""Convert a ViT trained on digits at several budgets, and report zero-shot and aligned accuracy, cost and speed."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ UNIFORM, BUDGETS = "ELFATT, uniform", (0.75, 0.5, 0.3, 0.1)
 ALIGNED = (UNIFORM, "calibrated, 50%", "calibrated, 30%")
 ALIGNMENT = ["--epochs", "10", "--warmup-epochs", "1", "--lr", "3e-4"]
 SIDES, TURNS = (64, 128, 256), 7
-GOAL = {"zero-shot": 1.0, "aligned": 0.3}  # points that calibration to half the multiply-adds may lose
+GOAL = {"zero-shot": 1.0, "aligned": 0.3}  # maximum loss in points when calibrated to half the multiply-adds
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one variant is.
+    """Results of one variant.
 
     Attributes:
-        name: Of the variant.
-        share: Attention's multiply-adds over the exact ones.
+        name: Name of the variant.
+        share: Attention's multiply-adds over those of exact attention.
         zero_shot: Top-1 in percent, without training.
-        aligned: Top-1 after alignment, where it was done.
-        speed: Images/s over the exact model's, by side in pixels.
+        aligned: Top-1 in percent after alignment, if done.
+        speed: Speed-up over the exact model, by image size in pixels.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Row:
 
 
 def call(program: object, *argv: object) -> None:
-    """Run a program of classification/; its error ends this one."""
+    """Run a program of classification/ and exit if it fails."""
     if code := program.main([str(item) for item in argv]):
         sys.exit(code)
 
 
 def accuracy(common: list[object], checkpoint: Path, plan: Path | None, results: Path) -> float:
-    """Top-1 in percent of a checkpoint with a plan; kept in a file."""
+    """Return the top-1 in percent of a checkpoint with a plan, cached in a file."""
     if not results.exists():
         converted = ["--plan", plan] if plan else []
         call(validate, *common, "--checkpoint", checkpoint, "--results-file", results, *converted)
@@ -70,7 +70,7 @@ def accuracy(common: list[object], checkpoint: Path, plan: Path | None, results:
 
 
 def share(plan: Plan, model: torch.nn.Module, side: int) -> float:
-    """Multiply-adds of a plan's attention over exact attention's, at a side in pixels."""
+    """Return the multiply-adds of a plan's attention over exact attention's, at an image size in pixels."""
     size, prefix = model.patch_embed.dynamic_feat_size((side, side)), model.num_prefix_tokens
     layers = vit_of(model).layers
 
@@ -83,7 +83,7 @@ def share(plan: Plan, model: torch.nn.Module, side: int) -> float:
 
 
 def speeds(model: torch.nn.Module, plans: dict[str, Plan | None]) -> dict[int, dict[str, Timing]]:
-    """Seconds of a pass over eight images by side and variant, in turns."""
+    """Time a forward pass of eight images by image size and variant, in turns."""
     copies = {}
     for name, plan in plans.items():
         copies[name] = share_weights(model)
@@ -98,7 +98,7 @@ def speeds(model: torch.nn.Module, plans: dict[str, Plan | None]) -> dict[int, d
 
 
 def write_report(root: Path, exact: float, rows: list[Row]) -> None:
-    """Write ``report.md`` with ``curves.png`` beside it, and print it."""
+    """Write ``report.md`` and ``curves.png``, and print the report."""
     header = ["variant", "attention", "zero-shot", "aligned", *(f"speed at {side}²" for side in SIDES)]
     lines = [["exact", "100%", f"{exact:.2f} %", "", *["1.00×"] * len(SIDES)]]
     for row in rows:
@@ -146,9 +146,9 @@ def write_report(root: Path, exact: float, rows: list[Row]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is not trained yet, convert, align, report."""
+    """Train the ViT unless already trained, convert it, align it and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("root", type=Path, help="folder with data/, as scripts/quickstart/digits.py writes it")
+    parser.add_argument("root", type=Path, help="folder with data/ written by scripts/quickstart/digits.py")
     root = parser.parse_args(argv).root
     common = ["--config", CONFIG, "--data-dir", root / "data"]
     call(train, *common, "--output", root, "--experiment", "exact", "--resume", "auto")

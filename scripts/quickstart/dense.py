@@ -1,4 +1,4 @@
-"""Evaluates the quickstart's UperNet and Mask R-CNN through their test.py and draws held-out scenes."""
+"""Evaluate the quickstart's UperNet and Mask R-CNN with their test.py, and draw held-out scenes."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from scripts.quickstart.pictures import Instances, draw_instances, draw_semantic
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = 8  # scenes
-CONFIDENT = 0.5  # least score of an instance in the pictures
+CONFIDENT = 0.5  # minimum score of drawn instances
 
 
 def evaluate(task: str, run: Path, scenes: Path) -> tuple[Path, dict[str, float]]:
-    """Newest checkpoint of a finished run, and its metrics on the held-out scenes.
+    """Return the newest checkpoint of a finished run and its metrics on the held-out scenes.
 
     Args:
         task: ``segmentation`` or ``detection``.
-        run: Its work dir.
-        scenes: Folder of scenes.py.
+        run: Work dir of the run.
+        scenes: Folder written by scenes.py.
 
     Raises:
         FileNotFoundError: The run has no checkpoint.
     """
     checkpoint = find_latest_checkpoint(str(run))
     if checkpoint is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint: run {task}/train.py first")
+        raise FileNotFoundError(f"{run} contains no checkpoint: run {task}/train.py first")
     program = {"segmentation": segmentation.test, "detection": detection.test}[task]
     arguments = [str(_config(task)), checkpoint, "--data-dir", str(scenes), "--work-dir", str(run / "test")]
     return Path(checkpoint), program.main(arguments)
 
 
 def draw_segmentation(checkpoint: Path, scenes: Path, path: Path) -> None:
-    """Write a PNG of held-out scenes, their true and their predicted classes."""
+    """Draw a PNG of held-out scenes with their true and predicted classes."""
     from mmseg.apis import inference_model, init_model
 
     model = init_model(str(_config("segmentation")), str(checkpoint), device="cpu")
@@ -53,7 +53,7 @@ def draw_segmentation(checkpoint: Path, scenes: Path, path: Path) -> None:
 
 
 def draw_detection(checkpoint: Path, scenes: Path, path: Path) -> None:
-    """Write a PNG of held-out scenes, their true instances and the confident predicted ones."""
+    """Draw a PNG of held-out scenes with their true and confidently predicted instances."""
     from mmdet.apis import inference_detector, init_detector
     from pycocotools import mask as coco_mask
 

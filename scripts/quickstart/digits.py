@@ -1,7 +1,7 @@
-"""Writes scikit-learn's 1,797 handwritten digits as an ImageNet-style folder: train/ and val/, one folder a class.
+"""Write scikit-learn's 1,797 handwritten digits as an ImageNet-style folder: train/ and val/, one folder per class.
 
-Each digit is enlarged to 32×32 pixels, grey on black. A training digit comes five times more, as it will be met in
-scenes: coloured, moved, of several sizes, on a piece of a photograph, beside the edge of another digit.
+Digits are enlarged to 32×32 pixels, grey on black. Each training digit is also written five times as it appears in
+scenes: coloured, shifted, in several sizes, on a crop of a photograph, next to the edge of another digit.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ SIDE = 32
 COPIES = 5
 PIECE_SIDES = (24, 40)  # pixels of the photograph
 DIGIT_SIDES = (20, 36)  # pixels
-OUTSIDE = 3  # pixels that may be cut off at a border; a digit has about as many without ink
-NEIGHBOUR = 0.7  # chance of another digit behind, and how far its centre is from the middle
-NEIGHBOUR_DISTANCES = (18, 26)
+OUTSIDE = 3  # pixels that may be cut off at a border, about a digit's margin
+NEIGHBOUR = 0.7  # probability of a digit behind
+NEIGHBOUR_DISTANCES = (18, 26)  # pixels between its centre and the image's
 
 
 def compose(rng: np.random.Generator, number: int, material: Material) -> np.ndarray:
-    """A digit on a photograph, ``[SIDE, SIDE, 3]`` uint8.
+    """Compose a digit on a photograph, ``[SIDE, SIDE, 3]`` uint8.
 
     Args:
-        rng: The only source of chance.
-        number: Which of the material's digits.
+        rng: Random generator.
+        number: Index of the digit in the material.
         material: Digits and photographs.
     """
     canvas = background(rng, material.photos, PIECE_SIDES, SIDE)
@@ -47,11 +47,11 @@ def compose(rng: np.random.Generator, number: int, material: Material) -> np.nda
 
 
 def write_digits(root: Path, copies: int = COPIES) -> None:
-    """Write ``root/{train,val}/{0_zero,…}/{index}.png``, and ``{index}_{copy}.png`` of training digits in scenes.
+    """Write ``root/{train,val}/{0_zero,…}/{index}.png``, and ``{index}_{copy}.png`` for training digits in scenes.
 
     Args:
-        root: Folder to make; one that is there already is kept as it is.
-        copies: Scenes of each training digit.
+        root: Folder to create; an existing one is left alone.
+        copies: Scenes per training digit.
     """
     if root.exists():
         return
@@ -72,8 +72,6 @@ def write_digits(root: Path, copies: int = COPIES) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="folder to write")
-    parser.add_argument(
-        "--copies", type=int, default=COPIES, help="scenes of each training digit (default: %(default)s)"
-    )
+    parser.add_argument("--copies", type=int, default=COPIES, help="scenes per training digit (default: %(default)s)")
     args = parser.parse_args()
     write_digits(args.root, args.copies)

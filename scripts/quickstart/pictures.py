@@ -1,4 +1,4 @@
-"""Draws what a segmentation or detection model says of scenes beside the truth, from arrays alone."""
+"""Draw segmentation and detection results next to the ground truth, from arrays only."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
-DIM = 0.45  # brightness of what has no class
-OPACITY = 0.6  # of a mask over the image
+DIM = 0.45  # brightness of the background
+OPACITY = 0.6  # of masks over the image
 INCHES = 2.1  # side of a panel
 
 
@@ -27,7 +27,7 @@ class Instances(NamedTuple):
         boxes: ``[N, 4]``, left, top, right, bottom in pixels.
         masks: ``[N, H, W]``, bool.
         labels: ``[N]``, from 0.
-        scores: ``[N]`` in 0…1, or None for the truth.
+        scores: ``[N]`` in 0…1, or None for ground truth.
     """
 
     boxes: np.ndarray
@@ -39,14 +39,14 @@ class Instances(NamedTuple):
 def draw_semantic(
     rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], names: Sequence[str], path: Path, columns: int = 2
 ) -> None:
-    """Write a PNG of scenes: image, true classes, predicted classes, with a legend.
+    """Draw a PNG of scenes with image, true classes, predicted classes and a legend.
 
     Args:
-        rows: One ``(image [H, W, 3] uint8, truth [H, W], prediction [H, W])`` a scene; in the masks 0 is other and
+        rows: ``(image [H, W, 3] uint8, truth [H, W], prediction [H, W])`` per scene; in the masks, 0 is background and
             k is ``names[k - 1]``.
-        names: Names of the classes.
+        names: Class names.
         path: PNG file.
-        columns: Scenes beside each other.
+        columns: Scenes per line.
     """
     figure, axes = _panels(len(rows), ("image", "truth", "prediction"), columns)
     palette = np.concatenate([np.zeros((1, 3)), _colours(len(names))])
@@ -62,13 +62,13 @@ def draw_semantic(
 def draw_instances(
     rows: Sequence[tuple[np.ndarray, Instances, Instances]], names: Sequence[str], path: Path, columns: int = 2
 ) -> None:
-    """Write a PNG of scenes: image, true instances, predicted instances with their scores, with a legend.
+    """Draw a PNG of scenes with image, true instances, predicted instances with scores, and a legend.
 
     Args:
-        rows: One ``(image [H, W, 3] uint8, truth, prediction)`` a scene; leave out predictions too weak to show.
-        names: Names of the classes.
+        rows: ``(image [H, W, 3] uint8, truth, prediction)`` per scene; all predictions are drawn.
+        names: Class names.
         path: PNG file.
-        columns: Scenes beside each other.
+        columns: Scenes per line.
     """
     figure, axes = _panels(len(rows), ("image", "truth", "prediction"), columns)
     for panels, (image, *objects) in zip(axes, rows, strict=True):
@@ -86,7 +86,7 @@ def _draw_objects(axis: Axes, image: np.ndarray, objects: Instances, names: Sequ
         painted[mask] += OPACITY * (colours[label] - painted[mask])
     axis.imshow(painted)
     for mask, label in zip(objects.masks, objects.labels, strict=True):
-        if mask.any():  # its outline tells two of one class apart
+        if mask.any():  # outlines separate instances of the same class
             axis.contour(mask, levels=[0.5], colors=[(1 + colours[label]) / 2], linewidths=0.7)
     for number, ((left, top, right, bottom), label) in enumerate(zip(objects.boxes, objects.labels, strict=True)):
         colour = colours[label]
@@ -106,7 +106,7 @@ def _draw_objects(axis: Axes, image: np.ndarray, objects: Instances, names: Sequ
 
 
 def _panels(scenes: int, titles: Sequence[str], columns: int) -> tuple[plt.Figure, np.ndarray]:
-    """A figure and its axes ``[scenes, titles]``, scenes running along the rows."""
+    """Create a figure and its axes ``[scenes, titles]``, filled row by row."""
     columns = min(columns, scenes)
     lines = -(-scenes // columns)
     size = (INCHES * columns * len(titles), INCHES * lines + 0.6)
@@ -119,7 +119,7 @@ def _panels(scenes: int, titles: Sequence[str], columns: int) -> tuple[plt.Figur
 
 
 def _colours(count: int) -> np.ndarray:
-    """``[count, 3]`` in 0…1; the ten of matplotlib's tab10, then again."""
+    """Return colours ``[count, 3]`` in 0…1, cycling through matplotlib's tab10."""
     return np.array(plt.get_cmap("tab10").colors)[np.arange(count) % 10]
 
 

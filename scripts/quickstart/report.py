@@ -1,4 +1,4 @@
-"""Writes the quickstart's report: tables, training curves, what the models say of held-out digits and scenes."""
+"""Write the quickstart's report: tables, training curves, and predictions on held-out digits and scenes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from scripts.quickstart import dense
 SAMPLES = 40
 COLUMNS = 10
 GOAL = 97.0
-DENSE_GOALS = {  # name of the metric: (what it is called here, goal in %)
+DENSE_GOALS = {  # metric: (display name, goal in %)
     "segmentation": {"mIoU": ("UperNet, mIoU", 75)},
     "detection": {
         "coco/bbox_mAP_50": ("Mask R-CNN, box AP50", 70),
@@ -34,11 +34,11 @@ DENSE_GOALS = {  # name of the metric: (what it is called here, goal in %)
 
 
 def main() -> None:
-    """Read finished runs and write report.md with its pictures beside them."""
+    """Read the finished runs and write report.md and its figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path, help="folder of the quickstart's runs")
-    parser.add_argument("--digits", type=Path, required=True, help="folder of digits.py")
-    parser.add_argument("--scenes", type=Path, required=True, help="folder of scenes.py")
+    parser.add_argument("--digits", type=Path, required=True, help="folder written by digits.py")
+    parser.add_argument("--scenes", type=Path, required=True, help="folder written by scenes.py")
     args = parser.parse_args()
     run = args.root / "digits"
     result = json.loads((run / "validate.json").read_text())
@@ -62,17 +62,17 @@ def main() -> None:
 
 
 def dense_table(scores: dict[str, dict[str, float]]) -> str:
-    """Metrics of the dense models on held-out scenes as a Markdown table."""
+    """Format the metrics of the dense models on held-out scenes as a Markdown table."""
     rows = []
     for task, goals in DENSE_GOALS.items():
         for key, (name, goal) in goals.items():
-            percent = scores[task][key] * (100 if key.startswith("coco/") else 1)  # mmseg gives %, mmdet shares
+            percent = scores[task][key] * (100 if key.startswith("coco/") else 1)  # mmseg reports %, mmdet fractions
             rows.append(f"| {name} | {percent:.1f} % (goal {goal} %) |")
     return "\n".join(["| Held-out scenes | |", "|---|---|", *rows])
 
 
 def table(result: dict, wrong: int, epochs: int) -> str:
-    """The measured figures as a Markdown table."""
+    """Format the classification results as a Markdown table."""
     images = result["images"]
     rows = [
         ("model", result["model"]),
@@ -87,7 +87,7 @@ def table(result: dict, wrong: int, epochs: int) -> str:
 
 
 def draw_curves(history: list[dict[str, str]], path: Path) -> None:
-    """Loss, top-1 of raw and averaged weights, and the learning rate, by epoch."""
+    """Plot loss, top-1 error of raw and EMA weights, and learning rate by epoch."""
     epochs = [int(row["epoch"]) + 1 for row in history]
     panels = {
         "loss": {"training": "train_loss", "held out, averaged": "eval_ema_loss"},
@@ -110,7 +110,7 @@ def draw_curves(history: list[dict[str, str]], path: Path) -> None:
 
 
 def draw_predictions(run: Path, name: str, folder: Path, path: Path) -> int:
-    """Draw held-out images with their predictions, mistakes first; returns the number of mistakes."""
+    """Draw held-out images with their predictions, mistakes first, and return the number of mistakes."""
     saved = torch.load(run / "last.pth.tar", map_location="cpu", weights_only=True)["args"]
     model = timm.create_model(
         name, num_classes=saved["num_classes"], img_size=saved["img_size"], **saved["model_kwargs"]

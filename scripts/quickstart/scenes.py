@@ -1,12 +1,12 @@
-"""Composes scikit-learn's handwritten digits into scenes, written for segmentation and for detection.
+"""Compose scikit-learn's handwritten digits into scenes for segmentation and detection.
 
-One scene is 128×128 pixels: three to seven coloured digits of several sizes, later ones over earlier ones, on a piece
-of a photograph. The folder reads as both data sets:
+A scene is 128×128 pixels: three to seven coloured digits of several sizes, later ones over earlier ones, on a crop of a
+photograph. The folder has the layouts of both datasets:
 
     images/{training,validation}/*.jpg                  ADE20K
     annotations/{training,validation}/*.png             0 background, 1…10 the digits 0…9
     {train,val}2017/*.jpg                               COCO, the same files
-    annotations/instances_{train,val}2017.json          the visible part of each digit as run lengths, category 1…10
+    annotations/instances_{train,val}2017.json          visible part of each digit as run lengths, category 1…10
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ SIDE = 128
 DIGITS = (3, 7)  # digits in a scene
 DIGIT_SIDES = (32, 52)  # pixels
 PIECE_SIDES = (96, 160)  # pixels of the photograph
-VISIBLE = 0.85  # share of its ink that every digit keeps
+VISIBLE = 0.85  # minimum visible share of every digit
 ADE20K_NAMES = {"train": "training", "val": "validation"}
 
 
 class Scene(NamedTuple):
-    """A picture and what each pixel shows.
+    """An image and the digit visible at each pixel.
 
     Attributes:
         image: ``[H, W, 3]``, uint8.
-        owner: ``[H, W]``, 0 where the background is seen, k where the k-th digit is.
-        labels: The digits 0…9 in the order in which they were laid down.
+        owner: ``[H, W]``, 0 for background, k for the k-th digit.
+        labels: Digits 0…9 in drawing order.
     """
 
     image: np.ndarray
@@ -47,10 +47,10 @@ class Scene(NamedTuple):
 
 
 def compose(rng: np.random.Generator, material: Material) -> Scene:
-    """One scene.
+    """Compose one scene.
 
     Args:
-        rng: The only source of chance.
+        rng: Random generator.
         material: Digits and photographs.
     """
     canvas = background(rng, material.photos, PIECE_SIDES, SIDE)
@@ -68,7 +68,7 @@ def compose(rng: np.random.Generator, material: Material) -> Scene:
         covered[y : y + side, x : x + side][mask] = len(shown) + 1
         visible = np.bincount(covered.ravel(), minlength=len(shown) + 2)[1:-1]
         if (visible < VISIBLE * np.array(areas)).any():
-            continue  # it would hide another digit: nothing visible may be without a label
+            continue  # would hide another digit too much
         paint(canvas, opacity, y, x, light_colour(rng))
         owner = covered
         shown.append(int(material.labels[index]))
@@ -77,14 +77,14 @@ def compose(rng: np.random.Generator, material: Material) -> Scene:
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
-    """A mask ``[H, W]`` as COCO's uncompressed run lengths: down the columns, zeros first."""
+    """Encode a mask ``[H, W]`` as COCO's uncompressed run lengths: column-major, zeros first."""
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(np.diff(flat, prepend=False))
     return {"counts": np.diff(changes, prepend=0, append=flat.size).tolist(), "size": list(mask.shape)}
 
 
 def instances(scene: Scene) -> list[dict[str, Any]]:
-    """COCO annotations of a scene, without ids; the mask of a digit is what is seen of it."""
+    """Return the COCO annotations of a scene without ids, with masks of the visible parts."""
     annotations = []
     for number, label in enumerate(scene.labels, start=1):
         mask = scene.owner == number
@@ -103,13 +103,13 @@ def instances(scene: Scene) -> list[dict[str, Any]]:
 
 
 def write_scenes(root: Path, train: int = 2000, val: int = 100, seed: int = 0) -> None:
-    """Write the folder that the head of this file describes.
+    """Write the folder described in the module docstring.
 
     Args:
-        root: Folder to make; one that is there already is kept as it is.
-        train: Training scenes.
-        val: Held-out scenes.
-        seed: A scene depends on the seed and its number alone.
+        root: Folder to create; an existing one is left alone.
+        train: Number of training scenes.
+        val: Number of held-out scenes.
+        seed: Random seed; a scene only depends on the seed, its split and its number.
     """
     if root.exists():
         return
@@ -147,7 +147,7 @@ def _write_split(root: Path, split: str, scenes: Iterable[Scene]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="folder to write")
-    parser.add_argument("--train", type=int, default=2000, help="training scenes")
-    parser.add_argument("--val", type=int, default=100, help="held-out scenes")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
+    parser.add_argument("--train", type=int, default=2000, help="number of training scenes")
+    parser.add_argument("--val", type=int, default=100, help="number of held-out scenes")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     write_scenes(**vars(parser.parse_args()))

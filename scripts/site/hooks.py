@@ -1,4 +1,4 @@
-"""Pages of the documentation site that docs/ does not hold: files of the root, the feature matrix and the API."""
+"""Generate the site's pages outside docs/: files of the repository root, the feature matrix and the API reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from elfatt.ops.pytorch import PyTorchBackend, dtype_name
 
 ROOT = Path(__file__).resolve().parents[2]
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-API = {  # page: title and what it documents
+API = {  # page: title and documented modules
     "models": ("Models", ["elfatt.list_models", "elfatt.backbones.hierarchical", "elfatt.backbones.vmamba"]),
     "attention": ("Attention", ["elfatt.attention.registry", "elfatt.attention.base", "elfatt.attention.elfatt"]),
     "ops": ("Operations", ["elfatt.ops"]),
@@ -60,7 +60,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _as_page(text: str) -> str:
-    """Markdown of the root with links as seen from docs/; links to other files of the repository become their names."""
+    """Rewrite links of a root file relative to docs/; links to other repository files become plain text."""
     text = text.replace("](docs/", "](")
     for name, page in FROM_ROOT.items():
         text = text.replace(f"]({name})", f"]({page})")
@@ -68,11 +68,11 @@ def _as_page(text: str) -> str:
 
 
 def features() -> str:
-    """The feature matrix, from what backends and runtimes declare."""
+    """Return the feature matrix, generated from the backends and runtimes."""
     return f"""# Features
 
-Generated from the code. `auto` takes `{AUTO["cuda"].name}` on a GPU and `{AUTO["cpu"].name}` on a CPU where they are
-verified, else `sdpa`; under `torch.export` it always takes `sdpa`.
+Generated from the code. `auto` selects `{AUTO["cuda"].name}` on a GPU and `{AUTO["cpu"].name}` on a CPU if they are
+verified, otherwise `sdpa`; under `torch.export` it always selects `sdpa`.
 
 ## Backends
 

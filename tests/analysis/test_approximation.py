@@ -183,7 +183,7 @@ def test_sweep_has_a_row_for_each_variant(qkv):
 def test_sweep_leaves_out_what_cannot_be_built(capsys):
     rows = sweep(*random_qkv(SIZE, 12), num_heads=3, blocks=(2,), splits=(0.5,))
     assert "cswin" not in [row["mechanism"] for row in rows]
-    assert "left out: cswin: num_heads=3 must be even" in capsys.readouterr().err
+    assert "skipped: cswin: num_heads=3 must be even" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_sweep_leaves_out_what_cannot_be_built(capsys):
     [
         ([(1, 4, 4, 16), (1, 4, 5, 16), (1, 4, 4, 16)], "one shape"),
         ([(1, 16, 16)] * 3, "B, H, W, C"),
-        ([(1, 1, 1, 16)] * 3, "two or more tokens"),
+        ([(1, 1, 1, 16)] * 3, "at least two tokens"),
         ([(1, 4, 4, 8)] * 3, "16 channels"),
     ],
 )
@@ -244,7 +244,7 @@ def test_command_on_a_layer(tmp_path, capsys):
     [
         (["--model", "cswin_tiny_elfat", "--image", "x.png"], "did you mean 'cswin_tiny_elfatt'?"),
         (["--heads", "3"], "dim=64 cannot be split into num_heads=3"),
-        (["--model", "cswin_tiny_elfatt"], "--model needs --image"),
+        (["--model", "cswin_tiny_elfatt"], "--model needs an input: pass --image"),
         (["--model", "cswin_nano_elfatt", "--img-size", "32", "--image", "no.png"], "no.png"),
         (["--model", "cswin_nano_elfatt", "--image", "no.png", "--model-kwargs", "blok=4"], "--model-kwargs: "),
     ],

@@ -330,8 +330,8 @@ def test_missing_packages_are_named(pipeline, tmp_path, capsys, monkeypatch):
     del diffusion_quality.METRICS["LPIPS"]
     measure(tmp_path / "r.json", *pipeline, "--steps", "1", "--variants", "unpatched")
     error = capsys.readouterr().err
-    assert "CLIP score is left out: pip install transformers\n" in error
-    assert "FID is left out: pip install torchmetrics torch-fidelity\n" in error and "PSNR is" not in error
+    assert "CLIP score is skipped: pip install transformers\n" in error
+    assert "FID is skipped: pip install torchmetrics torch-fidelity\n" in error and "PSNR is" not in error
 
 
 def test_a_measure_that_fails_costs_nothing_else(pipeline, tmp_path, capsys, monkeypatch):
@@ -342,18 +342,18 @@ def test_a_measure_that_fails_costs_nothing_else(pipeline, tmp_path, capsys, mon
     monkeypatch.setattr(diffusion_quality, "METRICS", {"FID": broken, "PSNR": diffusion_quality.METRICS["PSNR"]})
     rows = measure(tmp_path / "r.json", *pipeline, "--steps", "1", "--variants", "ELFATT")
     assert rows[1]["part"] == "pictures" and rows[1]["psnr_db"] > 0 and not any("fid" in row for row in rows)
-    assert "FID is left out: no weights\n" in capsys.readouterr().err
+    assert "FID is skipped: no weights\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--prompts", "{folder}/p.txt"], "p.txt needs the weights of --model PATH"),
-        (["--model", "{folder}"], "holds no unet/config.json or transformer/config.json: give a pipeline saved by"),
-        (["--model", "{folder}/own", "--prompts", "{folder}/empty.txt"], "empty.txt has no line: write one prompt a"),
+        (["--model", "{folder}"], "has no unet/config.json or transformer/config.json: pass a pipeline saved by"),
+        (["--model", "{folder}/own", "--prompts", "{folder}/empty.txt"], "empty.txt contains no prompts: write one"),
         (["--model", "{folder}/own", "--prompts", "{folder}/none.txt"], "No such file or directory"),
-        (["--model", "{folder}/joint"], "holds a SD3Transformer2DModel, which is not measured: UNet2DConditionModel"),
-        (["--plan", "{folder}/empty.txt"], "empty.txt holds no plan"),
+        (["--model", "{folder}/joint"], "contains an unsupported SD3Transformer2DModel: use UNet2DConditionModel"),
+        (["--plan", "{folder}/empty.txt"], "empty.txt is not a plan"),
         (["--cost", "0"], "--cost 0.0 must be a share above 0 and at most 1"),
         (["--block", "0"], "--block must be at least 1, got 0"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),

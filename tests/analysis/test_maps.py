@@ -99,7 +99,7 @@ def test_score_cam_finds_what_the_class_depends_on():
         (["--models", "cswin_nano_elfat"], "did you mean 'cswin_nano_elfatt'?"),
         (["--models", "convnext_tiny"], "convnext_tiny has no attention layers of this package"),
         (["--models", ELFATT, "--output", "x.jpg"], "--output x.jpg must end in .png"),
-        (["--models", ELFATT, "--checkpoints", "a", "b"], "2 --checkpoints for 1 --models: give one per model"),
+        (["--models", ELFATT, "--checkpoints", "a", "b"], "2 --checkpoints for 1 --models: pass one per model"),
         (["--models", ELFATT, "--side", "8"], "--side must be at least 32, got 8"),
         (["--models", ELFATT, "--query", "96", "0"], "--query 96 0 is outside an image of 96×64 pixels"),
     ],

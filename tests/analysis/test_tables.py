@@ -182,8 +182,8 @@ def test_what_does_not_fit_says_what_it_needs(tmp_path, monkeypatch, capsys):
         (["scaling", "--models", "cswin_nano_elfatt:levels"], "must be NAME:KEY=VALUE"),
         (["scaling", "--sizes", "224x"], "size '224x' must be a side or HEIGHTxWIDTH"),
         (["edge", "9", "--modes", "0"], "needs a Jetson's nvpmodel"),
-        (["plot", "nowhere.json"], "nowhere.json has nothing to draw"),
-        (["report", "--results", "nowhere"], "nowhere holds no results file"),
+        (["plot", "nowhere.json"], "nowhere.json has nothing to plot"),
+        (["report", "--results", "nowhere"], "nowhere contains no results file"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, capsys):

@@ -64,5 +64,5 @@ def test_inference_runs_as_it_says():
     assert RunSpec("cpu", "bfloat16").prepare(model, (2, 3, 5, 5))().dtype == torch.bfloat16
     assert RunSpec("cpu", "amp").prepare(model, (2, 3, 5, 5))().dtype == torch.bfloat16
     assert model.weight.dtype == torch.float32
-    with pytest.raises(ValueError, match="precision 'half' is none of float32"):
+    with pytest.raises(ValueError, match="precision 'half' must be one of float32"):
         RunSpec("cpu", "half")

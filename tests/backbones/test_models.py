@@ -260,7 +260,7 @@ def test_a_trace_names_the_size_it_holds_for(name, features):
     x, traced = torch.randn(1, 3, 64, 48), []
     with torch.no_grad():
         found = size_warnings(lambda: traced.append(torch.jit.trace(model, x, check_trace=False)))
-        assert len(found) == 1 and found[0].startswith("traced for images of 64×48 pixels (height × width) alone")
+        assert len(found) == 1 and found[0].startswith("traced for images of 64×48 pixels (height × width) only")
         torch.testing.assert_close(traced[0](x), model(x))
         assert not size_warnings(lambda: (model(x), traced[0](x)))
 
@@ -275,7 +275,7 @@ def test_only_a_trace_warns_of_its_size():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"levels": "EEV"}, "must name 4 stages"),
+        ({"levels": "EEV"}, "must have 4 patterns"),
         ({"levels": "EEXV"}, "level 'X' does not describe 2 blocks"),
         ({"levels": ("E", "E", "EVE", "V")}, "level 'EVE' does not describe 2 blocks"),
         ({"block_size": 0}, "block_size=0"),
@@ -290,5 +290,5 @@ def test_bad_values_are_named(options, words):
 
 
 def test_an_image_too_small_is_named():
-    with pytest.raises(ValueError, match="1x1 pixels gives no token: use at least 3x3"):
+    with pytest.raises(ValueError, match="1x1 pixels is too small: use at least 3x3"):
         small("cswin_tiny_elfatt")(torch.randn(1, 3, 1, 1))

@@ -50,7 +50,7 @@ def test_a_file_that_fits_is_converted(name, tmp_path, capsys):
     assert text.splitlines() == [
         f"{path}: {len(state)} tensors, Facebook ConvNeXt names, raw weights",
         f"convnext_tiny: {len(state)} of {len(state)} tensors matched",
-        f"fits: {out} is written",
+        f"fits: wrote {out}",
     ]
     model = timm.create_model("convnext_tiny", dims=DIMS, depths=DEPTHS, num_classes=5)
     assert load_checkpoint(model, out).source == "Facebook ConvNeXt"  # noted: the names are the model's own
@@ -94,12 +94,12 @@ def test_every_misfit_is_named_and_nothing_written(tmp_path, capsys):
         "  head.norm.bias [128]",
         "left over (1):",
         "  stages.0.0.pwconv1.extra (here stages.0.blocks.0.mlp.fc1.extra) [3]",
-        "of another shape (2):",
+        "mismatched (2):",
         "  head.weight (here head.fc.weight) [7, 128] for [5, 128]",
         "  head.bias (here head.fc.bias) [7] for [5]",
         "not finite (1):",
         "  stem.1.weight",
-        f"does not fit: {out} is not written",
+        f"does not fit: {out} not written",
     ]
 
 
@@ -107,7 +107,7 @@ def test_a_classifier_of_other_classes_is_allowed(tmp_path, capsys):
     out = tmp_path / "out.pth"
     path = save(tmp_path, drawn(convnext_shapes(DIMS, DEPTHS, 7)))
     code, text, _ = run(capsys, path, *CONVNEXT, "--output", out, "--allow", "head.fc.")
-    assert code == 0 and "of another shape (2):" in text
+    assert code == 0 and "mismatched (2):" in text
     assert not any(key.startswith("head.fc.") for key in torch.load(out)["state_dict"])
 
 
@@ -152,7 +152,7 @@ def test_elfatts_two_lepes_are_not_guessed(names, small_elfatt, tmp_path, capsys
     path = save(tmp_path, elfatt_state(small_elfatt, names))
     code, text, _ = run(capsys, path, *ELFATT, "--output", tmp_path / "out.pth")
     assert code == 1 and "microsoft CSWin names" in text
-    assert "undecided, --rename decides (6):" in text
+    assert "ambiguous, choose with --rename (6):" in text
     first = re.search(r"stages\.0\.blocks\.0\.attn\.lepe_global is one of: (.*)\n", text)
     assert first and "missing (" not in text
     candidates = [name.rpartition(".")[2] for name in re.findall(r"\(here (\S+)\)", first[1])]
@@ -200,7 +200,7 @@ def test_renames_come_first_where_the_file_has_such_names(renames, names, tmp_pa
     options = [part for rename in renames for part in ("--rename", rename)]
     code, text, _ = run(capsys, path, *CONVNEXT, *options, "--output", tmp_path / "out.safetensors")
     assert code == 0 and f"{path}: {len(state)} tensors, {names} names" in text
-    assert ("of other parts (1):\n  decode_head.conv.weight\n" in text) == (not renames)
+    assert ("other parts (1):\n  decode_head.conv.weight\n" in text) == (not renames)
     model = timm.create_model("convnext_tiny", dims=DIMS, depths=DEPTHS, num_classes=5)
     load_checkpoint(model, tmp_path / "out.safetensors")
     expected = next(t for key, t in state.items() if key.endswith("1.1.pwconv2.weight"))
@@ -223,9 +223,9 @@ def test_source_and_labels_survive_conversions(tmp_path, capsys):
         (["--model", "vmamba_tinny"], "unknown model 'vmamba_tinny'; did you mean 'vmamba_tiny'?"),
         (["--model", "xyzzy"], "unknown model 'xyzzy'"),
         (["--model", "swin_tiny_local", "--model-kwargs", "depth=3"], "unexpected keyword argument 'depth'"),
-        ([*CONVNEXT, "--rename", "(=x"], "'(' to 'x' is no renaming by regular expression"),
-        ([*CONVNEXT, "--rename", r"stages\.\d+=stages.0"], "two tensors of the checkpoint are called"),
-        ([*CONVNEXT, "--no-ema"], "averaged weights only"),
+        ([*CONVNEXT, "--rename", "(=x"], "invalid regular expression in rename '(' to 'x'"),
+        ([*CONVNEXT, "--rename", r"stages\.\d+=stages.0"], "two tensors of the checkpoint map to"),
+        ([*CONVNEXT, "--no-ema"], "only averaged weights"),
     ],
 )
 def test_errors_take_one_line(options, words, tmp_path, capsys):

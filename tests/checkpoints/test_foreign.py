@@ -77,7 +77,7 @@ def test_an_averaged_copy_under_a_prefix(copy, nano, tmp_path):
     assert report.weights == "ema" and equal(nano, averaged) and set(report.left_over) == set(prefixed("model.", raw))
     assert load_checkpoint(nano, tmp_path / "both.ckpt", use_ema=False).weights == "raw" and equal(nano, raw)
     torch.save({"state_dict": prefixed(copy, averaged)}, tmp_path / "averaged.ckpt")
-    with pytest.raises(ValueError, match="averaged weights only: load it with use_ema=True"):
+    with pytest.raises(ValueError, match="only averaged weights: load it with use_ema=True"):
         load_checkpoint(nano, tmp_path / "averaged.ckpt", use_ema=False)
 
 
@@ -111,17 +111,17 @@ def test_our_dense_checkpoint_goes_into_every_program(log, tmp_path):
     dense.init_weights()
     assert equal(dense, source.state_dict())
     total = len(source.features.model.state_dict())
-    assert f"{total} of {total} tensors matched" in log[-1] and "level norms: loaded" in log[-1]
+    assert f"{total} of {total} tensors matched" in log[-1] and "output norms: loaded" in log[-1]
     assert log[-1].endswith("left over: 1 of decode_head, 1 of neck, 1 of rpn_head, 1 of roi_head)")
 
     few = TimmBackbone("swin_tiny_elfatt", out_indices=(0, 2), pretrained=str(path), **options)
     before = [parameter.clone() for parameter in few.norms.parameters()]
     few.init_weights()  # the third level's norm is not the second level's
-    assert all(map(torch.equal, few.norms.parameters(), before)) and "level norms: new" in log[-1]
+    assert all(map(torch.equal, few.norms.parameters(), before)) and "output norms: new" in log[-1]
 
     model = timm.create_model("swin_tiny_elfatt", num_classes=3, **options)
     with pytest.raises(
-        ValueError, match=r"4 missing \(norm\.weight, .*; a dense model .* allow=\('head\.', 'norm\.'\)"
+        ValueError, match=r"4 missing \(norm\.weight, .*; dense models' checkpoints .* allow=\('head\.', 'norm\.'\)"
     ):
         load_checkpoint(model, path)
     report = load_checkpoint(model, path, allow=("head.", "norm."))
@@ -154,7 +154,7 @@ def test_an_official_dense_file_gives_the_official_maps(name, log, tmp_path):
     options = {**SMALL, "window_size": WINDOWS[shell], "img_size": 96, "pretrained": str(path)}
     dense = TimmBackbone(f"{shell}_tiny_{name.split('_')[1]}", **options).double().eval()
     dense.init_weights()
-    assert SOURCES[name] in log[-1] and log[-1].endswith("level norms: loaded; left over: 1 of decode_head)")
+    assert SOURCES[name] in log[-1] and log[-1].endswith("output norms: loaded; left over: 1 of decode_head)")
     maps = official_maps(shell, stages, state, IMAGE)
     assert largest_difference(dense, maps, norms, "norm", first=int(shell == "cswin")) < 1e-12
 
@@ -226,7 +226,7 @@ def test_mmdets_swin_gives_mmdets_maps(log, tmp_path):
     ours = TimmBackbone("swin_tiny_local", embed_dim=16, img_size=96, pretrained=str(path), **SWIN).double().eval()
     ours.init_weights()
     assert "(source open-mmlab Swin, raw weights" in log[-1] and log[-1].endswith(
-        "level norms: loaded; left over: nothing)"
+        "output norms: loaded; left over: nothing)"
     )
     with torch.no_grad():
         differences = [(a - b).abs().max().item() for a, b in zip(ours(IMAGE), theirs(IMAGE), strict=True)]
@@ -310,6 +310,6 @@ def test_code_is_not_run_from_within_an_array_or_a_buffer(hide, nano, tmp_path):
     buffer.surprise = surprise
     beside = {"array": np.array([surprise], dtype=object), "buffer": buffer}[hide]
     torch.save({"model": nano.state_dict(), "beside": beside, "order": OrderedDict()}, tmp_path / "unsafe.pth")
-    with pytest.raises(ValueError, match=r"holds more than tensors .*save its tensors alone"):
+    with pytest.raises(ValueError, match=r"contains more than tensors .*save only its tensors"):
         load_checkpoint(nano, tmp_path / "unsafe.pth")
     assert not (tmp_path / "ran").exists()

@@ -70,7 +70,7 @@ def test_validate_reads_a_training_config(tmp_path):
         ({"crop_pct": 1.5}, "--crop-pct must be in (0, 1], got 1.5"),
         ({"drop_path": 1}, "--drop-path must be in [0, 1), got 1"),
         ({"mixup_prob": 7}, "--mixup-prob must be in [0, 1], got 7"),
-        ({"scale": [1, 0.08]}, "--scale must be two growing numbers above 0, got 1.0 0.08"),
+        ({"scale": [1, 0.08]}, "--scale must be two increasing positive numbers, got 1.0 0.08"),
         ({"epochs": 5, "warmup_epochs": 5}, "--warmup-epochs must be below --epochs 5, got 5"),
         ({"dataset": "wdss/x"}, "unknown reader 'wdss' in --dataset wdss/x; did you mean 'wds'?"),
         ({"workers": -1}, "--workers must be in [0, inf), got -1"),
@@ -128,7 +128,7 @@ def test_variants_are_chosen_by_name(tmp_path):
     with pytest.raises(UserError, match="needs --variant, one of a, b-c"):
         parse_args(["--config", config], train=True)
     plain = write(tmp_path / "plain.yaml", model="resnet18", data_dir="x")
-    with pytest.raises(UserError, match="has no variants: leave --variant a out"):
+    with pytest.raises(UserError, match="has no variants: omit --variant a"):
         parse_args(["--config", plain, "--variant", "a"], train=True)
     with pytest.raises(UserError, match="--variant a needs a --config"):
         parse_args(["--model", "resnet18", "--data-dir", "x", "--variant", "a"], train=True)

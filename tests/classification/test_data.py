@@ -163,7 +163,7 @@ def test_a_batch_without_a_readable_image_stops_training_but_not_evaluation(opti
     root = shutil.copytree(data_dir, tmp_path / "all")
     for path in root.glob("*/*/*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="a whole batch of 8 images cannot be read"):
+    with pytest.raises(UserError, match="all 8 images of a batch are unreadable"):
         loader = loader_of(options(data=root), limit=99)
         loader.seek(0)
         list(loader)
@@ -245,7 +245,7 @@ def test_grey_models_see_grey_images(options, data_dir, fails):
     np.testing.assert_allclose(images[0, 0], expected, atol=1e-5)
     assert train(options("--model-kwargs", "in_chans=1", "--aa", "rand-m9-mstd0.5-inc1", "--epochs", 1)) == 0
     line = fails(train, options("--model-kwargs", "in_chans=4", experiment="four"))
-    assert "in_chans=4: images are read as RGB (3 channels) or grey (1)" in line
+    assert "in_chans=4: images are read as RGB (3 channels) or greyscale (1)" in line
 
 
 def test_the_gpu_path_gives_the_same_batches(options, data_dir, monkeypatch):

@@ -260,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(options, tmp_p
 
 def test_a_run_is_not_overwritten_and_a_wrong_resume_is_refused(options, tmp_path, fails):
     assert main(options()) == 0
-    assert "holds a run: continue it with --resume auto" in fails(main, options())
+    assert "contains a run: resume it with --resume auto" in fails(main, options())
     last = tmp_path / "run" / "last.pth.tar"
     resume = ["--resume", last]
     line = fails(main, options(*resume, "--model", "swin_nano_elfatt"))
@@ -276,9 +276,9 @@ def test_a_run_is_not_overwritten_and_a_wrong_resume_is_refused(options, tmp_pat
     (tmp_path / "half.pth").write_bytes(last.read_bytes()[:1000])
     assert "cannot be read" in fails(main, options("--resume", tmp_path / "half.pth", experiment="new"))
     line = fails(main, options(*resume, "--lr", 1))
-    assert "--lr is 1.0, the run of" in line and "begin a new run from its weights with --initial-checkpoint" in line
+    assert "--lr is 1.0, but" in line and "start a new run from its weights with --initial-checkpoint" in line
     assert main(options(experiment="other")) == 0
-    assert "other holds a run" in fails(main, options(*resume, experiment="other"))
+    assert "other contains a run" in fails(main, options(*resume, experiment="other"))
 
 
 def test_an_explicit_resume_replaces_an_abandoned_position(options, tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ def test_a_position_inside_an_epoch_needs_the_same_batches(options, tmp_path, fa
     with pytest.raises(ZeroDivisionError):
         main(options())
     line = fails(main, options("--resume", "auto", "--batch-size", 4))
-    assert "stands inside an epoch of 1 processes × 8 images: resume it with the same, not 1 × 4" in line
+    assert "is a mid-epoch checkpoint of 1 processes × 8 images: resume with the same, not 1 × 4" in line
 
 
 def test_bad_model_options_take_one_line(options, fails):
@@ -330,7 +330,7 @@ def test_the_classes_of_a_run_are_compared_when_it_goes_on(options, data_dir, tm
     for split in ("train", "val"):
         (copy / split / "dog").rename(copy / split / "hound")
     line = fails(main, options("--epochs", 1, "--resume", "auto", data=copy))
-    assert f"the data have other classes than the run of {path}: 1 surplus ('hound'), 1 missing ('dog')" in line
+    assert f"the dataset's classes differ from those of {path}: 1 surplus ('hound'), 1 missing ('dog')" in line
     capsys.readouterr()
     assert main(options("--epochs", 1, "--initial-checkpoint", path, data=copy, experiment="tuned")) == 0
     assert "the classifier starts from other classes: 1 surplus ('hound')" in capsys.readouterr().out

@@ -146,7 +146,7 @@ def test_labels_are_compared_by_name(arguments, data_dir, tmp_path, fails, capsy
     cats = run(arguments)
     assert cats["loss"] * 5 + part["loss"] * 10 == pytest.approx(whole["loss"] * 15)
     (copy / "val" / "cat").rename(copy / "val" / "cow")
-    assert "has other classes than the checkpoint: 1 surplus ('cow')" in fails(main, arguments)
+    assert "has different classes from the checkpoint: 1 surplus ('cow')" in fails(main, arguments)
     (tmp_path / "map.txt").write_text("dog\ncat\nfish\n")
     line = fails(main, [*arguments, "--data-dir", str(data_dir), "--class-map", str(tmp_path / "map.txt")])
     assert "and the checkpoint number classes differently: 'dog' is class 0 here and class 1 there" in line

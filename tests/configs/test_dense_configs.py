@@ -43,7 +43,7 @@ def expected_header(name):
             if "ap_box" in row:
                 return f"# paper: {row['ap_box']} box AP, {row['ap_mask']} mask AP"
             return f"# paper: {row['miou_percent']} % mIoU, {row['macc_percent']} % mAcc"
-    return "# paper: no figure"
+    return "# paper: not reported"
 
 
 def test_all_files_are_there():

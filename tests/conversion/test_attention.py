@@ -104,9 +104,9 @@ def test_a_block_as_large_as_the_map_is_exact(prefix):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": (4, 5)}, "24 tokens are not 0 and a map of 4 × 5"),
-        ({"prefix": 1}, "24 tokens are not 1 and a map of 4 × 6"),
-        ({"plan": LayerPlan((EXACT,))}, "the plan has 1 heads, the layer 2"),
+        ({"size": (4, 5)}, "24 tokens are not 0 plus a map of 4 × 5"),
+        ({"prefix": 1}, "24 tokens are not 1 plus a map of 4 × 6"),
+        ({"plan": LayerPlan((EXACT,))}, "the plan has 1 heads but the layer has 2"),
         ({"k": torch.zeros(2, 23, 2, 4)}, "must have one shape"),
     ],
 )

@@ -186,8 +186,8 @@ def test_costs_are_multiply_adds():
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({}, "give one of both"),
-        ({"error": 1, "cost": 1}, "give one of both"),
+        ({}, "pass exactly one"),
+        ({"error": 1, "cost": 1}, "pass exactly one"),
         ({"error": -1}, "error=-1 must be at least 0"),
         ({"cost": 0}, r"cost=0 in \(0, 1\]"),
     ],

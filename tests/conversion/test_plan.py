@@ -47,8 +47,8 @@ def test_a_number_of_tokens_is_whole():
     ("model", "heads", "message"),
     [
         ("dit", {"down.0": 3, "mid": 2}, "the plan was made for unet, not for dit"),
-        ("unet", {"down.0": 3}, "names the layer 'mid', which unet lacks"),
-        ("unet", {"down.0": 4, "mid": 2}, "3 heads for down.0, unet has 4"),
+        ("unet", {"down.0": 3}, "has layer 'mid', which unet does not have"),
+        ("unet", {"down.0": 4, "mid": 2}, "3 heads for down.0 but unet has 4"),
     ],
 )
 def test_a_plan_of_another_model_is_refused(model, heads, message):
@@ -61,13 +61,13 @@ def test_a_plan_of_another_model_is_refused(model, heads, message):
     ("head", "message"),
     [
         ({"branch": "local"}, "branch='local' must be one of exact, linear, block"),
-        ({"branch": "block"}, "block=0 must be the side of a block"),
+        ({"branch": "block"}, "block=0 must be the block side"),
         ({"branch": "linear", "block": 4}, "block=4 must be"),
         ({"branch": "block", "block": 8.5}, "block=8.5 must be"),
         ({"branch": "block", "block": "8"}, "block='8' must be"),
         ({"branch": "linear", "temperature": 0.0}, "temperature=0.0 must be above 0"),
-        ({"branch": "block", "block": 2, "temperature": 2.0}, "temperature=2.0 must be above 0, and 1 where"),
-        ({"shortcut": 0.1}, "shortcut=0.1 must be 0 where branch is 'exact'"),
+        ({"branch": "block", "block": 2, "temperature": 2.0}, "temperature=2.0 must be above 0, and 1 unless"),
+        ({"shortcut": 0.1}, "shortcut=0.1 must be 0 for branch 'exact'"),
     ],
 )
 def test_a_head_out_of_range_is_refused(head, message):
@@ -78,5 +78,5 @@ def test_a_head_out_of_range_is_refused(head, message):
 @pytest.mark.parametrize("text", ["", "[]", '{"model": "a"}', '{"model": "a", "layers": {"x": {"heads": [{"z": 1}]}}}'])
 def test_a_file_without_a_plan_is_named(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(ValueError, match=r"plan\.json holds no plan"):
+    with pytest.raises(ValueError, match=r"plan\.json is not a plan"):
         Plan.from_json(tmp_path / "plan.json")

@@ -103,13 +103,13 @@ def test_categories_keep_their_order():
     check_categories("f.json", file, ["cat", "cow"])  # the file may have more
     with pytest.raises(
         UserError,
-        match=r"another order than the classes: \[cat, dog, cow\] in place of \[dog, cat, cow\] from number 0 on",
+        match=r"a different order than the classes: \[cat, dog, cow\] instead of \[dog, cat, cow\] from number 0 on",
     ):
         check_categories("f.json", file, ["dog", "cat", "cow"])
     with pytest.raises(UserError, match=r"names 2 of the 3 classes of the configuration, not \[hen\]"):
         check_categories("f.json", file, ["cat", "dog", "hen"])
     file["categories"].append({"id": 9, "name": "cow"})
-    with pytest.raises(UserError, match=r"another order than the classes: \[cow\] in place of \[\] from number 3"):
+    with pytest.raises(UserError, match=r"a different order than the classes: \[cow\] instead of \[\] from number 3"):
         check_categories("f.json", file, NAMES)
 
 
@@ -118,7 +118,7 @@ def test_an_evaluated_annotation_has_no_id_0():
     check_ids("f.json", file)
     check_ids("f.json", {"annotations": [{"image_id": 7, "segments_info": []}]})
     file["annotations"][1]["id"] = 0
-    with pytest.raises(UserError, match="id 0, COCO's evaluation takes 0 for no match: number from 1"):
+    with pytest.raises(UserError, match="id 0, which COCO's evaluation treats as no match: number from 1"):
         check_ids("f.json", file)
 
 
@@ -139,9 +139,9 @@ def test_fields_and_ids_are_there_once():
     del file["images"][0]["width"]
     del file["categories"]
     assert [fault for fault, _ in form_faults(file)] == [
-        "has in images[0] no valid 'width'",
+        "has no valid 'width' in images[0]",
         "has no categories",
-        "has in annotations the id 1 2 times",
+        "has id 1 in annotations 2 times",
     ]
 
 
@@ -152,12 +152,12 @@ def test_files_without_masks_serve_detection_alone():
     assert not list(form_faults(file, masks=False))
     assert check_annotations("f.json", file, NAMES, masks=False, training=True) is None
     assert [fault for fault, _ in form_faults(file)] == [
-        f"has in annotations[{number}] no valid 'segmentation'" for number in range(2)
+        f"has no valid 'segmentation' in annotations[{number}]" for number in range(2)
     ]
 
 
 def test_run_lengths_fill_their_image():
     lengths = {"size": [80, 100], "counts": [10, 7990]}
     assert check_annotations("f.json", content({"segmentation": lengths}), NAMES) is None
-    with pytest.raises(UserError, match="has run lengths of 20 pixels, its image has 8000: write them anew"):
+    with pytest.raises(UserError, match="has run lengths of 20 pixels, its image has 8000: re-encode the mask"):
         check_annotations("f.json", content({"segmentation": {**lengths, "counts": [10, 10]}}), NAMES)

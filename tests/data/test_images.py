@@ -135,9 +135,9 @@ def test_images_are_listed_by_name_whatever_their_extension(tmp_path):
     ]
     assert others == [tmp_path / "notes.txt"]
     (tmp_path / "b.png").touch()
-    with pytest.raises(UserError, match=r"b\.png has the name of b\.JPG: keep one"):
+    with pytest.raises(UserError, match=r"b\.png has the same name as b\.JPG: keep one"):
         list_images(tmp_path)
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         list_images(tmp_path / "nowhere")
 
 
@@ -172,7 +172,7 @@ def test_sizes_of_labels_that_fit(tmp_path, stored, orientation, size, open_ques
         (
             6,
             (6, 4),
-            r"EXIF orientation 6, but mask has the 6x4 pixels .* as it is stored: remove .*-Orientation= ",
+            r"EXIF orientation 6, but mask has the stored size of 6x4 pixels .*: remove .*-Orientation= ",
         ),
         (6, (6, 5), "a.... has 4x6 pixels .*, but mask says 6x5: make them equal"),
         (1, (4, 6), "a.... has 6x4 pixels .*, but mask says 4x6"),
@@ -201,5 +201,5 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
     assert list(list_images(tmp_path / "a")[0]) == ["link/x"]
     (tmp_path / "a" / "loop").symlink_to("..")
-    with pytest.raises(UserError, match="a/loop is a link to a folder that holds it: remove the link"):
+    with pytest.raises(UserError, match="a/loop is a link to one of its parent folders: remove the link"):
         list_images(tmp_path / "a")

@@ -60,8 +60,9 @@ def test_a_single_class_of_one_can_be_learned():
 
 @pytest.mark.parametrize(
     ("pixels", "names", "found"),
-    [([0, 9, 0], "abc", "'b' alone"), ([0, 0], "ab", "none"), ([0], "a", "none")],
+    [([0, 9, 0], "abc", "only 'b'"), ([0, 0], "ab", "none"), ([0], "a", "none")],
 )
 def test_masks_that_teach_nothing(pixels, names, found):
-    with pytest.raises(UserError, match=f"of {len(names)} classes the 7 masks read hold {found}, and pixels to ignore"):
+    message = f"of {len(names)} classes, the 7 masks read contain {found}, and ignored pixels"
+    with pytest.raises(UserError, match=message):
         check_classes("masks", pixels, names, 7)

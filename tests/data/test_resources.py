@@ -26,7 +26,7 @@ def wrapped():
 def test_a_full_disk_is_named_with_its_free_space(error, tmp_path):
     text = exhausted(error, tmp_path)
     assert text.startswith(f"the disk is full ({tmp_path} has ") and text.endswith(
-        " MiB left): make room, then --resume auto goes on"
+        " MiB left): make room, then continue with --resume auto"
     )
 
 

@@ -181,10 +181,10 @@ def test_tensorrt_is_asked_for_an_engine_and_its_outputs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "torch-export", "--precision", "int8"], "torch-export has no int8 here: choose one of fp32"),
-        (["--to", "onnx", "--precision", "int8"], "int8 needs images to calibrate on"),
+        (["--to", "torch-export", "--precision", "int8"], "torch-export does not support int8: choose one of fp32"),
+        (["--to", "onnx", "--precision", "int8"], "int8 needs calibration images"),
         (["--to", "executorch"], "executorch in fp32 needs executorch: pip install executorch"),
-        (["--to", "onnx", "--calibration", "{data}", "--images", "0"], "--images 0 asks for none"),
+        (["--to", "onnx", "--calibration", "{data}", "--images", "0"], "--images 0 is below 1"),
         (["--to", "onnx", "--evaluate", "{data}"], "{data} has 2 classes, the model 1000: pass --num-classes 2"),
     ],
 )
@@ -198,6 +198,6 @@ def test_command_names_what_is_wrong(options, message, tmp_path, capsys):
 def test_images_below_the_limit_are_refused_before_the_work(tmp_path, capsys):
     data = write_classes(tmp_path / "data", count=1)
     assert main(["swin_nano_elfatt", "--to", "onnx", "--evaluate", str(data), "--model-kwargs", "block_size=28"]) == 1
-    assert "images of 224 pixels are below the limit of 433: pass --size 224 224" in capsys.readouterr().err
+    assert "images of 224 pixels are below the minimum of 433: pass --size 224 224" in capsys.readouterr().err
     assert main(["resnet18", "--to", "onnx", "--evaluate", str(data)]) == 1
     assert "ResNet supports a fixed image size only: pass size (--size)" in capsys.readouterr().err

@@ -301,7 +301,7 @@ def test_other_processors_keep_their_own_attention():
     """diffusers' oldest processor makes explicit products, which nothing intercepts."""
     model, _ = unet()
     model.set_attn_processor(AttnProcessor())
-    with pytest.raises(TypeError, match="AttnProcessor .* set AttnProcessor2_0"):
+    with pytest.raises(TypeError, match="AttnProcessor .* use AttnProcessor2_0"):
         adapter.apply(model)
     model.set_attn_processor(AttnProcessor2_0())
     adapter.apply(model).remove()
@@ -367,7 +367,7 @@ def test_what_cannot_be_done_is_named():
     with pytest.raises(ValueError, match="the plan was made for UNet2DConditionModel-"):
         adapter.apply(dit()[0], uniform(model))
     for steps in ((0.5, 0.5), (-1, 1), (0, 2)):
-        with pytest.raises(ValueError, match="must be two growing shares from 0 to 1"):
+        with pytest.raises(ValueError, match="must be two increasing fractions between 0 and 1"):
             adapter.apply(model, steps=steps)
     none, _ = unconditional(
         down_block_types=("DownBlock2D", "DownBlock2D"),
@@ -384,7 +384,7 @@ def test_the_size_of_a_level_is_found(latent):
     first = up(latent[0]), up(latent[1])
     for size in (latent, first, (up(first[0]), up(first[1])), (latent[0] // 2, latent[1] // 2)):
         assert adapter.map_size(latent, size[0] * size[1]) == size
-    with pytest.raises(ValueError, match="7 tokens are no level of a latent of"):
+    with pytest.raises(ValueError, match="7 tokens match no downsampled map of"):
         adapter.map_size(latent, 7)
 
 

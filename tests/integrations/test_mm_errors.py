@@ -53,7 +53,7 @@ def ask():
     ("main", "message"),
     [
         (load(UserError("a.png", "has no end", "restore it")), "a.png has no end: restore it"),
-        (build, "LoadImage(mode='BGR') is no mode: choose 'RGB' or 'L'"),
+        (build, "LoadImage(mode='BGR') is not a mode: use 'RGB' or 'L'"),
         (ask, "unknown backend 'fast': choose one of "),
     ],
     ids=["worker", "registry", "ValueError of the package"],
@@ -181,7 +181,7 @@ def test_a_batch_norm_needs_two_values(model, batch, stops):
         (1, "L", 3, False, "data_preprocessor with 3 means"),
         (1, "L", 1, True, "bgr_to_rgb=False"),
         (3, "L", 3, True, r"in_chans=3 does not fit LoadImage\(mode='L'\)"),
-        (4, "RGB", 3, True, "in_chans=4 fits no image: choose 3"),
+        (4, "RGB", 3, True, "in_chans=4 is not supported: use 3"),
     ],
 )
 def test_channels_agree(channels, mode, means, swap, message):

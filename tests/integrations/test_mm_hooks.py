@@ -35,8 +35,8 @@ def test_classes_without_a_pixel_are_named(monkeypatch, stage):
             getattr(hook, f"after_{stage}_iter")(runner, i, {}, batch)
         getattr(hook, f"after_{stage}_epoch")(runner, {})
     assert lines == [
-        "no pixel of the truth is of 2 of the 3 classes: car, tree; "
-        "mAcc leaves them out, mIoU too but for those predicted somewhere, which count 0"
+        "2 of the 3 classes are absent from the ground truth: car, tree; "
+        "mAcc ignores them, mIoU counts those predicted anywhere as 0 and ignores the rest"
     ]
 
 

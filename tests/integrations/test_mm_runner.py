@@ -90,15 +90,15 @@ def test_instances_belong_to_their_image(tmp_path, pipeline, image, annotation, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no.py"], "config no.py is no file"),
-        (["CONFIG", "--data-dir", "nowhere"], "--data-dir nowhere is no folder"),
-        (["CONFIG", "--work-dir", "ROOTLESS"], "--work-dir .*rootless.py is a file: give a folder"),
-        (["CONFIG", "--pretrained", "no.pth"], "pretrained no.pth is no file"),
-        (["CONFIG", "--resume", "no.pth"], "resume no.pth is no file"),
-        (["CONFIG", "--launcher", "slurm"], "--launcher slurm needs a GPU .* scripts/slurm/train.sbatch"),
+        (["no.py"], "config no.py is not a file"),
+        (["CONFIG", "--data-dir", "nowhere"], "--data-dir nowhere is not a folder"),
+        (["CONFIG", "--work-dir", "ROOTLESS"], "--work-dir .*rootless.py is a file: pass a folder"),
+        (["CONFIG", "--pretrained", "no.pth"], "pretrained no.pth is not a file"),
+        (["CONFIG", "--resume", "no.pth"], "resume no.pth is not a file"),
+        (["CONFIG", "--launcher", "slurm"], "--launcher slurm needs one GPU .* scripts/slurm/train.sbatch"),
         (["CONFIG", "--cfg-options", "backend=fast"], "unknown backend 'fast': choose one of auto, "),
         (["CONFIG", "--backend", "flash_attn"], "backend 'flash_attn' cannot run: it "),
-        (["ROOTLESS", "--data-dir", "."], "--data-dir replaces data_root, which .*rootless.py has not"),
+        (["ROOTLESS", "--data-dir", "."], "--data-dir overrides data_root, which .*rootless.py does not define"),
     ],
 )
 def test_what_cannot_be_trained_with_ends_in_one_line(tmp_path, monkeypatch, arguments, message):

@@ -38,15 +38,15 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
         LoadImage()({"img_path": str(tmp_path / "none.png")})
     with pytest.raises(UserError, match=r"b\.png has 1200x2 pixels, one side more than 100 times"):
         LoadImage()(save(tmp_path / "b.png", np.zeros((2, 1200), np.uint8)))
-    with pytest.raises(UserError, match="LoadImage.*'BGR'.* choose 'RGB' or 'L'"):
+    with pytest.raises(UserError, match="LoadImage.*'BGR'.* use 'RGB' or 'L'"):
         LoadImage(mode="BGR")
 
 
 @pytest.mark.parametrize(
     ("check", "results", "message"),
     [
-        (CheckMask(3), {"seg_map_path": "m.png", "seg_fields": []}, "CheckMask stands before LoadAnnotations"),
-        (CheckInstances(), {"gt_bboxes": [], "ori_shape": (4, 6)}, "CheckInstances stands behind LoadAnnotations"),
+        (CheckMask(3), {"seg_map_path": "m.png", "seg_fields": []}, "CheckMask comes before LoadAnnotations"),
+        (CheckInstances(), {"gt_bboxes": [], "ori_shape": (4, 6)}, "CheckInstances comes after LoadAnnotations"),
     ],
 )
 def test_a_check_at_the_wrong_place_stops(check, results, message):

@@ -114,5 +114,5 @@ def test_what_cannot_be_converted_is_named():
         elfatt.convert(timm.create_model("cswin_nano_elfatt", levels="EEEE"))
     model = timm.create_model("cswin_nano_elfatt")
     plan = Plan(adapter.vit_of(model).name, plan_of(model, Head("linear")).layers, lepe=True)
-    with pytest.raises(ValueError, match="has its own LePE: leave the plan's out"):
+    with pytest.raises(ValueError, match="has its own LePE: use a plan without it"):
         elfatt.convert(model, plan)

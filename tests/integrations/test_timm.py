@@ -280,7 +280,7 @@ def test_what_cannot_be_done_is_named():
     model = eva(use_rot_pos_emb=True)
     with pytest.raises(ValueError, match="blocks.0.attn has rotary or relative positions, .* use exact or block"):
         elfatt.convert(model, plan_of(model, Head("linear")))
-    with pytest.raises(ValueError, match="names the layer 'blocks.9.attn'"):
+    with pytest.raises(ValueError, match="has layer 'blocks.9.attn'"):
         elfatt.convert(vit(), Plan("VisionTransformer-32-2", {"blocks.9.attn": LayerPlan((Head(),) * 4)}))
     with pytest.raises(ValueError, match="pass either a plan or images to calibrate one, not both"):
         elfatt.convert(vit(), plan_of(vit(), Head()), images=torch.randn(1, 3, *SIZE))

@@ -173,7 +173,7 @@ def test_the_implementation_is_the_uniform_plan_at_the_size_of_the_configuration
     loaded.set_attn_implementation("sdpa")
     assert torch.equal(run(loaded, images), before)
     loaded.set_attn_implementation("elfatt")
-    with pytest.raises(ValueError, match=r"tokens are not the \d \+ 4 × 4 of the configuration: .*convert\(model\)"):
+    with pytest.raises(ValueError, match=r"tokens do not match the config's \d \+ 4 × 4: .*convert\(model\)"):
         run(loaded)
     with adapter.convert(loaded):
         run(loaded)

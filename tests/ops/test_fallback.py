@@ -315,8 +315,8 @@ class TestTriton:
     @pytest.mark.parametrize(
         ("inject", "reason"),
         [
-            (lambda patch, path: [patch.setenv("PATH", str(path)), patch.delenv("CC", raising=False)], "no C compiler"),
-            (lambda patch, path: patch.setenv("CC", "/nowhere/gcc"), "no C compiler"),
+            (lambda patch, path: [patch.setenv("PATH", str(path)), patch.delenv("CC", raising=False)], "a C compiler"),
+            (lambda patch, path: patch.setenv("CC", "/nowhere/gcc"), "a C compiler"),
             (
                 lambda patch, path: patch.setattr(triton.sysconfig, "get_paths", lambda scheme: {"include": str(path)}),
                 "Python's headers",

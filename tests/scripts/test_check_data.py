@@ -70,8 +70,8 @@ def write_mask(name, labels):
 @pytest.mark.parametrize(
     ("damage", "path", "words"),
     [
-        (remove("images/validation"), "images/validation", "is no folder"),
-        (remove("annotations/training"), "annotations/training", "is no folder"),
+        (remove("images/validation"), "images/validation", "is not a folder"),
+        (remove("annotations/training"), "annotations/training", "is not a folder"),
         (remove(MASK), IMAGE, "has no mask"),
         (remove(IMAGE), MASK, "has no image"),
         (truncate(IMAGE), IMAGE, "cannot be read"),
@@ -113,10 +113,10 @@ def copy(name, other):
     ("damage", "path", "words"),
     [
         (every_mask(lambda labels: 255 * (labels > 0).astype(np.uint8)), "annotations/training", "hold none"),
-        (every_mask(lambda labels: (labels > 0).astype(np.uint8)), "annotations/training", "hold '1' alone"),
+        (every_mask(lambda labels: (labels > 0).astype(np.uint8)), "annotations/training", "contain only '1'"),
         (write_mask(MASK, np.zeros((128, 128), np.uint16)), MASK, "is a picture of mode I;16"),
         (turn(MASK, 3), MASK, "EXIF orientation 3"),
-        (copy(IMAGE, "images/training/train_00002.JPG"), "images/training/train_00002.jpg", "has the name of"),
+        (copy(IMAGE, "images/training/train_00002.JPG"), "images/training/train_00002.jpg", "has the same name as"),
     ],
 )
 def test_what_stops_training_on_masks(capsys, folder, damage, path, words):
@@ -130,14 +130,14 @@ def test_masks_of_one_class_in_a_sample_are_a_note(capsys, folder, monkeypatch):
     monkeypatch.setattr(check_data, "SAMPLE", 2)
     assert check(capsys, folder, *ADE20K) == []
     (line,) = check(capsys, folder, *ADE20K, notes=True)
-    assert "the 4 masks read hold '1' alone" in line
+    assert "the 4 masks read contain only '1'" in line
     assert len(check(capsys, folder, *ADE20K, "--full")) == 1
 
 
 def test_images_that_exif_turns(capsys, folder):
     turn(IMAGE, 6)(folder)
     (note,) = check(capsys, folder, *ADE20K, notes=True)
-    assert note.startswith("note: 1 of the images opened are turned upright") and str(folder / IMAGE) in note
+    assert note.startswith("note: 1 of the images opened are rotated") and str(folder / IMAGE) in note
     turn(IMAGE, 6, (128, 96))(folder)
     write_mask(MASK, np.zeros((96, 128), np.uint8))(folder)
     (line,) = check(capsys, folder, *ADE20K)
@@ -150,7 +150,7 @@ def test_every_extension_is_checked(capsys, folder):
     (folder / MASK).unlink()
     (folder / "images" / "training" / "notes.txt").touch()
     (note,) = check(capsys, folder, *ADE20K, notes=True)
-    assert "1 files are passed over" in note and check(capsys, folder, *ADE20K) == []
+    assert "1 files are skipped" in note and check(capsys, folder, *ADE20K) == []
 
 
 def test_ignored_pixels_are_no_label(capsys, folder):
@@ -172,16 +172,16 @@ def change(table, number, **values):
 @pytest.mark.parametrize(
     ("damage", "path", "words"),
     [
-        (remove("val2017"), "val2017", "is no folder"),
+        (remove("val2017"), "val2017", "is not a folder"),
         (remove(JSON), JSON, "No such file"),
         (lambda root: (root / JSON).write_text(""), JSON, "is empty"),
         (lambda root: (root / JSON).write_text('{"images": ['), JSON, "is not JSON"),
         (lambda root: edit(root, lambda content: content["annotations"].clear()), JSON, "has no annotations"),
         (lambda root: edit(root, lambda content: content.pop("categories")), JSON, "has no categories"),
         (lambda root: edit(root, lambda content: content["annotations"][3].pop("bbox")), JSON, "annotations[3]"),
-        (change("images", 2, width="128"), JSON, "has in images[2] no valid 'width'"),
-        (change("images", 2, id=1), JSON, "has in images the id 1 2 times"),
-        (remove("train2017/train_00002.jpg"), "train2017/train_00002.jpg", "is named in instances_train2017.json"),
+        (change("images", 2, width="128"), JSON, "has no valid 'width' in images[2]"),
+        (change("images", 2, id=1), JSON, "has id 1 in images 2 times"),
+        (remove("train2017/train_00002.jpg"), "train2017/train_00002.jpg", "is listed in instances_train2017.json"),
         (truncate("train2017/train_00002.jpg"), "train2017/train_00002.jpg", "cannot be read"),
         (change("images", 1, width=200, height=200), "train2017/train_00002.jpg", "has 128x128 pixels"),
         (change("annotations", 0, category_id=11), JSON, "annotation 1, which has the unknown category 11"),
@@ -245,7 +245,7 @@ def test_polygons_of_another_nesting(capsys, folder, shape):
 def test_both_files_have_the_same_categories(capsys, folder):
     edit(folder, lambda content: content["categories"].reverse())
     (line,) = check(capsys, folder, *COCO)
-    assert "instances_val2017.json lists its categories in another order" in line
+    assert "instances_val2017.json lists its categories in a different order" in line
     edit(folder, lambda content: content["categories"].pop(0))
     assert any(
         "has the category nine, instances_train2017.json has not" in line for line in check(capsys, folder, *COCO)
@@ -284,7 +284,7 @@ def test_command_line(folder):
     assert run(sys.executable, *program, "coco", folder, "--any-size").returncode == 0
     assert run(sys.executable, *program, "coco", folder / "nothing").returncode == 1
     wrong = run(sys.executable, *program, "coco", folder, "--splits", "val")
-    assert wrong.returncode == 2 and "coco has no split 'val': give train2017 or val2017" in wrong.stderr
+    assert wrong.returncode == 2 and "coco has no split 'val': pass train2017 or val2017" in wrong.stderr
     for dataset in ("ade20k", "coco"):
         script = SCRIPTS / f"prepare_{dataset}.sh"
         for arguments, code in (((), 2), (("--help",), 0)):

@@ -170,12 +170,12 @@ def test_classes_that_are_not_those_of_the_training_stop(data, tmp_path, weights
     run, image = tmp_path / "run", data / "images" / "validation" / "0.jpg"
     if program == "validation":
         config = segmentation_config(tmp_path, more=f"val_dataloader['dataset'].update({turned})")
-        with pytest.raises(UserError, match=r"train_dataloader has other classes than the data: 'flag' is class"):
+        with pytest.raises(UserError, match=r"train_dataloader has different classes from the data: 'flag' is class"):
             train.main(options(config, data, run))
         return
     state = torch.load(weights)
     torch.save({**state, "meta": {"dataset_meta": {"classes": classes[::-1]}}}, weights)
-    with pytest.raises(UserError, match=r"random\.pth has other classes than the data: 'wall' is class 0"):
+    with pytest.raises(UserError, match=r"random\.pth has different classes from the data: 'wall' is class 0"):
         if program == "test":
             evaluate(weights, data, run)
         elif program == "resume":
@@ -206,15 +206,13 @@ def test_a_photograph_gets_the_colours_of_its_classes(data, tmp_path, weights, b
     assert (abs(picture - expected).max(2) < 20).mean() > 0.8  # the rest is at edges, and under the classes' names
 
     before = image.read_bytes()
-    with pytest.raises(SystemExit, match=r"output .*0\.jpg is what is read: give another name"):
+    with pytest.raises(SystemExit, match=r"output .*0\.jpg would overwrite an input: pass another name"):
         inference.main([config, str(weights), str(image), str(image)])
     assert image.read_bytes() == before
 
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
-    with pytest.raises(
-        SystemExit, match=r"segmentation/inference\.py: error: image .*notes\.txt is no picture that can be read"
-    ):
+    with pytest.raises(SystemExit, match=r"segmentation/inference\.py: error: image .*notes\.txt cannot be read"):
         inference.main([config, str(weights), str(text), str(out)])
 
 

@@ -1,4 +1,4 @@
-# COCO, "1x": 12 epochs of 8 GPUs x 2 images, one scale.
+# COCO, "1x": 12 epochs at batch size 8 GPUs x 2 images, single scale.
 _base_ = "../../_base_/openmmlab.py"
 
 default_scope = "mmdet"

@@ -1,5 +1,5 @@
-# COCO, "3xMS": 36 epochs of 8 GPUs x 2 images, short sides of 480 to 800 pixels, every second image cropped before,
-# as mmdet's mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py.
+# COCO, "3xMS": 36 epochs at batch size 8 GPUs x 2 images, short sides of 480 to 800 pixels, every second image cropped
+# first, as in mmdet's mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py.
 _base_ = "coco_1x.py"
 
 _resize = dict(type="RandomChoiceResize", scales=[(short, 1333) for short in range(480, 801, 32)], keep_ratio=True)

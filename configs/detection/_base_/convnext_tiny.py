@@ -1,5 +1,5 @@
-# ConvNeXt-T: channels of its levels.
-# Trains as all systems here, not by ConvNeXt's own recipe (drop path 0.4, lr x 0.95 a layer down).
+# ConvNeXt-T: stage channels.
+# Trained like all systems here, not with ConvNeXt's own recipe (drop path 0.4, layer-wise lr decay 0.95).
 _base_ = "mask_rcnn.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# CSWin-T: channels of its levels, ELFATT's blocks.
+# CSWin-T: stage channels, ELFATT's blocks.
 _base_ = "mask_rcnn.py"
 
 model = dict(

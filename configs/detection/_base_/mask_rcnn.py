@@ -1,4 +1,4 @@
-# Mask R-CNN (arXiv 1703.06870) with an FPN, mmdet's standard heads; a size's file adds the backbone and its channels.
+# Mask R-CNN (arXiv 1703.06870) with an FPN and mmdet's standard heads; the backbone and its channels are set per size.
 num_classes = 80
 _rcnn_assigner = dict(
     type="MaxIoUAssigner",

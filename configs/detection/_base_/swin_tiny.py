@@ -1,4 +1,4 @@
-# Swin-T: channels of its levels, ELFATT's blocks.
+# Swin-T: stage channels, ELFATT's blocks.
 _base_ = "mask_rcnn.py"
 
 model = dict(

@@ -1,5 +1,5 @@
-# VMamba-T: channels of its levels.
-# As in MzeroMiko/VMamba, detection/configs, weight decay spares norms, not the scans' A_logs, Ds and dt_projs_bias.
+# VMamba-T: stage channels.
+# As in MzeroMiko/VMamba, detection/configs, weight decay skips norms, not the scans' A_logs, Ds and dt_projs_bias.
 _base_ = "mask_rcnn.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# ADE20K, 160,000 iterations of 8 GPUs x 2 images of 512 x 512 pixels.
+# ADE20K, 160,000 iterations at batch size 8 GPUs x 2 images, 512 x 512 pixels.
 _base_ = "../../_base_/openmmlab.py"
 
 default_scope = "mmseg"
@@ -18,7 +18,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImage"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
-    # behind the resize: predictions are compared at the size of the file
+    # after the resize: predictions are evaluated at the original size
     dict(type="LoadAnnotations", reduce_zero_label=True),
     check_mask,
     dict(type="PackSegInputs"),
@@ -64,7 +64,7 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])  # gives mIoU, mAcc and aAcc
+val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])  # mIoU, mAcc and aAcc
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(optimizer=dict(lr=6e-5, weight_decay=0.01))

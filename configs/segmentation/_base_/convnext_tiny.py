@@ -1,5 +1,5 @@
-# ConvNeXt-T: channels of its levels, stochastic depth.
-# Trains as all systems here, not by ConvNeXt's own recipe (lr 1e-4, weight decay 0.05, lr x 0.9 a stage down).
+# ConvNeXt-T: stage channels, stochastic depth.
+# Trained like all systems here, not with ConvNeXt's own recipe (lr 1e-4, weight decay 0.05, stage-wise lr decay 0.9).
 _base_ = "upernet.py"
 
 model = dict(

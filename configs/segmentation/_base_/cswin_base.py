@@ -1,4 +1,4 @@
-# CSWin-B: channels of its levels, stochastic depth, ELFATT's blocks.
+# CSWin-B: stage channels, stochastic depth, ELFATT's blocks.
 _base_ = "upernet.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# CSWin-T: channels of its levels, stochastic depth, ELFATT's blocks.
+# CSWin-T: stage channels, stochastic depth, ELFATT's blocks.
 _base_ = "upernet.py"
 
 model = dict(

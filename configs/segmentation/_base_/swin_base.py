@@ -1,4 +1,4 @@
-# Swin-B: channels of its levels, stochastic depth, ELFATT's blocks.
+# Swin-B: stage channels, stochastic depth, ELFATT's blocks.
 _base_ = "upernet.py"
 
 model = dict(

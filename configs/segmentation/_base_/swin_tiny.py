@@ -1,4 +1,4 @@
-# Swin-T: channels of its levels, stochastic depth, ELFATT's blocks.
+# Swin-T: stage channels, stochastic depth, ELFATT's blocks.
 _base_ = "upernet.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# UperNet (arXiv 1807.10221) with an FCN auxiliary head on level 3; a size's file adds the backbone and its channels.
+# UperNet (arXiv 1807.10221) with an FCN auxiliary head on stage 3; the backbone and its channels are set per size.
 num_classes = 150
 norm_cfg = dict(type="BN", requires_grad=True)  # synchronised over all GPUs: sync_bn
 sync_bn = "torch"

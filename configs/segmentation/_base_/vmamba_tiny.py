@@ -1,5 +1,5 @@
-# VMamba-T: channels of its levels, stochastic depth.
-# As in MzeroMiko/VMamba, segmentation/configs, weight decay spares norms, not the scans' A_logs, Ds and dt_projs_bias.
+# VMamba-T: stage channels, stochastic depth.
+# As in MzeroMiko/VMamba, segmentation/configs, weight decay skips norms, not the scans' A_logs, Ds and dt_projs_bias.
 _base_ = "upernet.py"
 
 model = dict(

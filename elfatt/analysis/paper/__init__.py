@@ -1,6 +1,6 @@
-"""The tables of the paper (arXiv 2501.06098) as published.
+"""Published tables of the paper (arXiv 2501.06098).
 
-An empty cell is a dash in the paper. Multiply-adds are in units of 10⁹, parameters in units of 10⁶.
+Empty cells are dashes in the paper. Multiply-adds are in units of 10⁹, parameters in units of 10⁶.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILES = {
 
 
 def load_table(number: int) -> list[dict[str, str]]:
-    """Rows of one published table, every cell as printed.
+    """Load the rows of a published table, with cells as printed.
 
     Args:
         number: 1 to 9.

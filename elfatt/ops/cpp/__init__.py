@@ -1,4 +1,4 @@
-"""C++ kernels of the ELFATT operation, block attention and LePE for CPUs, compiled at first use."""
+"""C++ CPU kernels for ELFATT, block attention and LePE, compiled on first use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from elfatt.ops.cpp.build import unavailable_reason
 from elfatt.ops.fused import FusedBackend, is_transformed
 from elfatt.ops.pytorch import dtype_name
 
-LARGEST_BLOCK = 768  # tokens, for block_attention; from about 1024 on PyTorch's SDPA is as fast
+LARGEST_BLOCK = 768  # tokens per block in block_attention; PyTorch's SDPA is as fast from about 1024
 
 
 class CppBackend(FusedBackend):
-    """``cpp``: float32 and bfloat16 on a CPU; needs a C++ compiler."""
+    """``cpp``: float32 and bfloat16 on CPUs; needs a C++ compiler."""
 
     name = "cpp"
     devices = ("cpu",)

@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels for this CPU at first use and keeps the library in the user's cache."""
+"""Compile the C++ kernels for this CPU on first use and cache the library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _logger = logging.getLogger("elfatt")
 
 @lru_cache(maxsize=1)
 def unavailable_reason() -> str | None:
-    """Why the kernels cannot run on this machine, or None. May compile them on first use."""
+    """Return why the kernels cannot run on this machine, or None. May compile them on first use."""
     try:
         library()
     except RuntimeError as error:
@@ -32,34 +32,34 @@ def unavailable_reason() -> str | None:
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The compiled kernels.
+    """Load the kernels, compiling them if they are not cached.
 
     Raises:
-        RuntimeError: There is no compiler, or it failed.
-        OSError: The cache cannot be written or the library cannot be loaded.
+        RuntimeError: No compiler was found, or compilation failed.
+        OSError: The cache is not writable, or the library cannot be loaded.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or ""]
     if not compiler[0]:
-        raise RuntimeError("no C++ compiler is found: install g++, or name one in CXX")
-    # the macros tell the compiler's version and what this CPU can do: a cache may be shared among machines
+        raise RuntimeError("no C++ compiler found: install g++ or set CXX")
+    # predefined macros identify compiler and CPU features: machines may share a cache
     macros = _run(*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
     texts = [path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*"))]
     key = hashlib.sha256(b"".join([*texts, macros.encode(), repr(FLAGS).encode()])).hexdigest()[:16]
     path = cache_folder() / f"kernels-{key}.so"
     if not path.exists():
-        _logger.warning("compiling the C++ kernels for this CPU, once: %s", path)
+        _logger.warning("compiling the C++ kernels for this CPU (once): %s", path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             compiled, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
             _run(*compiler, *FLAGS, "-c", str(FOLDER / "kernels.cpp"), "-o", compiled)
-            # not linked with OpenMP: the library uses the copy, and so the threads, that PyTorch has loaded
+            # not linked against OpenMP: uses the runtime, and so the thread pool, loaded by PyTorch
             _run(*compiler, "-shared", compiled, "-o", linked)
-            os.replace(linked, path)  # at once, should others compile too
+            os.replace(linked, path)  # atomic, as other processes may compile too
     return ctypes.CDLL(str(path))
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: ``elfatt`` in XDG_CACHE_HOME, by default ~/.cache."""
+    """Return the cache folder: ``elfatt`` in XDG_CACHE_HOME (default: ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elfatt"
 
 

@@ -1,4 +1,4 @@
-// Vectors, rows of floats, products of small matrices and maps, for the kernels.
+// Vectors, rows of floats, small matrix products and maps for the kernels.
 #pragma once
 
 #include <algorithm>
@@ -17,17 +17,17 @@ constexpr int LOG2_LANES = 4;
 constexpr int LOG2_LANES = 3;
 #endif
 constexpr int LANES = 1 << LOG2_LANES;
-constexpr int SUMS = 12;    // vectors of a product that sixteen registers hold beside its factors
-constexpr int ROWS = 6;     // of a product at a time, at most
-constexpr int LINE = 64;    // bytes that memory hands over at once
-constexpr int AHEAD = 16;   // tokens between the one read and the one asked of memory, along a map
-constexpr int TOKENS = 64;  // handled at a time
-constexpr int TAPS = 9;     // of LePE; its bias is row TAPS of its kernels
+constexpr int SUMS = 12;    // accumulators of a product that fit in sixteen registers with its operands
+constexpr int ROWS = 6;     // maximum rows of a product at a time
+constexpr int LINE = 64;    // bytes per cache line
+constexpr int AHEAD = 16;   // prefetch distance along a map, in tokens
+constexpr int TOKENS = 64;  // tokens per step
+constexpr int TAPS = 9;     // weights per channel of LePE; its bias is row TAPS
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 // ---- vectors ----
 
-// Calls with 0, ..., N - 1 as constants, so that arrays indexed by them are registers.
+// Calls with the constants 0, ..., N - 1, so that arrays indexed by them stay in registers.
 template <typename Call, int... I>
 __attribute__((always_inline)) inline void each(Call call, std::integer_sequence<int, I...>) {
     (call(std::integral_constant<int, I>{}), ...);
@@ -41,7 +41,7 @@ __attribute__((always_inline)) inline void each(Call call) {
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * LANES)));
 
-// How many tokens to take next: nearly the same number each time.
+// Number of tokens in the next step; steps are of nearly equal size.
 inline int next_tokens(int start, int end) {
     const int times = (end - start + TOKENS - 1) / TOKENS;
     return (end - start + times - 1) / times;
@@ -57,7 +57,7 @@ inline Vec load(const float* from) {
     return x;
 }
 
-// Kept in a register: GCC would rather read it again at each use.
+// Keeps x in a register; GCC would reload it at each use.
 inline Vec pinned(Vec x) {
 #ifdef __AVX__
     asm("" : "+v"(x));
@@ -67,7 +67,7 @@ inline Vec pinned(Vec x) {
 
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 
-// Over all lanes, by halves.
+// Reduces over all lanes, by halving.
 template <typename Operation>
 inline float reduce(Vec x, Operation operation) {
     each<LOG2_LANES>([&](auto step) {
@@ -84,10 +84,10 @@ inline float sum(Vec x) {
 
 constexpr float LOG2_E = 1.44269504f;
 
-// 2^x for x <= 0, where smaller than the least normal number that number: an integer's power from the exponent's bits,
-// the rest from a polynomial. Relative errors stay below 2e-7.
+// 2^x for x <= 0, at least the smallest normal number: the integer part goes to the exponent bits, the rest is a
+// polynomial. Relative error below 2e-7.
 inline Vec power(Vec x) {
-    const Vec round = spread(12582912 + 127);  // 1.5 * 2^23: adding it leaves an integer
+    const Vec round = spread(12582912 + 127);  // 1.5 * 2^23: adding it rounds to an integer
     x = larger(spread(-126), x);
     const Vec shifted = x + round;
     const Vec r = x - (shifted - round);
@@ -103,11 +103,11 @@ inline Vec exponential(Vec x) { return power(x * LOG2_E); }
 
 // ---- rows of floats ----
 
-// Memory of a task, kept by its thread for the next one.
+// Scratch memory of a task, reused by its thread for the next one.
 class Scratch {
 public:
     float* rows(size_t size) {
-        thread_local std::vector<std::vector<Vec>> memory;  // of vectors, so that none straddles a cache line
+        thread_local std::vector<std::vector<Vec>> memory;  // aligned, so that no vector straddles a cache line
         if (memory.size() == used_) memory.emplace_back();
         std::vector<Vec>& own = memory[used_++];
         if (own.size() * LANES < size) own.resize((size + LANES - 1) / LANES);
@@ -123,7 +123,7 @@ private:
     size_t used_ = 0;
 };
 
-typedef uint16_t Brain;  // bfloat16: the upper half of a float
+typedef uint16_t Brain;  // bfloat16: the upper half of a float32
 typedef Brain Brains __attribute__((vector_size(2 * LANES)));
 
 inline Vec widen(const float* from) { return load(from); }
@@ -136,7 +136,7 @@ inline Vec widen(const Brain* from) {
 inline void narrow(Vec x, float* to) { store(to, x); }
 inline void narrow(Vec x, Brain* to) {
     const Int bits = (Int)x, odd = bits >> 16 & 1;
-    const Int rounded = (bits + 0x7fff + odd) >> 16;  // to even
+    const Int rounded = (bits + 0x7fff + odd) >> 16;  // round to even
     const Brains y = __builtin_convertvector(x == x ? rounded : Int{} + 0x7fc0, Brains);
     std::memcpy(to, &y, sizeof y);
 }
@@ -168,8 +168,8 @@ inline void scale(float* row, int lanes, float factor) {
     for (int i = 0; i < lanes; i += LANES) store(row + i, load(row + i) * factor);
 }
 
-// rows = exp(factor * (rows - the largest of each)); their sums go to `totals` or, without it, divide the rows. `zeros`
-// more zeros count as of each row. Not inlined, so that its constants keep their registers.
+// rows = exp(factor * (rows - row maximum)). Row sums go to `totals`; without it, rows are divided by them. Each row
+// counts as having `zeros` additional zeros. Not inlined, so that its constants stay in registers.
 __attribute__((noinline)) void exponential_rows(float* rows, int count, int n, float factor, float* totals,
                                                 int zeros = 0) {
     const int lanes = whole(n), last = lanes - LANES;
@@ -203,7 +203,7 @@ inline void softmax_rows(float* rows, int count, int n, float factor = 1, int ze
     exponential_rows(rows, count, n, factor, nullptr, zeros);
 }
 
-// Backward through softmax: gradients = weights * (gradients - the row's sum of weights * gradients).
+// Softmax backward: gradients = weights * (gradients - row sum of weights * gradients).
 inline void softmax_gradient_rows(const float* weights, float* gradients, int count, int lanes) {
     for (int row = 0; row < count; row++, weights += lanes, gradients += lanes) {
         Vec total{};
@@ -215,7 +215,7 @@ inline void softmax_gradient_rows(const float* weights, float* gradients, int co
 
 // ---- products ----
 
-// A rows by columns; element (i, j) of the first factor lies at data[i * row + j * column].
+// First operand of a product, strided: element (i, j) is data[i * row + j * column].
 struct Factor {
     const float* data;
     int row, column;
@@ -247,11 +247,11 @@ void multiply_rows(int rows, int depth, Factor a, const float* b, float* c, int 
     ((rows == R + 1 ? multiply_tile<R + 1, V>(depth, a, b, c, lanes, add) : void()), ...);
 }
 
-// As many columns as V vectors have.
+// One panel of V vectors of columns.
 template <int V>
 void multiply_panel(int count, int depth, Factor a, const float* b, float* c, int lanes, bool add) {
     constexpr int limit = std::min(SUMS / V, ROWS);
-    int groups = (count + limit - 1) / limit;  // of nearly equal size: a single row left over would be slow
+    int groups = (count + limit - 1) / limit;  // nearly equal sizes: a single leftover row would be slow
     for (int rows; count > 0; count -= rows, groups--) {
         rows = (count + groups - 1) / groups;
         multiply_rows<V>(rows, depth, a, b, c, lanes, add, std::make_integer_sequence<int, limit>{});
@@ -260,7 +260,7 @@ void multiply_panel(int count, int depth, Factor a, const float* b, float* c, in
     }
 }
 
-// c[count, lanes] = a[count, depth] b[depth, lanes], or c + a b; lanes a whole number of vectors.
+// c[count, lanes] = a[count, depth] b[depth, lanes], or c += a b; lanes is a multiple of LANES.
 void multiply(int count, int depth, Factor a, const float* b, float* c, int lanes, bool add = false) {
     for (int j = 0, vectors = lanes / LANES, panel; vectors; vectors -= panel, j += panel * LANES) {
         panel = vectors == 1 ? 1 : vectors % 2 ? 3 : 2;
@@ -269,7 +269,7 @@ void multiply(int count, int depth, Factor a, const float* b, float* c, int lane
     }
 }
 
-// Transposes LANES vectors, by swapping ever larger squares among them.
+// Transposes LANES vectors in place, by swapping blocks of doubling size.
 inline void transpose_square(Vec (&square)[LANES]) {
     each<LOG2_LANES>([&](auto step) {
         constexpr int side = 1 << step;
@@ -287,7 +287,7 @@ inline void transpose_square(Vec (&square)[LANES]) {
     });
 }
 
-// rows[count, lanes] as [lanes, whole(count)], padded with zeros.
+// Transposes rows[count, lanes] to [lanes, whole(count)], zero-padded.
 const float* transpose(Scratch& scratch, const float* rows, int count, int lanes) {
     const int columns = whole(count);
     float* turned = scratch.rows(size_t(lanes) * columns);
@@ -303,23 +303,23 @@ const float* transpose(Scratch& scratch, const float* rows, int count, int lanes
 
 // ---- maps ----
 
-// Part of an image and of its channels; neighbours along a row lie `stride` elements apart, along a column `pitch`.
+// Part of an image and its channels; `stride` and `pitch` are the strides in elements along x and y.
 template <typename T>
 struct Map {
     T* data;
     int height, width, stride, pitch;
-    int64_t ahead;  // elements between the token that is read and the one that memory is asked for meanwhile
+    int64_t ahead;  // prefetch distance in elements
     T* at(int y, int x) const { return data + int64_t(y) * pitch + x * stride; }
     Map part(int y, int x, int part_height, int part_width) const {
         return {at(y, x), part_height, part_width, stride, pitch, ahead};
     }
-    // Of a whole map, read row by row.
+    // A range of tokens of a whole map, in row-major order.
     Map tokens(int start, int count) const { return {data + int64_t(start) * stride, 1, count, stride, 0, ahead}; }
     float* read_to(float* rows, int d) const {
         for (int y = 0; y < height; y++)
             for (int x = 0; x < width; x++) {
                 const T* from = at(y, x);
-                // asking for what lies behind the last token does nothing
+                // prefetching past the last token is harmless
                 for (int i = 0; i < d; i += LINE / int(sizeof(T))) __builtin_prefetch(from + ahead + i);
                 read(from, d, rows + (y * width + x) * whole(d));
             }
@@ -331,7 +331,7 @@ struct Map {
     }
 };
 
-// The maps of the packed queries, keys and values, or of their gradients.
+// Maps of the packed queries, keys and values, or of their gradients.
 template <typename T>
 struct Head {
     Map<T> q, k, v;

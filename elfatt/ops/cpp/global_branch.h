@@ -1,4 +1,4 @@
-// softmax(Q) (softmax(K)^T V) + LePE over the map. The tokens are split among tasks for what is summed over them.
+// softmax(Q) (softmax(K)^T V) + LePE over the map. Sums over tokens are split among tasks.
 #pragma once
 
 #include "lepe.h"
@@ -6,12 +6,12 @@
 namespace {
 
 struct Tokens {
-    int begin, end;  // of the map's, row by row
+    int begin, end;  // in row-major order
     Tokens(int total, int splits, int split)
         : begin(int64_t(total) * split / splits), end(int64_t(total) * (split + 1) / splits) {}
 };
 
-// What one split knows of the context: exp(K)ᵀV and the sum of exp(K), both relative to the largest key.
+// One split's part of the context: exp(K)ᵀV and the sum of exp(K), both relative to the maximum of K.
 struct Part {
     float *product, *top, *total;
     Part(float* parts, int d, int64_t index) : product(parts + index * size(d)), top(product + d * d), total(top + d) {}
@@ -51,7 +51,7 @@ void context_part(const Head<const T>& in, int d, Tokens tokens, Part part) {
     std::copy_n(total, d, part.total);
 }
 
-// The context and K's log-sum-exp from every split's part, which lie `heads` parts apart.
+// Combines the splits' parts, `heads` parts apart, into the context and K's log-sum-exp.
 void combine_parts(Part first, int d, int splits, int heads, float* context, float* key_lse) {
     for (int i = 0; i < d; i++) {
         float top = LOWEST, total = 0;
@@ -90,7 +90,7 @@ void global_out(const Head<const T>& in, Map<T> out, int d, Tile tile, const flo
     }
 }
 
-// dQ, and this split's softmax(Q)ᵀ dO.
+// Computes dQ and this split's softmax(Q)ᵀ dO.
 template <typename T>
 void global_query_gradient(const Head<const T>& in, Map<const T> dout, const Head<T>& out, int d, Tokens tokens,
                            const float* context, float* dcontext) {
@@ -112,7 +112,7 @@ void global_query_gradient(const Head<const T>& in, Map<const T> dout, const Hea
     for (int i = 0; i < d; i++) std::copy_n(product + i * lanes, d, dcontext + i * d);
 }
 
-// dK, dV, and this tile's sums for LePE's kernels.
+// Computes dK, dV and this tile's gradients of LePE's weights.
 template <typename T>
 void global_key_value_gradient(const Head<const T>& in, Map<const T> dout, const Head<T>& out, int d, Tile tile,
                                const float* context, const float* dcontext, const float* key_lse, Lepe lepe,

@@ -1,9 +1,9 @@
-// The ELFATT operation on a CPU, forward and backward: C++17 with GCC's vector extensions and OpenMP.
+// ELFATT on CPUs, forward and backward: C++17 with GCC's vector extensions and OpenMP.
 //
-// A task is one head of one image: a block, a tile of the map or a split of its tokens. It reads its tokens into
-// rows of floats, padded with zeros to whole vectors, works in the cache and writes its slice of the result. What is
-// summed over tasks goes to a place of its own for each task, so that the same input gives the same bits on any number
-// of threads. This file walks over the tasks, on all threads, for elfatt/ops/cpp/launch.py.
+// A task is one block, tile of the map or split of the tokens, for one head of one image. It reads its tokens into rows
+// of floats, zero-padded to whole vectors, works in cache and writes its slice of the result. Sums over tasks have a
+// separate buffer per task, so that results are bitwise the same on any number of threads. This file runs the tasks on
+// all threads for elfatt/ops/cpp/launch.py.
 #include <memory>
 #include <new>
 
@@ -12,12 +12,12 @@
 
 namespace {
 
-constexpr int TURN = 8;                     // tasks that a thread takes at a time, at most
-constexpr int TURNS = 8;                    // of each thread, at least: some are slower than others
+constexpr int TURN = 8;                     // maximum tasks that a thread takes at a time
+constexpr int TURNS = 8;                    // minimum turns per thread: some threads are slower
 constexpr int TASKS = 64;                   // enough for the threads of a large CPU to share
-constexpr int GROUPS[] = {32, 48, 24, 16};  // channels of a task of LePE alone
+constexpr int GROUPS[] = {32, 48, 24, 16};  // channels per task of standalone LePE
 
-// Of a map, its tasks and its two branches, as elfatt/ops/cpp/launch.py has it.
+// Sizes of the map, the tasks and both branches; mirrors _Shape in elfatt/ops/cpp/launch.py.
 struct Shape {
     int images, height, width, channels, threads, split, tile_height, tile_width;
     int heads_global, heads_local, global_channels, block_height, block_width;
@@ -32,8 +32,8 @@ void parallel(int threads, const Work& work) {
     work();
 }
 
-// The tasks from 0 on, each to one thread. Threads take several in turn where there are enough for all, and go on
-// without waiting for the others.
+// Distributes the tasks over threads, several at a time if there are enough for all; threads that finish do not wait
+// for the others.
 template <typename Work>
 void share(int64_t tasks, int threads, const Work& work) {
     if (threads == 1) {
@@ -45,7 +45,7 @@ void share(int64_t tasks, int threads, const Work& work) {
     for (int64_t i = 0; i < tasks; i++) work(i);
 }
 
-// Until what was shared is done.
+// Waits until all shared tasks are done.
 inline void wait(int threads) {
     if (threads == 1) return;
 #pragma omp barrier
@@ -55,7 +55,7 @@ typedef std::unique_ptr<float[]> Floats;
 
 inline Floats floats(int64_t size) { return Floats(size ? new float[size] : nullptr); }
 
-// LePE's nine weights and the bias of each channel as rows; nothing without LePE.
+// LePE's nine weights and bias as rows over channels; null without LePE.
 Floats lepe_rows(const float* weight, const float* bias, int channels) {
     if (!weight) return nullptr;
     Floats rows = floats(int64_t(TAPS + 1) * channels);
@@ -69,7 +69,7 @@ Floats lepe_rows(const float* weight, const float* bias, int channels) {
     return rows;
 }
 
-// One head of one part (a block, a tile, a split) of one image. Heads come first: they lie side by side in memory.
+// One head of one part (a block, tile or split) of one image. Heads vary fastest, as they are adjacent in memory.
 struct Task {
     int image, part, head;
     int64_t index;
@@ -78,7 +78,7 @@ struct Task {
 // A branch of attention, or LePE alone.
 struct Branch {
     int images, height, width, channels, threads, split;  // of the map
-    int heads, d, first;                                   // of the branch: heads, channels of each, the first channel
+    int heads, d, first;                                   // of the branch: heads, channels per head, first channel
     int part_height, part_width;                           // of a block or a tile
 
     Branch(Shape s, int heads, int width, int first, int part_height, int part_width)
@@ -109,7 +109,7 @@ struct Branch {
         if (data) data += int64_t(t.image) * height * width * stride + first + t.head * d;
         return {data, height, width, stride, width * stride, AHEAD * stride};
     }
-    // Of a task's block; memory is asked for the next task's, which the same thread takes most often.
+    // A task's block; prefetches the next task's, which the same thread usually takes.
     template <typename T>
     Map<T> block_map(T* data, int stride, Task t) const {
         const Task next = task(t.index + 1, parts());
@@ -139,7 +139,7 @@ struct Branch {
     void run(int parts, const Work& work) const {
         share(int64_t(images) * parts * heads, threads, [&](int64_t i) { work(task(i, parts)); });
     }
-    // [TAPS + 1, heads * d] from every task's [TAPS + 1, d], each in one order.
+    // Sums every task's [TAPS + 1, d] into [TAPS + 1, heads * d], in a fixed order.
     void add_sums(const Floats& tasks, float* sums) const {
         const int64_t rows = int64_t(TAPS + 1) * heads, count = int64_t(images) * parts();
         share(rows, threads, [&](int64_t row) {
@@ -260,7 +260,7 @@ void lepe_backward(Shape shape, const T* v, int stride, const T* dout, float* su
     });
 }
 
-// No exception may leave the library: whether there was memory for what is allocated before the threads start.
+// Returns 0 if an allocation before the threads start fails, since no exception may leave the library.
 template <typename Work>
 int done(const Work& work) {
     try {

@@ -1,4 +1,4 @@
-"""From tensors to calls of the C++ kernels: one for each pass, because call overhead dominates on small maps."""
+"""Call the C++ kernels: one call per pass, because call overhead dominates on small maps."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 from elfatt.ops.cpp.build import library
 
-TILE = (8, 64)  # of the map in a task, so that its rows stay in the cache
-SPLIT = 512  # tokens that a task of their own is worth
-SMALL = 4096  # elements of a map up to which one thread is done before others have begun
+TILE = (8, 64)  # tokens of the map per task; its rows fit in cache
+SPLIT = 512  # minimum tokens per split
+SMALL = 4096  # map elements up to which one thread finishes before others would start
 
 
 class _Shape(ctypes.Structure):
-    """Of a map, its tasks and, for attention, its two branches; the fields of ``Shape`` in ``kernels.cpp``."""
+    """Sizes of the map, the tasks and, for attention, both branches; mirrors ``Shape`` in ``kernels.cpp``."""
 
     _fields_ = [
         (name, ctypes.c_int)
@@ -40,7 +40,7 @@ class _Shape(ctypes.Structure):
 
 _structure = lru_cache(maxsize=1024)(_Shape)
 _INT, _ADDRESS = ctypes.c_int, ctypes.c_void_p
-_ARGUMENTS: dict[str, list[type]] = {  # behind the shape
+_ARGUMENTS: dict[str, list[type]] = {  # after the shape
     "forward": [_ADDRESS] * 8,
     "backward": [_ADDRESS] * 9,
     "lepe_forward": [_ADDRESS, _INT, *[_ADDRESS] * 4, _INT],
@@ -51,7 +51,7 @@ _ARGUMENTS: dict[str, list[type]] = {  # behind the shape
 def new_buffers(
     qkv: torch.Tensor, heads: Sequence[int], global_channels: int, block: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What ``forward`` fills: output, context, K's log-sum-exp; the scores' log-sum-exp is not needed, and empty."""
+    """Allocate the output, the context, K's log-sum-exp and the scores' log-sum-exp, which is unused and empty."""
     b, h, w, packed = qkv.shape
     width = global_channels // heads[0] if global_channels else 0
     return (
@@ -76,7 +76,7 @@ def forward(
     global_channels: int,
     block: Sequence[int],
 ) -> None:
-    """Fill ``out``, ``context`` and ``key_lse`` from the contiguous first five; ``row_lse`` is not needed."""
+    """Compute ``out``, ``context`` and ``key_lse`` from contiguous inputs; ``row_lse`` is unused."""
     _call(
         "forward", qkv.dtype, _shape(out, *heads, global_channels, *block),
         qkv, _float(weight_global), _float(bias_global), _float(weight_local), _float(bias_local),
@@ -96,7 +96,7 @@ def backward(
     global_channels: int,
     block: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of qkv and, ``[10, channels]`` in float32 for each branch with LePE, of its nine weights and bias."""
+    """Return gradients of qkv and, per branch with LePE, of its nine weights and bias: float32 ``[10, channels]``."""
     dqkv, *sums = torch.empty_like(qkv), _new_sums(weight_global), _new_sums(weight_local)
     _call(
         "backward", qkv.dtype, _shape(dout, *heads, global_channels, *block),
@@ -114,13 +114,13 @@ def lepe(
     *,
     transposed: bool = False,
 ) -> None:
-    """Fill ``out`` with ``residual + L(v)``, or with ``Lᵀ(v)``. All maps are contiguous but ``v``, a slice of one."""
+    """Write ``residual + L(v)`` or ``Lᵀ(v)`` to ``out``; maps are contiguous, except that ``v`` may be a slice."""
     arguments = v, v.stride(2), _float(weight), _float(bias), residual, out, transposed
     _call("lepe_forward", v.dtype, _shape(v), *arguments)
 
 
 def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-    """Gradients ``[10, channels]`` in float32 of LePE's nine weights and bias."""
+    """Return the float32 gradients ``[10, channels]`` of LePE's nine weights and bias."""
     sums = v.new_empty((10, v.shape[-1]), dtype=torch.float32)
     _call("lepe_backward", v.dtype, _shape(v), v, v.stride(2), dout, sums)
     return sums
@@ -128,14 +128,14 @@ def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
 
 def _shape(x, *branches):
     b, h, w, c = x.shape
-    threads = 1 if b * h * w * c <= SMALL else torch.get_num_threads()  # those of this Python thread
+    threads = 1 if b * h * w * c <= SMALL else torch.get_num_threads()  # of the calling Python thread
     return _structure(b, h, w, c, threads, SPLIT, *TILE, *branches)
 
 
 def _call(name, dtype, shape, *arguments):
-    """Tensors are passed by address; those made in an argument list live until the call returns."""
+    """Call a kernel, passing tensors by address; temporaries in the arguments live until it returns."""
     if not _function(name, dtype)(shape, *[x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]):
-        raise MemoryError("the C++ kernels found no memory for their sums")
+        raise MemoryError("the C++ kernels ran out of memory")
 
 
 @cache

@@ -1,13 +1,13 @@
-// LePE: a 3x3 depthwise convolution, its transpose and the gradients of its kernels.
+// LePE: a 3x3 depthwise convolution, its transpose and its weight gradients.
 #pragma once
 
 #include "common.h"
 
 namespace {
 
-// LePE's kernels of one head, as rows of whole vectors; nothing where there is no LePE.
+// LePE's weights and bias for one head, as rows of whole vectors; null without LePE.
 struct Lepe {
-    const float* data;  // of [10, stride]
+    const float* data;  // [10, stride]
     int stride;
     const float* rows(Scratch& scratch, int d) const {
         if (!data) return nullptr;
@@ -17,7 +17,7 @@ struct Lepe {
     }
 };
 
-// What a task walks over of a map, row by row.
+// The part of a map that a task processes, row by row.
 struct Tile {
     int top, bottom, left, right;
     int width() const { return right - left; }
@@ -27,13 +27,13 @@ struct Tile {
     }
 };
 
-// Three rows of tokens in floats, from the first token of each; before it and behind the last one lie their neighbours.
-// Handed over by value, so that no write to memory can change it.
+// Three rows of tokens in floats, as pointers to their first tokens; each row has a neighbour before and after it.
+// Passed by value, so that no store can alias it.
 struct Neighbours {
     const float* rows[3];
 };
 
-// A tile's rows with their neighbours, each row read once; beyond the map lie zeros.
+// Sliding window over a tile's rows and their neighbours, each row read once; zero outside the map.
 template <typename T>
 class Window {
 public:
@@ -82,7 +82,7 @@ void add_convolution(Neighbours near, int width, int lanes, const float* kernels
     }
 }
 
-// Adds the gradients of the kernels and of the bias from one row of v and three of the output's gradient.
+// Adds weight and bias gradients from one row of v and three of the output's gradient.
 void add_kernel_gradient(Neighbours gradient, int width, int lanes, const float* v, float* sums) {
     for (int i = 0; i < lanes; i += LANES) {
         Vec totals[TAPS + 1];

@@ -5,7 +5,7 @@
 
 namespace {
 
-// What a map has of one block. The zeros that the block has beyond the map are keys whose score and value is zero.
+// The part of a block inside the map. The block's `zeros` tokens beyond it are keys of zero score and value.
 struct Block {
     int y, x, height, width, zeros;
     Block(int map_height, int map_width, int bh, int bw, int index)
@@ -44,7 +44,7 @@ void local_out(const Head<const T>& in, Map<T> out, int d, int zeros, Lepe lepe)
     out.write_from(rows, d);
 }
 
-// dQ, dK, dV, and this block's sums for LePE's kernels.
+// Computes dQ, dK, dV and this block's gradients of LePE's weights.
 template <typename T>
 void local_gradient(const Head<const T>& in, Map<const T> dout, const Head<T>& out, int d, int zeros, Lepe lepe,
                     float* sums) {

@@ -1,8 +1,8 @@
 """Kernels of the global branch: ``softmax_features(Q) · (softmax_tokens(K)ᵀ V) + L(V)``.
 
 Backward, with ``P = softmax(Q)``, ``N = softmax(K)``, ``A = NᵀV``, and dO the gradient of the output:
-``dA = Pᵀ dO``, ``dP = dO Aᵀ``, ``dV = N dA``, ``dN = V dAᵀ``; the sums of ``N ⊙ dN`` over the tokens, which the softmax
-of K needs, are the row sums of ``A ⊙ dA``, so K needs no pass of its own. LePE's part of dV is ``lepe.py``'s.
+``dA = Pᵀ dO``, ``dP = dO Aᵀ``, ``dV = N dA``, ``dN = V dAᵀ``. The softmax of K needs the sums of ``N ⊙ dN`` over the
+tokens; they equal the row sums of ``A ⊙ dA``, which saves a pass over K. ``lepe.py`` adds LePE's part of dV.
 """
 
 import triton
@@ -14,7 +14,7 @@ from elfatt.ops.triton.lepe import load_taps, map_lepe, map_tile
 
 @triton.jit
 def feature_softmax(q, lanes):
-    """Softmax over the channels, in float32."""
+    """Return the softmax over channels, in float32."""
     q = tl.where(lanes[None, :], widen(q), float("-inf"))
     p = tl.exp2(q * LOG2_E - (tl.max(q, axis=1) * LOG2_E)[:, None])
     return p * (1 / tl.sum(p, axis=1))[:, None]
@@ -23,8 +23,8 @@ def feature_softmax(q, lanes):
 @triton.jit(do_not_specialize=["tokens", "splits", "steps"])
 def context_kernel(
     qkv,  # [B, N, 3C]
-    context,  # [B, heads, splits, D, D] float32: softmax(K)ᵀV over the tokens of each split
-    key_lse,  # [B, heads, splits, D] float32: log2 of the sum of exp(K) over them
+    context,  # [B, heads, splits, D, D] float32: softmax(K)ᵀV of each split
+    key_lse,  # [B, heads, splits, D] float32: log2(sum(exp(K))) of each split
     tokens,
     splits,
     steps,
@@ -35,7 +35,7 @@ def context_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Partial ``softmax(K)ᵀ V`` of one head over one split of the tokens."""
+    """Compute the partial ``softmax(K)ᵀ V`` of one head over one split of the tokens."""
     pid = tl.program_id(0).to(tl.int64)
     split, head, image = (pid % splits).to(tl.int32), pid // splits % HEADS, pid // splits // HEADS
     lane = tl.arange(0, BLOCK_D)
@@ -51,11 +51,11 @@ def context_kernel(
         v = load_tile(k_base + C, token, 3 * C, lane, mask)
         k = widen(load_tile(k_base, token, 3 * C, lane, mask))
         k = tl.where((token < tokens)[:, None], k, float("-inf"))
-        # online softmax; the first step of a split has a token, so the maximum is finite from there on
+        # online softmax; the first step of each split has a token, so the maximum is finite
         larger = tl.maximum(largest, tl.max(k, axis=0) * LOG2_E)
         p = tl.exp2(k * LOG2_E - larger[None, :])
         shrink = tl.exp2(largest - larger)
-        total = total * shrink[None, :] + p  # added up across threads once, at the end
+        total = total * shrink[None, :] + p  # reduced across threads once, after the loop
         acc = dot(tl.trans(p).to(v.dtype), v, acc * shrink[:, None], PRECISION)
         largest = larger
     total = tl.sum(total, axis=0)
@@ -73,10 +73,10 @@ def combine_kernel(
     splits,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,  # no fewer than ``splits``
+    SPLITS: tl.constexpr,  # at least ``splits``
     TILE: tl.constexpr,
 ):
-    """Merge the splits: one program for one row of one head's context, so that few heads still fill the device."""
+    """Merge the splits, with one program per row of a head's context, so that few heads still fill the device."""
     pid = tl.program_id(0).to(tl.int64)
     feature, head = pid % D, pid // D
     lane = tl.arange(0, BLOCK_D)
@@ -115,7 +115,7 @@ def global_out_kernel(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``softmax(Q)`` times the context, plus LePE over the map."""
+    """Compute ``softmax(Q)`` times the context, plus LePE over the map."""
     pid = tl.program_id(0)
     part, head, image = pid % groups, pid // groups % HEADS, (pid // groups // HEADS).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
@@ -145,8 +145,8 @@ def global_query_gradient_kernel(
     qkv,  # [B, N, 3C]
     dout,  # [B, N, C]
     context,  # [B, heads, D, D]
-    dqkv,  # [B, N, 3C]: the part of Q is written
-    dcontext,  # [B, heads, splits, D, D] float32: PᵀdO over the tokens of each split
+    dqkv,  # [B, N, 3C]; Q's part is written
+    dcontext,  # [B, heads, splits, D, D] float32: PᵀdO of each split
     tokens,
     splits,
     steps,
@@ -157,7 +157,7 @@ def global_query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ, and the partial gradient of the context."""
+    """Compute dQ and the partial gradient of the context."""
     pid = tl.program_id(0).to(tl.int64)
     split, head, image = (pid % splits).to(tl.int32), pid // splits % HEADS, pid // splits // HEADS
     lane = tl.arange(0, BLOCK_D)
@@ -186,9 +186,9 @@ def global_query_gradient_kernel(
 def global_key_value_gradient_kernel(
     qkv,  # [B, N, 3C]
     context,  # [B, heads, D, D]
-    dcontext,  # [B, heads, parts, D, D], to be added up
+    dcontext,  # [B, heads, parts, D, D], summed over parts here
     key_lse,  # [B, heads, D]
-    dqkv,  # [B, N, 3C]: the parts of K and V are written
+    dqkv,  # [B, N, 3C]; K's and V's parts are written
     tokens,
     parts,
     splits,
@@ -200,7 +200,7 @@ def global_key_value_gradient_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK, and dV without LePE's part."""
+    """Compute dK, and dV without LePE's part."""
     pid = tl.program_id(0).to(tl.int64)
     split, head, image = (pid % splits).to(tl.int32), pid // splits % HEADS, pid // splits // HEADS
     lane = tl.arange(0, BLOCK_D)
@@ -213,10 +213,10 @@ def global_key_value_gradient_kernel(
     a = load_tile(context + which * D * D, lane, D, lane, square)
     lse = tl.load(key_lse + which * D + lane, mask=lanes, other=0.0)
     k_offset = image * tokens * (3 * C) + C + head * D
-    # dA sums over every token and N is about one over their number: both leave the range of float16
+    # dA is a sum over all tokens and N is about 1 / tokens: both exceed float16's range
     half: tl.constexpr = qkv.dtype.element_ty
     wide: tl.constexpr = tl.float32 if half == tl.float16 else half
-    # rounded before its sums are taken, so that they cancel dN where a token has all the weight
+    # round before summing, so that the sums cancel dN exactly if one token has all the weight
     if PRECISION == "tf32" and wide == tl.float32:
         da = round_to_tf32(da)
     da = da.to(wide)

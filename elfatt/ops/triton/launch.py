@@ -1,8 +1,7 @@
-"""From tensors to launches: grids, tile sizes, buffers. Sizes depend on shapes and dtypes alone, never on values.
+"""Launch the Triton kernels: grids, tile sizes and buffers, which depend on shapes and dtypes only, never on values.
 
-What a shape needs is worked out once and kept, so that a call does little more than allocate and launch. Sums over
-tokens are taken in two stages, a partial result for each program and one reduction, without atomics: the same input
-gives the same bits.
+Launch plans are cached per shape, so that a call does little more than allocate and launch. Sums over tokens take two
+stages, a partial result per program and one reduction, without atomics: results are deterministic.
 """
 
 from __future__ import annotations
@@ -18,30 +17,30 @@ import triton
 from elfatt.ops.triton import global_branch, local_branch
 from elfatt.ops.triton.lepe import lepe_gradient_kernel, lepe_kernel
 
-WHOLE_BLOCK = 64  # tokens of a block up to which the backward pass needs nothing from the forward pass
+WHOLE_BLOCK = 64  # largest block, in tokens, whose backward pass needs no log-sum-exp from the forward pass
 TILE = 64  # tokens summed at a time
-SIDE = 8  # of the square tiles with LePE over the map: the neighbourhoods of a square's tokens overlap most
-ROWS = 4  # tokens of the strips that a thread sums LePE over
-ACROSS = 8  # strips side by side in the tiles of LePE's gradients
-LANES = 32  # channels of a program that knows no heads
-# Fewest programs, and most tiles of each. Sums over tokens: enough to fill the largest GPUs a few times over,
-# since each leaves a partial result. Independent tiles: enough programs to keep the last wave small.
+SIDE = 8  # side of the tiles with LePE over the map; squares share the most neighbours
+ROWS = 4  # tokens per strip, over which a thread sums LePE
+ACROSS = 8  # strips side by side in a tile of LePE's gradients
+LANES = 32  # channels per program in kernels without heads
+# Minimum programs and maximum tiles per program. Sums over tokens: only enough programs to fill the largest GPUs a few
+# times over, since each leaves a partial result. Independent tiles: enough programs to keep the last wave small.
 SUMS = 512, 16
 APART = 3072, 8
-COMBINED = 4, 16, 128, 1024, 2**14, 2**18  # partial contexts that a kernel of its own is compiled for
-FEW_PARTS = 8  # partial sums that every program that needs them adds up itself
-# Registers of a thread, by kernel and lanes of a row in half precision, where the compiler would take so many that too
-# few programs share a multiprocessor
+COMBINED = 4, 16, 128, 1024, 2**14, 2**18  # maximum numbers of splits that ``combine_kernel`` is specialised for
+FEW_PARTS = 8  # partial sums up to which each consumer reduces them itself
+# Register limits per thread in half precision, by kernel and lanes per row, where the compiler would use so many that
+# occupancy suffers
 REGISTERS = {
     "global_out": {64: 168},
     "local_out": {16: 128, 32: 128, 64: 168},
-    "local_out_large": {16: 168, 32: 168, 64: 168},  # of blocks that are walked over
+    "local_out_large": {16: 168, 32: 168, 64: 168},  # blocks of more than one tile
     "lepe_gradient": {16: 168, 32: 168},
 }
 
 
 class Launch(NamedTuple):
-    """A kernel with all but its tensors, which are its first arguments."""
+    """A kernel bound to all arguments but its leading tensors."""
 
     kernel: triton.JITFunction
     programs: int
@@ -57,7 +56,7 @@ def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -
     """Launch a kernel; the single launch site.
 
     Raises:
-        RuntimeError: The kernel does not compile or start, with its name and Triton's reason.
+        RuntimeError: The kernel failed to compile or launch; the message has its name and Triton's error.
     """
     try:
         kernel[(programs,)](*arguments, **constants)
@@ -71,7 +70,7 @@ def launch(kernel: triton.JITFunction, programs: int, *arguments, **constants) -
 def new_buffers(
     qkv: torch.Tensor, heads: Sequence[int], global_channels: int, block: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What ``forward`` fills: output, context, K's log-sum-exp, and the scores' where ``backward`` needs it."""
+    """Allocate the output, the context, K's log-sum-exp and, if ``backward`` needs it, the scores'."""
     b, h, w, packed = qkv.shape
     width = global_channels // heads[0] if global_channels else 0
     tokens = block[0] * block[1]
@@ -99,7 +98,7 @@ def forward(
     global_channels: int,
     block: Sequence[int],
 ) -> None:
-    """Fill the last four tensors from the contiguous first five."""
+    """Compute the last four tensors from the first five, which are contiguous."""
     if not qkv.numel():
         return
     plan = _forward_plan(qkv.shape, qkv.dtype, tuple(heads), global_channels, tuple(block), _allows_tf32())
@@ -129,7 +128,7 @@ def backward(
     global_channels: int,
     block: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of qkv and, ``[10, channels]`` in float32 for each branch with LePE, of its nine weights and bias."""
+    """Return gradients of qkv and, per branch with LePE, of its nine weights and bias: float32 ``[10, channels]``."""
     dqkv = torch.empty_like(qkv)
     channels = dout.shape[-1]
     sums = None
@@ -172,14 +171,14 @@ def lepe(
     *,
     transposed: bool = False,
 ) -> None:
-    """Fill ``out`` with ``residual + L(v)``, or with ``Lᵀ(v)``. All maps are contiguous but ``v``, a slice of one."""
+    """Write ``residual + L(v)`` or ``Lᵀ(v)`` to ``out``; maps are contiguous, except that ``v`` may be a slice."""
     if v.numel():
         with _device(v):
             _lepe_plan(v.shape, v.stride(2), transposed)(v, residual, weight, bias, out)
 
 
 def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
-    """Gradients ``[10, channels]`` in float32 of LePE's nine weights and bias."""
+    """Return the float32 gradients ``[10, channels]`` of LePE's nine weights and bias."""
     if not v.numel():
         return v.new_zeros(10, v.shape[-1], dtype=torch.float32)
     step, shape = _lepe_gradient(v.shape, v.dtype, v.stride(2), v.shape[-1], v.shape[1:3], (True, False))
@@ -191,7 +190,7 @@ def lepe_sums(v: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
 
 class _Forward(NamedTuple):
     context: Launch | None = None
-    parts: tuple[int, ...] = ()  # shape of the contexts of the splits
+    parts: tuple[int, ...] = ()  # shape of the partial contexts
     combine: Launch | None = None
     global_out: Launch | None = None
     local_out: Launch | None = None
@@ -199,13 +198,13 @@ class _Forward(NamedTuple):
 
 class _Backward(NamedTuple):
     global_query: Launch | None = None
-    parts: tuple[int, ...] = ()  # shape of the gradients of the context from the splits
+    parts: tuple[int, ...] = ()  # shape of the partial context gradients
     global_key_value: Launch | None = None
     local: Launch | None = None
     local_query: Launch | None = None
     local_key_value: Launch | None = None
     lepe: Launch | None = None
-    sums: tuple[int, ...] = ()  # shape of the sums of LePE's gradients
+    sums: tuple[int, ...] = ()  # shape of LePE's partial gradients
 
 
 @lru_cache(4096)
@@ -215,7 +214,7 @@ def _forward_plan(shape, dtype, heads, global_channels, block, tf32):
     if global_channels:
         outer, width = b * heads[0], global_channels // heads[0]
         constants = {"C": channels, "HEADS": heads[0], **_head(dtype, width, tf32)}
-        # maxima and shrunken sums are each step's: long steps, where two tiles of K and V fit
+        # each step rescales the sums: use long steps if two tiles of K and V fit
         tile = 2 * TILE if constants["BLOCK_D"] * dtype.itemsize <= 64 else TILE
         splits, steps = _groups(outer, _cdiv(h * w, tile), *SUMS)
         plan["parts"] = b, heads[0], splits, width, width
@@ -304,7 +303,7 @@ def _lepe_plan(shape, stride, transposed):
 
 @lru_cache(4096)
 def _lepe_gradient(shape, dtype, stride, split, block, lepes):
-    """The launch for the ``split`` first channels, with LePE over the map, and the others; the shape of its sums."""
+    """Return the launch, for ``split`` channels with LePE over the map before those in blocks, and its sums' shape."""
     b, h, w, channels = shape
     lanes = 16 if any(n % 32 and not n % 16 for n in (split, channels - split)) else LANES
     across, down = ACROSS, 512 // lanes // ACROSS
@@ -331,25 +330,25 @@ def _local(dtype, channels, heads, first, block, tf32):
 
 
 def _places(block, rows):
-    """Of the strips that cover a block."""
+    """Return the places in the strips that cover a block."""
     return _cdiv(block[0], rows) * rows * block[1]
 
 
 def _covered(places):
-    """Places of the tiles that cover so many."""
+    """Return the places in the tiles that cover ``places``."""
     return _padded(places) if places <= WHOLE_BLOCK else _cdiv(places, WHOLE_BLOCK) * WHOLE_BLOCK
 
 
 def _head(dtype, width, tf32):
-    """What every kernel is told of a head. Warps share the registers of wide rows, and repeat work on narrow ones.
+    """Return a head's kernel constants. More warps share the registers of wide rows but repeat work on narrow ones.
 
-    Float32 operands reach the tensor cores as TF32 only where PyTorch's products may use it, else as three TF32
-    products each, as exact as float32's own; tensors in float16 have such operands in one kernel.
+    Float32 matmuls use TF32 only if PyTorch's may, otherwise three TF32 products each, which are as accurate as
+    float32. One kernel has such matmuls for float16 tensors too.
     """
     lanes = _padded(width)
     precision = "tf32" if dtype != torch.float32 or tf32 else "tf32x3"
     warps = 8 if lanes * dtype.itemsize > 128 else 4
-    # asked for all registers, for ptxas settles for 32 and thousands of spilled bytes where three products do not fit
+    # request all registers: if three products do not fit, ptxas settles for 32 and spills kilobytes
     most = {"maxnreg": 255} if precision == "tf32x3" else {}
     return {"D": width, "BLOCK_D": lanes, "PRECISION": precision, "num_warps": warps, **most}
 
@@ -360,22 +359,22 @@ def _registers(kernel, dtype, lanes):
 
 
 def _block_tiles(dtype, constants):
-    """Places of a block that a program owns, and that it walks over at a time."""
+    """Return how many places of a block a program owns, and how many it loads per step."""
     places, lanes = constants["PLACES"], constants["BLOCK_D"]
     if places <= WHOLE_BLOCK:
         return _padded(places), _padded(places)
-    # 128 read the block half as often, where they waste no more of their last tile and registers allow
+    # 128 rereads the block half as often, if the last tile wastes no more and registers allow
     return 128 if _cdiv(places, 64) % 2 == 0 and lanes * dtype.itemsize <= 64 else 64, 32
 
 
 def _block_groups(dtype, outer, tiles):
-    if dtype == torch.float32:  # which fills the registers with one
+    if dtype == torch.float32:  # one tile fills the registers
         return tiles, 1
     return _groups(outer, tiles, *APART)
 
 
 def _groups(outer, inner, programs, most):
-    """Into how many groups of how many the inner tiles go, one program each, for each of the outer items."""
+    """Return the number of groups (one program each, per outer item) and the inner tiles per group."""
     group = 1
     while group < min(most, inner) and outer * _cdiv(inner, 2 * group) >= programs:
         group *= 2
@@ -388,17 +387,17 @@ def _cdiv(a, b):
 
 
 def _power(length):
-    """The next power of two."""
+    """Return the next power of two."""
     return 1 << (length - 1).bit_length()
 
 
 def _padded(length):
-    return max(16, _power(length))  # the least side of a matrix product
+    return max(16, _power(length))  # minimum side of ``tl.dot``
 
 
 def _allows_tf32():
     matmul = torch.backends.cuda.matmul
-    # asking for the old flag fails once the new one (torch 2.9) was set
+    # reading the old flag fails once the new one (torch 2.9) is set
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 

@@ -1,4 +1,4 @@
-"""LePE, the depthwise 3×3 of V, inside the kernels of both branches; its gradients."""
+"""LePE (3×3 depthwise convolution of V), fused into both branches' kernels, and its gradients."""
 
 import triton
 import triton.language as tl
@@ -8,20 +8,20 @@ from elfatt.ops.triton.common import advance, load_tile, store_tile, trips, wide
 
 @triton.jit
 def strip_tokens(index, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Row and column of tokens ``index`` of a tile, in the order of its strips of ROWS tokens, COLUMNS side by side."""
+    """Return rows and columns of tokens ``index`` of a tile, in order of its strips: ROWS tokens, COLUMNS abreast."""
     strip = index // ROWS
     return strip // COLUMNS * ROWS + index % ROWS, strip % COLUMNS
 
 
 @triton.jit
 def within(place, first, end):
-    """``first <= place < end`` in one comparison, for no ``end`` before ``first``."""
+    """Return ``first <= place < end`` in one comparison; requires ``first <= end``."""
     return (place - first).to(tl.uint32) < (end - first).to(tl.uint32)
 
 
 @triton.jit
 def load_taps(weight, bias, lane, lanes, TRANSPOSED: tl.constexpr = False):
-    """The nine weights of each lane, ``[1, lanes]`` each, and the bias or zero: once for all of a program's tiles."""
+    """Load the nine weights, ``[1, lanes]`` each, and the bias or zeros, once for all of a program's tiles."""
     taps = ()
     for tap in tl.static_range(9):
         w = tl.load(weight + lane * 9 + (8 - tap if TRANSPOSED else tap), mask=lanes, other=0.0)
@@ -35,17 +35,17 @@ def load_taps(weight, bias, lane, lanes, TRANSPOSED: tl.constexpr = False):
 
 @triton.jit
 def add_row(out, tokens, taps, ROW: tl.constexpr):
-    """``out`` with three neighbours, side by side, added to it."""
+    """Add the weighted sum of three horizontal neighbours to ``out``."""
     return out + tokens[0] * taps[3 * ROW] + tokens[1] * taps[3 * ROW + 1] + tokens[2] * taps[3 * ROW + 2]
 
 
 @triton.jit
 def lepe(v, y, x, top, left, bottom, right, width, taps, lane, lanes, STRIDE: tl.constexpr, ROWS: tl.constexpr):
-    """``L(v)`` for strips of ROWS tokens, the first of them (y, x), each below the one before.
+    """Return ``L(v)`` for vertical strips of ROWS tokens starting at (y, x).
 
-    V is zero outside the area [top, bottom) × [left, right). A thread sums whole strips, so that a read serves up to
-    three of its tokens: else addresses and conversions take longer than memory does. The sums are apart from those
-    of the attention, whose registers are laid out for the tensor cores: one sum is laid out anew, not nine tiles.
+    V is zero outside [top, bottom) × [left, right). A thread sums whole strips, so that a load serves up to three of
+    its tokens; otherwise addressing and conversion would cost more than memory access. Sums are separate from the
+    attention's, whose register layout suits the tensor cores, so that one sum changes layout instead of nine tiles.
     """
     out = (tl.zeros([y.shape[0], lane.shape[0]], tl.float32) + taps[9],) * ROWS
     place = v + ((y - 1) * width + x)[:, None] * STRIDE + lane[None, :]
@@ -68,7 +68,7 @@ def lepe(v, y, x, top, left, bottom, right, width, taps, lane, lanes, STRIDE: tl
 
 @triton.jit
 def map_tile(row, column, height, width, SIDE: tl.constexpr, ROWS: tl.constexpr):
-    """A square tile of the map: its tokens in the order of its strips, and which of them exist."""
+    """Return the tokens of a square tile of the map, in strip order, and a mask of those that exist."""
     y, x = strip_tokens(tl.arange(0, SIDE * SIDE), SIDE, ROWS)
     y, x = row * SIDE + y, column * SIDE + x
     return y * width + x, (y < height) & (x < width)
@@ -78,7 +78,7 @@ def map_tile(row, column, height, width, SIDE: tl.constexpr, ROWS: tl.constexpr)
 def map_lepe(
     v, row, column, height, width, taps, lane, lanes, STRIDE: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr
 ):
-    """LePE over the map of a square tile's tokens."""
+    """Return LePE over the map for the tokens of a square tile."""
     y, x = strip_tokens(tl.arange(0, SIDE * SIDE // ROWS) * ROWS, SIDE, ROWS)
     y, x = row * SIDE + y, column * SIDE + x
     return lepe(v, y, x, 0, 0, height, width, width, taps, lane, lanes, STRIDE, ROWS)
@@ -86,8 +86,8 @@ def map_lepe(
 
 @triton.jit
 def stack(rows, ROWS: tl.constexpr):
-    """One tile of the rows [strips, lanes] of its strips, by registers alone."""
-    tl.static_assert(ROWS == 1 or (ROWS == 2 or ROWS == 4))  # Triton 3.3 knows no chains of three
+    """Interleave the strips' rows [strips, lanes] into one tile, in registers."""
+    tl.static_assert(ROWS == 1 or (ROWS == 2 or ROWS == 4))  # Triton 3.3 does not support chains of three
     if ROWS == 1:
         tile = rows[0]
     elif ROWS == 2:
@@ -116,7 +116,7 @@ def lepe_kernel(
     LANES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """LePE over the map, for attention that runs elsewhere."""
+    """Compute LePE over the map, for attention that runs elsewhere."""
     PARTS: tl.constexpr = (C + LANES - 1) // LANES
     pid = tl.program_id(0)
     tile, part, image = pid % tiles, pid // tiles % PARTS, (pid // tiles // PARTS).to(tl.int64)
@@ -142,17 +142,17 @@ def lepe_gradient_kernel(
     dout,  # [B, N, C]
     weight_map,  # [SPLIT, 9] or None
     weight_block,  # [C - SPLIT, 9] or None
-    dv,  # [B, N, ...], tokens V_STRIDE apart: Lᵀ(dO) is added; or None
-    sums,  # [B * groups, 10, C] float32, written: gradients of the nine weights and the bias
+    dv,  # [B, N, ...], tokens V_STRIDE apart, or None; Lᵀ(dO) is added
+    sums,  # [B * groups, 10, C] float32, written: gradients of the nine weights and bias
     height,
     width,
     groups,
     map_group,
     block_group,
     C: tl.constexpr,
-    SPLIT: tl.constexpr,  # channels of the branch whose LePE is over the map, before those of the other, in blocks
-    MAP_PARTS: tl.constexpr,  # of LANES channels; none without LePE
-    PARTS: tl.constexpr,  # with those of the blocks
+    SPLIT: tl.constexpr,  # leading channels, with LePE over the map; the others have it in blocks
+    MAP_PARTS: tl.constexpr,  # parts of LANES channels over the map; 0 without LePE
+    PARTS: tl.constexpr,  # including parts in blocks
     V_STRIDE: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
@@ -161,12 +161,12 @@ def lepe_gradient_kernel(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Sums over tiles of ACROSS × DOWN strips, each inside one block; LePE over the map is LePE in one block.
+    """Sum LePE's gradients over tiles of ACROSS × DOWN strips, each strip inside one block or the map.
 
-    A kernel of its own, although it reads V and the gradient once more: its weights and ten running sums would take the
-    registers of the attention's gradients, and adding them up across threads, here done once, costs as much as a tile.
+    A separate kernel, although it rereads V and the gradient: its weights and ten running sums would need the registers
+    of the attention's gradients, and reducing them across threads, done once here, costs as much as a tile.
     """
-    IN_BLOCK: tl.constexpr = (BH + ROWS - 1) // ROWS  # strips below one another
+    IN_BLOCK: tl.constexpr = (BH + ROWS - 1) // ROWS  # strips per block, vertically
     pid = tl.program_id(0)
     part, group, image = pid % PARTS, pid // PARTS % groups, (pid // PARTS // groups).to(tl.int64)
     in_map = part < MAP_PARTS
@@ -193,7 +193,7 @@ def lepe_gradient_kernel(
     total = zero
     count = tl.minimum(size, tl.cdiv(strips, DOWN) * columns - group * size)
     for _step in tl.range(0, trips(count), num_stages=1):
-        strip = row * DOWN + index // ACROSS  # past the last one, below the map
+        strip = row * DOWN + index // ACROSS  # may be past the last one, below the map
         x = column * ACROSS + index % ACROSS
         top, left = tl.where(in_map, 0, strip // IN_BLOCK * BH), tl.where(in_map, 0, x // BW * BW)
         y = tl.where(in_map, strip * ROWS, top + strip % IN_BLOCK * ROWS)
@@ -237,7 +237,7 @@ def lepe_gradient_kernel(
 
 @triton.jit
 def replace(found, AT: tl.constexpr, here, dos):
-    """``found`` with three of its sums grown."""
+    """Return ``found`` with three of its sums updated."""
     return (
         found[:AT]
         + (found[AT] + here * dos[0], found[AT + 1] + here * dos[1], found[AT + 2] + here * dos[2])

@@ -1,8 +1,8 @@
 """Kernels of the local branch: ``softmax(Q Kᵀ / √d) V + L(V)`` inside blocks of ``BH × BW`` tokens.
 
-A block that leaves the map is zero there and its zero keys take part in the softmax; its zero queries have neither an
-output nor a gradient. Blocks of up to 64 tokens have one backward kernel, in which a program holds its whole block;
-larger ones have two, as in FlashAttention-2 (Dao, arXiv 2307.08691). LePE's part of dV is ``lepe.py``'s.
+Blocks are zero-padded beyond the map: padding keys take part in the softmax, padding queries have no output and no
+gradient. Blocks of up to 64 tokens use one backward kernel with a whole block per program; larger ones use two, as in
+FlashAttention-2 (Dao, arXiv 2307.08691). ``lepe.py`` adds LePE's part of dV.
 """
 
 import triton
@@ -14,10 +14,10 @@ from elfatt.ops.triton.lepe import lepe, load_taps, strip_tokens
 
 @triton.jit
 def block_tokens(index, row, column, height, width, BH: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr):
-    """Locate places of a block, in the order of its strips.
+    """Locate places of a block, in strip order.
 
     Returns:
-        Their tokens in the map, whether these exist, whether the block has the places, and their tokens in the block.
+        Tokens in the map, a mask of those inside the map, a mask of those inside the block, and tokens in the block.
     """
     y, x = strip_tokens(index, BW, ROWS)
     top, left = row * BH, column * BW
@@ -30,7 +30,7 @@ def block_lepe(
     v, start, row, column, height, width, taps, lane, lanes,
     STRIDE: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """LePE of COUNT places of a block, from ``start`` on."""
+    """Return LePE of COUNT places of a block, from ``start`` on."""
     top, left = row * BH, column * BW
     bottom, right = tl.minimum(top + BH, height), tl.minimum(left + BW, width)
     y, x = strip_tokens(start + tl.arange(0, COUNT // ROWS) * ROWS, BW, ROWS)
@@ -39,7 +39,7 @@ def block_lepe(
 
 @triton.jit
 def scores(q, k, inside, PRECISION: tl.constexpr):
-    """Scores, not yet scaled, of all queries and the keys, of which only those ``inside`` the block exist."""
+    """Return unscaled scores, -inf for keys not ``inside`` the block."""
     s = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), PRECISION)
     return tl.where(inside[None, :], s, float("-inf"))
 
@@ -50,7 +50,7 @@ def local_out_kernel(
     weight,  # [heads * D, 9] or None
     bias,  # [heads * D] or None
     out,  # [B, N, C]
-    row_lse,  # [B, heads, blocks, BH * BW] float32 or None: log2 of the sum of exp(scores)
+    row_lse,  # [B, heads, blocks, BH * BW] float32 or None: log2(sum(exp(scores)))
     height,
     width,
     groups,
@@ -68,7 +68,7 @@ def local_out_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Softmax attention in blocks, plus LePE in each block."""
+    """Compute softmax attention plus LePE in each block."""
     TILES: tl.constexpr = (PLACES + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     part, head, image = pid % groups, pid // groups % HEADS, (pid // groups // HEADS).to(tl.int64)
@@ -79,7 +79,7 @@ def local_out_kernel(
     v_base = q_base + 2 * C
     out += image * height * width * C + FIRST + head * D
     WHOLE: tl.constexpr = PLACES <= BLOCK_N  # one tile holds the block
-    if WHOLE and weight is not None:  # the walk over the keys has no registers to keep them in
+    if WHOLE and weight is not None:  # the loop over keys has no registers left for them
         taps = load_taps(weight, bias, head * D + lane, lanes)
     columns = tl.cdiv(width, BW)
     blocks = tl.cdiv(height, BH) * columns
@@ -148,10 +148,10 @@ def local_gradient_kernel(
     ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # places of a block, to the next power of two
+    BLOCK_T: tl.constexpr,  # places per block, padded to a power of two
     PRECISION: tl.constexpr,
 ):
-    """The whole gradient of one block and head; softmax is recomputed, nothing kept from the forward pass."""
+    """Compute all gradients of one block and head; the softmax is recomputed."""
     pid = tl.program_id(0)
     part, head, image = pid % groups, pid // groups % HEADS, (pid // groups // HEADS).to(tl.int64)
     lane = tl.arange(0, BLOCK_D)
@@ -189,8 +189,8 @@ def local_query_gradient_kernel(
     qkv,  # [B, N, 3C]
     dout,  # [B, N, C]
     row_lse,  # [B, heads, blocks, BH * BW]
-    row_sum,  # [B, heads, blocks, BH * BW] float32, written: the rows' sums of P ⊙ dP
-    dqkv,  # [B, N, 3C]: the part of Q is written
+    row_sum,  # [B, heads, blocks, BH * BW] float32, written: row sums of P ⊙ dP
+    dqkv,  # [B, N, 3C]; Q's part is written
     height,
     width,
     C: tl.constexpr,
@@ -206,7 +206,7 @@ def local_query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The keys are walked over twice: the rows' sums of P ⊙ dP cannot come from the output, which holds LePE too."""
+    """Compute dQ in two passes over the keys: the output includes LePE, so row sums of P ⊙ dP need their own."""
     TILES: tl.constexpr = (PLACES + BLOCK_M - 1) // BLOCK_M
     columns = tl.cdiv(width, BW)
     blocks = tl.cdiv(height, BH) * columns
@@ -256,7 +256,7 @@ def local_key_value_gradient_kernel(
     dout,  # [B, N, C]
     row_lse,  # [B, heads, blocks, BH * BW]
     row_sum,  # [B, heads, blocks, BH * BW]
-    dqkv,  # [B, N, 3C]: the parts of K and V are written
+    dqkv,  # [B, N, 3C]; K's and V's parts are written
     height,
     width,
     C: tl.constexpr,
@@ -272,7 +272,7 @@ def local_key_value_gradient_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK, and dV without LePE's part, of blocks beyond 64 tokens."""
+    """Compute dK, and dV without LePE's part, for blocks of more than 64 tokens."""
     TILES: tl.constexpr = (PLACES + BLOCK_N - 1) // BLOCK_N
     columns = tl.cdiv(width, BW)
     blocks = tl.cdiv(height, BH) * columns
