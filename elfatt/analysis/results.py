@@ -66,8 +66,17 @@ def save_rows(
     run["rows"] = list(known.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    unfinished.write_text(_one_line_per_row(runs))
     os.replace(unfinished, path)
+
+
+def _one_line_per_row(runs: list[dict[str, Any]]) -> str:
+    texts = []
+    for run in runs:
+        head = json.dumps({name: value for name, value in run.items() if name != "rows"}, indent=1)
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in run["rows"])
+        texts.append(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}')
+    return '{"runs": [\n' + ",\n".join(texts) + "\n]}\n"
 
 
 def _is_older(run: dict[str, Any], head: dict[str, Any]) -> bool:
