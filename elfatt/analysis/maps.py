@@ -14,7 +14,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -33,6 +33,7 @@ from elfatt.checkpoints import load_checkpoint
 from elfatt.data.images import list_images, read_image
 
 STAGE = re.compile(r"stages\.(\d+)\.")
+LEAST_SIDE = 64  # pixels: the last stage has four tokens
 
 
 @dataclass
@@ -110,13 +111,16 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.output.suffix != ".png":
         raise ValueError(f"--output {args.output} must end in .png")
-    if args.side < 32:
-        raise ValueError(f"--side must be at least 32, got {args.side}")
+    if args.side < LEAST_SIDE:
+        raise ValueError(f"--side must be at least {LEAST_SIDE}, got {args.side}")
     if args.checkpoints and len(args.checkpoints) != len(args.models):
         raise ValueError(f"{len(args.checkpoints)} --checkpoints for {len(args.models)} --models: pass one per model")
     files = [file for path in args.images for file in (list_images(path)[0].values() if path.is_dir() else [path])]
     if not files:
         raise ValueError(f"{' '.join(map(str, args.images))} contains no images")
+    if args.query:
+        for file in files:
+            locate(args.query, read_image(file).size)
     checkpoints = args.checkpoints or [None] * len(args.models)
     subjects = [load(name, file) for name, file in zip(args.models, checkpoints, strict=True)]
     sheet = []
@@ -142,9 +146,10 @@ def load(text: str, checkpoint: Path | None) -> Subject:
     if text.endswith(".py"):
         from elfatt.integrations.mm_models import load_model
 
-        model = load_model(Path(text), "cpu").get_submodule("backbone")
-        if checkpoint:
-            load_checkpoint(model, checkpoint)
+        model: Any = load_model(Path(text), "cpu").get_submodule("backbone")
+        if checkpoint:  # of a classifier, a backbone or a whole dense model
+            model.init_cfg = {"type": "Pretrained", "checkpoint": str(checkpoint)}
+            model.init_weights()
         subject = Subject(Path(text).stem, model, is_classifier=False)
     else:
         name, options = parse_model(text)

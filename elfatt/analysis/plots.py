@@ -105,7 +105,8 @@ def draw_rivals(rows: list[dict[str, Any]], path: Path) -> bool:
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("published top-1 at 224×224, %")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8)
     return _save(figure, path)
 
 
@@ -172,12 +173,16 @@ FIGURES = {
 
 
 def _join_sizes(runs: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Join the rows of scaling runs that differ only in batch size and number of rounds."""
+    """Join the rows of scaling runs of the same models at other sizes, whatever their batch and number of rounds."""
     found: dict[str, list] = {}
     for run in runs:
         if run["kind"] == "scaling":
             settings = {k: v for k, v in run["settings"].items() if k not in ("batch_size", "repeats", "warm_up")}
-            found.setdefault(repr((settings, run["environment"])), []).extend(run["rows"])
+            models = sorted({(row["model"], row["attention"]) for row in run["rows"]})
+            key, sizes = repr((settings, run["environment"], models)), {_pixels(row) for row in run["rows"]}
+            if sizes & {_pixels(row) for row in found.get(key, [])}:
+                key += f" {id(run)}"  # the same sizes again: a figure of its own
+            found.setdefault(key, []).extend(run["rows"])
     return list(found.values())
 
 

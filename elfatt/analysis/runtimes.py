@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,14 +17,16 @@ from typing import Any
 
 import torch
 
+from elfatt import __version__
 from elfatt.analysis.arguments import add_speed_arguments, apply_speed_arguments
 from elfatt.analysis.edge import set_mode
 from elfatt.analysis.environment import describe_environment, machine_name
 from elfatt.analysis.results import RESULTS, format_number, save_rows, to_markdown
 from elfatt.analysis.rows import Row, select_rows
 from elfatt.analysis.tables import fit_row
-from elfatt.analysis.timing import REFUSALS, RunSpec, check_numerics, numerics_shape, random_images, time_in_turns
+from elfatt.analysis.timing import RunSpec, check_numerics, numerics_shape, random_images, time_in_turns
 from elfatt.export import RUNTIMES, export
+from elfatt.export.runtimes import find_trtexec, trtexec
 
 KEY = ("table", "name", "runtime", "mode")
 PYTORCH: dict[str, dict[str, Any]] = {  # eager PyTorch ops, this package's kernels, and both compiled
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.modes and not shutil.which("nvpmodel"):
         raise ValueError(f"--modes {args.modes} needs a Jetson's nvpmodel: omit it")
+    if args.compile or args.cuda_graphs:
+        raise ValueError("--compile and --cuda-graphs do not apply: choose columns with --runtimes")
     settings = {**apply_speed_arguments(args), "table": args.table}
     path = args.results or RESULTS / f"{machine_name(args.device)}.json"
     chosen = args.runtimes or [*PYTORCH, *EXPORTED]
@@ -88,12 +91,12 @@ def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Na
                 batch = rows[key]["batch_size"] = fit_row(model, how, args)[0]
                 passes[key] = prepare(model, runtime, batch, args)
                 passes[key]()
-            except (ValueError, *REFUSALS) as error:
-                rows[key]["refused"] = str(error)
+            except Exception as error:  # runtimes raise types of their own
+                rows[key]["refused"] = reason = " ".join(str(error).split()) or type(error).__name__
                 passes.pop(key, None)
-                if str(error) not in said:  # one line per missing runtime
-                    print(f"{runtime}: {error}", file=sys.stderr)
-                    said.add(str(error))
+                if reason not in said:  # one line per missing runtime
+                    print(f"{runtime}: {reason}", file=sys.stderr)
+                    said.add(reason)
     engines = {key: passes.pop(key) for key in list(passes) if key[1] == "tensorrt"}
     timings = time_in_turns(passes, args.repeats, args.warm_up, args.device)
     for key, timing in timings.items():
@@ -101,7 +104,11 @@ def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Na
         rows[key]["images_per_s"] = batch / timing.median
         rows[key]["images_per_s_quartiles"] = [batch / timing.high, batch / timing.low]
     for key, engine in engines.items():
-        rows[key]["images_per_s"] = rows[key]["batch_size"] / engine()
+        try:
+            rows[key]["images_per_s"] = rows[key]["batch_size"] / engine()
+        except RuntimeError as error:
+            rows[key]["refused"] = str(error)
+            print(f"tensorrt: {error}", file=sys.stderr)
     for (_, runtime), row in rows.items():
         vanilla = next((rows[m.name, runtime] for m in models if m.is_vanilla), {})
         if "images_per_s" in row and "images_per_s" in vanilla and row["batch_size"] == vanilla["batch_size"]:
@@ -119,7 +126,9 @@ def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> C
         return how.prepare(module, shape)
     if args.device == "cuda" and runtime in ("onnx", "openvino"):
         raise ValueError(f"{runtime} runs on the CPU: pass --device cpu")
-    path = args.folder / f"{model.config}{RUNTIMES[runtime].suffix}"
+    if runtime == "tensorrt":
+        find_trtexec()
+    path = args.folder / f"{model.config}-{__version__}-torch{torch.__version__}{RUNTIMES[runtime].suffix}"
     if not path.exists():
         torch.manual_seed(0)
         export(model.build("cpu"), runtime, path, model.img_size)
@@ -130,9 +139,7 @@ def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> C
 
 def engine_seconds(path: Path, shape: tuple[int, ...]) -> float:
     """Return the median seconds of a TensorRT engine's forward pass, measured by ``trtexec``."""
-    command = ["trtexec", f"--loadEngine={path}", f"--shapes=image:{'x'.join(map(str, shape))}"]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
-    found = TRT_MEDIAN.search(out)
+    found = TRT_MEDIAN.search(trtexec([f"--loadEngine={path}", f"--shapes=image:{'x'.join(map(str, shape))}"]))
     if not found:
         raise RuntimeError(f"trtexec printed no median GPU compute time for {path}")
     return float(found[1]) / 1e3

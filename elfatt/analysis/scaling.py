@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Benchmark every model at every size; models at one size are timed in turns."""
     if args.rivals:
-        args.models = [*args.models, *RIVALS]
+        args.models = list(dict.fromkeys([*args.models, *RIVALS]))
     for text in args.models:
         check_model(parse_model(text)[0])
     baseline = args.baseline or next((name for name in args.models if name.endswith("_global")), args.models[0])

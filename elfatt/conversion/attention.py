@@ -134,7 +134,9 @@ def _attend_blocks(q, k, v, *, size, side, prefix, backend):
 
     def with_prefix(x):
         blocks = cut(x)
-        return torch.cat([x[:, :prefix].repeat_interleave(len(blocks) // len(x), dim=0), blocks], dim=1)
+        if not prefix:
+            return blocks
+        return torch.cat([x[:, :prefix].repeat_interleave(blocks.shape[0] // x.shape[0], dim=0), blocks], dim=1)
 
     out = softmax_attention(cut(q), with_prefix(k), with_prefix(v), backend=backend)
     out = from_blocks(out.flatten(2).unflatten(1, block), whole)[:, kept[0]][:, :, kept[1]]
@@ -164,8 +166,8 @@ def _column(x: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
 
 
 def _check(q, k, v, size, plan, prefix):
-    shapes = [tuple(x.shape) for x in (q, k, v)]
-    if len(set(shapes)) > 1 or q.ndim != 4:
+    if q.ndim != 4 or any(x.shape != q.shape for x in (k, v)):  # no set: symbolic sizes have no hash
+        shapes = [tuple(x.shape) for x in (q, k, v)]
         raise ValueError(f"q, k and v must have one shape [B, N, heads, d], got {shapes}")
     if prefix < 0 or q.shape[1] != prefix + size[0] * size[1]:
         raise ValueError(

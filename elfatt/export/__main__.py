@@ -17,7 +17,8 @@ from tqdm import tqdm
 from elfatt.backbones.zoo import check_model
 from elfatt.checkpoints import load_checkpoint
 from elfatt.data.images import list_images, read_image
-from elfatt.export import LARGEST, PRECISIONS, RUNTIMES, export, size_limit
+from elfatt.export import PRECISIONS, RUNTIMES, export, size_limit
+from elfatt.export.runtimes import UNSUPPORTED
 
 BATCH = 16  # for evaluation
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run(args)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m elfatt.export", description=__doc__.split(": ", 1)[1])
     add = parser.add_argument
     add("model", help="model in elfatt.list_models(); with --size, any timm model or a segmentor's config")
-    add("--to", required=True, choices=RUNTIMES, help="target runtime")
+    add("--to", required=True, choices=(*RUNTIMES, *UNSUPPORTED), help="target runtime")
     add("--checkpoint", type=Path, help="checkpoint (default: random weights)")
     add("--output", type=Path, help="output file (default: the model's name)")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fixed image size (default: dynamic)")
@@ -60,7 +61,11 @@ def run(args: argparse.Namespace) -> None:
         ValueError: Arguments that do not fit the model or each other.
         RuntimeError: The exported model differs from PyTorch's.
     """
+    if args.to in UNSUPPORTED:
+        raise ValueError(f"{args.to} cannot run these models: {UNSUPPORTED[args.to]}")
     is_dense = args.model.endswith(".py")
+    if args.evaluate and not args.evaluate.is_dir():
+        raise ValueError(f"--evaluate {args.evaluate} is not a folder")
     if is_dense:
         if args.evaluate or args.size is None:
             raise ValueError(f"{args.model} needs a fixed size and cannot be evaluated: pass --size, not --evaluate")
@@ -81,8 +86,9 @@ def run(args: argparse.Namespace) -> None:
     path = args.output or Path((Path(args.model).stem if is_dense else args.model) + RUNTIMES[args.to].suffix)
     for shape, difference in export(model, args.to, path, size, args.precision, images):
         print(f"{'×'.join(map(str, shape))}: differs from PyTorch by {difference:.1e}")
-    sizes = f"{size[0]}×{size[1]} pixels" if size else f"{size_limit(model)} to {LARGEST} pixels a side"
-    print(f"wrote {path}: any batch of images of {sizes}")
+    batch, side = RUNTIMES[args.to].largest
+    sizes = f"{size[0]}×{size[1]} pixels" if size else f"{size_limit(model)} to {side} pixels a side"
+    print(f"wrote {path}: batches of up to {batch} images of {sizes}")
     if data:
         run_file = RUNTIMES[args.to].load(path)
         before = accuracy(torch.inference_mode()(model), data)
@@ -106,7 +112,8 @@ def calibration_images(folder: Path, transform: Callable, limit: int) -> list[to
     files = list(list_images(folder)[0].values())
     if not files or limit < 1:
         raise ValueError(f"--calibration {folder} contains no images, or --images {limit} is below 1")
-    chosen = files[:: max(1, len(files) // limit)][:limit]
+    count = min(limit, len(files))
+    chosen = [files[i * len(files) // count] for i in range(count)]
     return [transform(read_image(file))[None] for file in chosen]
 
 

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
+from elfatt.export.trace import LARGEST
+
 OPSET = 20
-TENSORRT_BATCH, TENSORRT_SIDE = 128, 1024  # an engine reserves memory for its largest input
+TENSORRT_LARGEST = 128, 1024  # an engine reserves memory for its largest input
 Run = Callable[[torch.Tensor], np.ndarray]
 
 
@@ -112,10 +114,10 @@ def write_tensorrt(program: ExportedProgram, path: Path, precision: str = "fp32"
         (image,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
         batch, _, *sides = image.meta["val"].shape
         low = [side if isinstance(side, int) else _range(program, side).lower for side in sides]
-        high = [side if isinstance(side, int) else TENSORRT_SIDE for side in sides]
-        for name, count, (height, width) in (("min", 1, low), ("opt", 1, low), ("max", TENSORRT_BATCH, high)):
+        high = [side if isinstance(side, int) else TENSORRT_LARGEST[1] for side in sides]
+        for name, count, (height, width) in (("min", 1, low), ("opt", 1, low), ("max", TENSORRT_LARGEST[0], high)):
             command.append(f"--{name}Shapes=image:{count}x3x{height}x{width}")
-        _trtexec(command)
+        trtexec(command)
 
 
 def _range(program: ExportedProgram, side: torch.SymInt):
@@ -163,7 +165,7 @@ def load_tensorrt(path: Path) -> Run:
             source, target = Path(folder, "image.bin"), Path(folder, "output.json")
             images.contiguous().numpy().tofile(source)
             shape = "x".join(map(str, images.shape))
-            _trtexec(
+            trtexec(
                 [
                     f"--loadEngine={path}",
                     f"--shapes=image:{shape}",
@@ -180,15 +182,30 @@ def load_tensorrt(path: Path) -> Run:
     return run
 
 
-def _trtexec(options: list[str]) -> None:
+def find_trtexec() -> None:
+    """Check for TensorRT's command.
+
+    Raises:
+        RuntimeError: It is not on ``PATH``.
+    """
     if not shutil.which("trtexec"):
         raise RuntimeError("tensorrt needs trtexec: install TensorRT and put its bin folder on PATH")
+
+
+def trtexec(options: list[str]) -> str:
+    """Run ``trtexec`` and return what it prints.
+
+    Raises:
+        RuntimeError: It is not on ``PATH``, or it fails.
+    """
+    find_trtexec()
     done = subprocess.run(["trtexec", *options], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() + done.stderr.splitlines() if "[E]" in line] or [
             "no message"
         ]
         raise RuntimeError(f"trtexec failed: {lines[-1]}")
+    return done.stdout
 
 
 class Runtime(NamedTuple):
@@ -200,6 +217,7 @@ class Runtime(NamedTuple):
         write: Writer.
         load: Loader.
         dynamic: Whether dynamic height and width are supported.
+        largest: Largest batch and side in pixels of a dynamic model.
     """
 
     packages: dict[str, tuple[str, ...]]
@@ -207,6 +225,7 @@ class Runtime(NamedTuple):
     write: Callable[[ExportedProgram, Path, str, Sequence[torch.Tensor]], None]
     load: Callable[[Path], Run]
     dynamic: bool = True
+    largest: tuple[int, int] = (LARGEST, LARGEST)
 
 
 _ONNX = ("onnx", "onnxscript")
@@ -220,5 +239,8 @@ RUNTIMES = {
         load_openvino,
     ),
     "executorch": Runtime({"fp32": ("executorch",)}, ".pte", write_executorch, load_executorch, dynamic=False),
-    "tensorrt": Runtime(dict.fromkeys(("fp32", "fp16"), _ONNX), ".engine", write_tensorrt, load_tensorrt),
+    "tensorrt": Runtime(
+        dict.fromkeys(("fp32", "fp16"), _ONNX), ".engine", write_tensorrt, load_tensorrt, largest=TENSORRT_LARGEST
+    ),
 }
+UNSUPPORTED = {"coreml": "its tensors have at most five dimensions, and cutting a map into blocks needs six"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -13,6 +15,7 @@ from elfatt.attention.cswin import CSWinAttention
 from elfatt.attention.elfatt import ELFATT
 from elfatt.attention.swin import SwinAttention
 from elfatt.backbones.hierarchical import HierarchicalTransformer
+from elfatt.conversion.handle import handle_of
 from elfatt.ops import use_backend
 
 LARGEST = 4096  # pixels
@@ -40,18 +43,19 @@ def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> Expor
         size: Fixed height and width in pixels; None for dynamic sizes.
 
     Raises:
-        ValueError: Without ``size``, a model of another package or with stripes.
+        ValueError: Without ``size``, a model of another package, a converted one, or one with stripes.
     """
-    model = model.eval().requires_grad_(False)
     shape = {0: Dim("batch", min=1, max=LARGEST)}
     if size is None:
         sides = {"min": size_limit(model), "max": LARGEST}
+        if handle_of(model):
+            raise ValueError("a converted model supports a fixed image size only: pass size (--size)")
         if any(isinstance(module, CSWinAttention) and module.stripe > 1 for module in model.modules()):
             raise ValueError("CSWin's stripes support a fixed image size only: pass size (--size)")
         size = example_size(model)
         shape |= {2: Dim("height", **sides), 3: Dim("width", **sides)}
     image = torch.zeros(3, 3, *size, device=next(model.parameters()).device)
-    with use_backend("math"):
+    with frozen(model), use_backend("math"):
         program = torch.export.export(
             model, (image,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True
         )
@@ -61,6 +65,21 @@ def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> Expor
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode without gradients, and back."""
+    training = [module for module in model.modules() if module.training]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _stages(model: nn.Module) -> nn.Sequential:

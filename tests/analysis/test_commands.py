@@ -11,7 +11,7 @@ import pytest
 import timm
 from PIL import Image
 
-from elfatt.analysis import edge, report, runtimes, scaling
+from elfatt.analysis import edge, plots, report, runtimes, scaling
 from elfatt.analysis.__main__ import COMMANDS, main
 from elfatt.analysis.results import load_runs
 from elfatt.analysis.rivals import RIVALS, published_top1
@@ -46,6 +46,16 @@ def test_scaling_measures_every_model_size_and_attention(tmp_path, capsys):
         assert row["images_per_s"] == pytest.approx(1e3 / row["latency_ms"]) and row["counted_memory_mib"] > 0
     assert is_drawn(tmp_path / "curves.png")
     assert capsys.readouterr().out.count("| 64×96 |") == 4
+
+
+def test_scaling_runs_are_joined_at_other_sizes_only():
+    def run(side, batch, model="cswin_tiny_elfatt"):
+        row = {"model": model, "attention": "fa", "height": side, "width": side}
+        return {"kind": "scaling", "settings": {"batch_size": batch}, "environment": {}, "rows": [row]}
+
+    runs = [run(224, 32), run(512, 16), run(224, 4), run(768, 1, "convnext_tiny")]
+    joined = plots._join_sizes(runs)
+    assert [[row["height"] for row in rows] for rows in joined] == [[224, 512], [224], [768]]
 
 
 def test_rivals_are_timed_and_drawn_beside_models_with_options(tmp_path):

@@ -1,6 +1,7 @@
 """The ``maps`` command: Score-CAM and attention maps, on nano models and drawn images."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from elfatt.analysis import maps
 from elfatt.analysis.__main__ import main
 from elfatt.analysis.approximation import attention_map, layer_qkv
 
+ROOT = Path(__file__).resolve().parents[2]
 VANILLA = "cswin_nano_elfatt:levels=VVVV:num_classes=3"
 ELFATT = "cswin_nano_elfatt:num_classes=3"
 CLASSES = {"cat": 0, "dog": 1, "fish": 2}
@@ -45,6 +47,20 @@ def test_pictures_and_page(image, checkpoint, tmp_path):
     assert page.count('<img src="data:image/png;base64,') == 2 * 2 * 5 and "http:" not in page and "https:" not in page
     assert len(re.findall(r"r = -?[01]\.\d\d", page)) == 2 * 5  # of ELFATT's; vanilla is the reference
     assert "cat " in page and "class 0 " in page and "second" in page
+
+
+def test_a_dense_model_loads_a_checkpoint_of_any_kind(tmp_path):
+    pytest.importorskip("mmseg")
+    from elfatt.integrations.mm_models import load_model
+
+    config = ROOT / "configs" / "segmentation" / "scenes_nano.py"
+    segmentor = load_model(config, "cpu")
+    classifier = timm.create_model("cswin_nano_elfatt", num_classes=3)
+    torch.save({"state_dict": segmentor.state_dict()}, tmp_path / "segmentor.pth")
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    for name, source in (("segmentor", segmentor.backbone.features.model), ("classifier", classifier)):
+        loaded = maps.load(str(config), tmp_path / f"{name}.pth").model.features.model
+        torch.testing.assert_close(loaded.stem.conv.weight, source.stem.conv.weight)
 
 
 def test_maps_are_those_of_the_layers(image, checkpoint):
@@ -100,7 +116,7 @@ def test_score_cam_finds_what_the_class_depends_on():
         (["--models", "convnext_tiny"], "convnext_tiny has no attention layers of this package"),
         (["--models", ELFATT, "--output", "x.jpg"], "--output x.jpg must end in .png"),
         (["--models", ELFATT, "--checkpoints", "a", "b"], "2 --checkpoints for 1 --models: pass one per model"),
-        (["--models", ELFATT, "--side", "8"], "--side must be at least 32, got 8"),
+        (["--models", ELFATT, "--side", "8"], "--side must be at least 64, got 8"),
         (["--models", ELFATT, "--query", "96", "0"], "--query 96 0 is outside an image of 96×64 pixels"),
     ],
 )

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
+import elfatt
 from elfatt.backbones.zoo import model_options
 from elfatt.export import check, export, export_model, runtimes, size_limit
-from elfatt.export.__main__ import main
+from elfatt.export.__main__ import calibration_images, main
 from elfatt.integrations.mm_models import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,9 +179,37 @@ def test_tensorrt_is_asked_for_an_engine_and_its_outputs(tmp_path, monkeypatch):
     assert not (tmp_path / "other.engine").exists()
 
 
+def test_int8_of_no_finite_output_is_not_written(tmp_path, monkeypatch):
+    broken = runtimes.RUNTIMES["onnx"]._replace(load=lambda path: lambda images: np.full((len(images), 2), np.nan))
+    monkeypatch.setitem(runtimes.RUNTIMES, "onnx", broken)
+    model, images = timm.create_model("cswin_nano_elfatt", num_classes=2), [torch.randn(1, 3, 64, 64)]
+    with pytest.raises(RuntimeError, match="differs from PyTorch by nan"):
+        export(model, "onnx", tmp_path / "model.onnx", (64, 64), "int8", images)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_converted_model_at_one_size_and_the_state_of_training(tmp_path):
+    model = timm.create_model("cswin_nano_elfatt", num_classes=2).train()
+    with elfatt.convert(model, block=2):
+        with pytest.raises(ValueError, match="a converted model supports a fixed image size only"):
+            export(model, "torch-export", tmp_path / "model.pt2")
+        found = export(model, "torch-export", tmp_path / "model.pt2", (64, 96))
+    assert max(difference for _, difference in found) < 1e-5
+    assert model.training and model.stages[0].training and all(p.requires_grad for p in model.parameters())
+
+
+def test_calibration_images_are_spread_over_the_folder(tmp_path):
+    for number in range(7):
+        Image.new("L", (1, 1), number).save(tmp_path / f"{number}.png")
+    images = calibration_images(tmp_path, lambda image: torch.tensor(float(np.asarray(image).max())), 4)
+    assert [image.item() for image in images] == [0, 1, 3, 5]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--to", "coreml"], "coreml cannot run these models: its tensors have at most five dimensions"),
+        (["--to", "onnx", "--evaluate", "nowhere"], "--evaluate nowhere is not a folder"),
         (["--to", "torch-export", "--precision", "int8"], "torch-export does not support int8: choose one of fp32"),
         (["--to", "onnx", "--precision", "int8"], "int8 needs calibration images"),
         (["--to", "executorch"], "executorch in fp32 needs executorch: pip install executorch"),

@@ -31,6 +31,22 @@ def test_runtimes_take_turns_with_pytorch(tmp_path, capsys, monkeypatch):
     assert "openvino" in (tmp_path / "r.md").read_text()
 
 
+def test_a_runtime_that_fails_costs_its_own_cells(monkeypatch, capsys):
+    class Failure(Exception):
+        """Like onnxruntime's, of no common type."""
+
+    def prepare(model, runtime, batch, args):
+        if runtime == "onnx":
+            raise Failure("cannot read\nthe model")
+        return lambda: None
+
+    monkeypatch.setattr(runtimes, "prepare", prepare)
+    args = tables.argparse.Namespace(device="cpu", batch_size=1, repeats=1, warm_up=0)
+    broken, good = runtimes.measure(rows.select_rows([9], ["*-GLOBAL"])[:1], ["onnx", "eager"], "2 threads", args)
+    assert broken["refused"] == "cannot read the model" and "images_per_s" in good
+    assert capsys.readouterr().err == "onnx: cannot read the model\n"
+
+
 def test_a_batch_that_memory_does_not_hold_is_halved(monkeypatch, capsys):
     (model,) = rows.select_rows([9], ["*-GLOBAL"])
     args = tables.argparse.Namespace(device="cpu", batch_size=8, repeats=1, warm_up=0)
