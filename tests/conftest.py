@@ -9,6 +9,11 @@ from elfatt import ops
 ops.get_backend("cpp").unsupported_reason(torch.empty(1, 1, 1, 1))
 
 
+def pytest_collection_modifyitems(items):
+    """Run tests that load native runtimes (ONNX Runtime, OpenVINO) last: processes with them have crashed later."""
+    items.sort(key=lambda item: "export" in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def default_backend():
     """The programs choose one for the whole process; the next test has the old one again."""

@@ -97,7 +97,7 @@ def test_every_format_and_case_is_read(copy, opened):
 def test_missing_folders_and_splits(options, data_dir, tmp_path, fails):
     assert f"data folder {tmp_path / 'none'} does not exist" in fails(train, options(data=tmp_path / "none"))
     line = fails(train, options("--train-split", "training2"))
-    assert "no split 'training2' in" in line and "it holds train, val" in line and "--train-split" in line
+    assert "no split 'training2' in" in line and "it contains train, val" in line and "--train-split" in line
     only_train = tmp_path / "only"
     shutil.copytree(data_dir / "train", only_train / "train")
     assert "no split 'val' in" in fails(train, options(data=only_train))  # timm would evaluate on the root folder

@@ -265,8 +265,8 @@ def test_a_run_is_not_overwritten_and_a_wrong_resume_is_refused(options, tmp_pat
     resume = ["--resume", last]
     line = fails(main, options(*resume, "--model", "swin_nano_elfatt"))
     assert "is a checkpoint of cswin_nano_elfatt, not of swin_nano_elfatt" in line
-    assert "another --model-ema" in fails(main, options(*resume, "--model-ema"))
-    assert "another --amp" in fails(main, options(*resume, "--amp"))
+    assert "a different --model-ema" in fails(main, options(*resume, "--model-ema"))
+    assert "a different --amp" in fails(main, options(*resume, "--amp"))
     assert "does not fit this model" in fails(main, options(*resume, "--model-kwargs", "mlp_ratio=3"))
     torch.save({"state_dict": load(last)["state_dict"]}, tmp_path / "weights.pth")
     assert "start from it with --initial-checkpoint" in fails(
@@ -343,7 +343,7 @@ def test_a_system_without_the_resource_module_trains(options, command):
     code = "import sys\nsys.modules['resource'] = None\n"
     code += "from classification.train import main\nsys.exit(main(sys.argv[1:]))"
     process = command("classification.train", *options("--epochs", 1))
-    process["args"][1:2] = ["-c", code]
+    process["args"][1:3] = ["-c", code]
     done = subprocess.run(**process, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "images_per_s" in done.stdout and "memory_mib" not in done.stdout

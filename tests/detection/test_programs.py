@@ -209,7 +209,7 @@ def change(data, split, **fields):
     ("fields", "message"),
     [
         ({"annotations": []}, "train2017.json has no annotation of the classes"),
-        ({"images": [], "annotations": []}, "train2017.json holds no image"),
+        ({"images": [], "annotations": []}, "train2017.json contains no usable image"),
         ({"categories": [{"id": 1, "name": "person"}]}, "train2017.json names 1 of the 80 classes"),
     ],
     ids=["no instance", "no image", "one category"],
@@ -225,7 +225,7 @@ def test_evaluation_without_instances_gives_the_sign_of_no_precision(data, tmp_p
     change(data, "val2017", annotations=[])
     assert set(evaluate(data, tmp_path).values()) == {-1.0}
     change(data, "val2017", images=[])
-    with pytest.raises(ValueError, match=r"val2017\.json holds no image"):
+    with pytest.raises(ValueError, match=r"val2017\.json contains no usable image"):
         evaluate(data, tmp_path)
 
 

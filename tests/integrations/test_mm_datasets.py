@@ -69,7 +69,7 @@ def test_masks_without_an_image_are_counted(masks, warnings):
 
 def test_images_without_a_mask_and_twins_stop(masks, warnings):
     (masks / "annotations" / "training" / "2.png").unlink()
-    with pytest.raises(UserError, match=r"holds 1 of 4 images without a mask, first .*2\.jpg: add masks"):
+    with pytest.raises(UserError, match=r"contains 1 of 4 images without a mask, first .*2\.jpg: add masks"):
         open_masks(masks)
     images = masks / "images" / "training"
     for name in ("0.png", "0.webp"):

@@ -34,7 +34,7 @@ def test_wrapped_masks_are_read_and_checked(tmp_path):
     assert len(build_dataloader("mmseg", dataset).dataset) == 4 + 2 * 4
     for path in (root / "images" / "training").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match="images/training holds no image"):
+    with pytest.raises(ValueError, match="images/training contains no usable image"):
         build_dataloader("mmseg", dataset)
 
 

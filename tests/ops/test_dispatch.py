@@ -57,7 +57,7 @@ def test_flash_attn_wants_half_precision_and_small_heads(monkeypatch):
 
     single = torch.empty(1, 4, 2, 8).as_subclass(Cuda)
     wide = torch.empty(1, 4, 2, 512, dtype=torch.float16).as_subclass(Cuda)
-    for q, reason in ((single, "float16 or bfloat16, not float32"), (wide, "at most 256 channels, not 512")):
+    for q, reason in ((single, "float16 or bfloat16, not float32"), (wide, "up to 256 channels, not 512")):
         assert reason in ops.get_backend("flash_attn").unsupported_reason(q, (q.shape[-1],))
 
 

@@ -112,7 +112,7 @@ def copy(name, other):
 @pytest.mark.parametrize(
     ("damage", "path", "words"),
     [
-        (every_mask(lambda labels: 255 * (labels > 0).astype(np.uint8)), "annotations/training", "hold none"),
+        (every_mask(lambda labels: 255 * (labels > 0).astype(np.uint8)), "annotations/training", "contain none"),
         (every_mask(lambda labels: (labels > 0).astype(np.uint8)), "annotations/training", "contain only '1'"),
         (write_mask(MASK, np.zeros((128, 128), np.uint16)), MASK, "is a picture of mode I;16"),
         (turn(MASK, 3), MASK, "EXIF orientation 3"),
@@ -248,7 +248,7 @@ def test_both_files_have_the_same_categories(capsys, folder):
     assert "instances_val2017.json lists its categories in a different order" in line
     edit(folder, lambda content: content["categories"].pop(0))
     assert any(
-        "has the category nine, instances_train2017.json has not" in line for line in check(capsys, folder, *COCO)
+        "has the category nine, missing in instances_train2017.json" in line for line in check(capsys, folder, *COCO)
     )
 
 

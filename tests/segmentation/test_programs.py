@@ -99,7 +99,7 @@ def test_bad_masks_stop_with_the_file_name(data, tmp_path, fault):
         "size": r"96x64 pixels .*\.png says 64x64",
         "channels": "of mode RGB: save class indices as 8-bit grey",
         "bits": "of mode I;16: save class indices as 8-bit grey",
-        "missing": r"images/training holds 4 of 4 images without a mask, first .*0\.jpg: add masks",
+        "missing": r"images/training contains 4 of 4 images without a mask, first .*0\.jpg: add masks",
     }
     with pytest.raises(UserError, match=message[fault]):
         train.main(options(segmentation_config(tmp_path), data, tmp_path / "run"))
@@ -239,7 +239,7 @@ def test_unlabelled_images_train_and_count_nothing(data, tmp_path, weights):
 def test_a_folder_without_images_is_named(data, tmp_path):
     for path in (data / "images" / "training").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match="images/training holds no image"):
+    with pytest.raises(ValueError, match="images/training contains no usable image"):
         train.main(options(segmentation_config(tmp_path), data, tmp_path / "run"))
 
 
