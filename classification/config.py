@@ -318,7 +318,7 @@ def parse_args(
 
 def _check(args: argparse.Namespace, train: bool) -> None:
     if not args.model:
-        raise UserError("no model: pass --model NAME, or a --config that sets it")
+        raise UserError("no model: pass --model NAME, or --config FILE, such as the args.yaml of a run")
     base_name = args.model.split(".")[0]
     if not timm.is_model(base_name) and not args.model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         raise UserError(f"unknown model '{args.model}'{did_you_mean(base_name, timm.list_models())}")
@@ -347,7 +347,9 @@ def _check(args: argparse.Namespace, train: bool) -> None:
         if not 0 < low <= high:
             raise UserError(f"--{name} must be two increasing positive numbers, got {low} {high}")
     if args.warmup_epochs >= args.epochs:
-        raise UserError(f"--warmup-epochs must be below --epochs {args.epochs}, got {args.warmup_epochs}")
+        raise UserError(
+            f"--warmup-epochs must be below --epochs {args.epochs}, got {args.warmup_epochs}: pass a lower one"
+        )
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise UserError(f"--batch-size must be even with mixup or cutmix, got {args.batch_size}")
 

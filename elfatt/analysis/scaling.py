@@ -71,20 +71,22 @@ def run(args: argparse.Namespace) -> None:
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {args.plot} must end in .png, .svg or .pdf")
     settings = {**apply_speed_arguments(args), "baseline": baseline, "backward": args.backward}
-    path = args.results or RESULTS / f"{machine_name(args.device)}.json"
+    path = args.results or (None if args.count_only else RESULTS / f"{machine_name(args.device)}.json")
     head = {"kind": "scaling", "settings": settings, "environment": describe_environment(args.device)}
     rows = []
     for size in sizes:
         print(f"{size[0]}x{size[1]} pixels", file=sys.stderr)
         done = measure_size(size, baseline, args)
-        save_rows(path, head, done, KEY)
+        if path:
+            save_rows(path, head, done, KEY)
         rows += done
     print(format_rows(rows))
     if args.plot:
         from elfatt.analysis.plots import draw_scaling
 
         draw_scaling(rows, args.plot)
-    print(f"\nadded to {path}", file=sys.stderr)
+    if path:
+        print(f"\nadded to {path}", file=sys.stderr)
 
 
 def parse_model(text: str) -> tuple[str, dict[str, Any]]:

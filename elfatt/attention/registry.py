@@ -43,6 +43,7 @@ def attention_options(name: str) -> list[str]:
     """
     if name not in _ATTENTIONS:
         hint = did_you_mean(name, _ATTENTIONS) or f": choose one of {', '.join(list_attentions())}"
+        hint = {"global": ": use 'vanilla'", "local": ": use 'swin' or 'cswin'"}.get(name, hint)  # names of models
         raise ValueError(f"unknown attention {name!r}{hint}")
     return list(inspect.signature(_ATTENTIONS[name]).parameters)[2:]
 

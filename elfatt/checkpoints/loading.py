@@ -63,6 +63,7 @@ class LoadReport:
         skipped: Tensors that did not fit, as permitted by ``allow``.
         left_over: The file's names of other parts' tensors, such as a dense model's heads.
         class_to_idx: Class labels from training, if the file has them.
+        model_kwargs: Keyword arguments of the trained model, if the file has them.
     """
 
     source: str
@@ -72,6 +73,14 @@ class LoadReport:
     skipped: tuple[str, ...]
     left_over: tuple[str, ...] = ()
     class_to_idx: dict[str, int] | None = None
+    model_kwargs: dict[str, Any] | None = None
+
+    def other_options(self, given: Mapping[str, Any]) -> str | None:
+        """Return a warning if the model was trained with other keyword arguments than these."""
+        if self.model_kwargs is None or self.model_kwargs == dict(given):
+            return None
+        options = " ".join(f"{name}={value}" for name, value in self.model_kwargs.items()) or "none"
+        return f"the checkpoint was trained with other model options: pass --model-kwargs {options}"
 
 
 def published_crop(source: str, side: int) -> Crop | None:
@@ -129,6 +138,7 @@ def load_checkpoint(
         skipped,
         checkpoint.left_over,
         checkpoint.class_to_idx,
+        checkpoint.model_kwargs,
     )
 
 
@@ -190,6 +200,7 @@ class Checkpoint:
         source: Source of the weights, as in ``LoadReport``.
         weights: ``ema`` or ``raw``.
         class_to_idx: Class labels, as in ``LoadReport``.
+        model_kwargs: Model options, as in ``LoadReport``.
     """
 
     tensors: StateDict
@@ -199,6 +210,7 @@ class Checkpoint:
     source: str
     weights: str
     class_to_idx: dict[str, int] | None
+    model_kwargs: dict[str, Any] | None
 
 
 def read_checkpoint(
@@ -225,7 +237,14 @@ def read_checkpoint(
         source=noted if noted in CROPS else converted.source,
         weights="ema" if converted.averaged else weights,
         class_to_idx=_labels(content.get("class_to_idx")),
+        model_kwargs=_model_kwargs(content.get("args")),
     )
+
+
+def _model_kwargs(args: object) -> dict[str, Any] | None:
+    """Return the model's options among those of a run of ``train.py``; None for anything else."""
+    options = args.get("model_kwargs") if isinstance(args, dict) else None
+    return options if isinstance(options, dict) else None
 
 
 def _labels(classes: object) -> dict[str, int] | None:

@@ -160,8 +160,10 @@ class Calibration:
         """
         if (error is None) == (cost is None):
             raise ValueError(f"error={error} and cost={cost}: pass exactly one of them")
-        if (error is not None and not error >= 0) or (cost is not None and not 0 < cost <= 1):
-            raise ValueError(f"error={error} must be at least 0, cost={cost} in (0, 1]")
+        if error is not None and not error >= 0:
+            raise ValueError(f"error={error} must be at least 0")
+        if cost is not None and not 0 < cost <= 1:
+            raise ValueError(f"cost={cost} (the budget) must be in (0, 1]")
         if not self.layers:
             raise ValueError(f"{self.model}: no self-attention of {self.min_tokens} or more tokens was seen")
         chosen = {name: [len(self.candidates)] * len(layer.norm) for name, layer in self.layers.items()}

@@ -76,7 +76,12 @@ def run(args: argparse.Namespace) -> None:
         check_model(args.model)
         model = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs).eval()
     allow = ("auxiliary_head.",) if is_dense else ()
-    labels = load_checkpoint(model, args.checkpoint, allow=allow).class_to_idx if args.checkpoint else None
+    labels = None
+    if args.checkpoint:
+        report = load_checkpoint(model, args.checkpoint, allow=allow)
+        labels = report.class_to_idx
+        if not is_dense and (warning := report.other_options(args.model_kwargs)):
+            print(f"warning: {warning}", file=sys.stderr)
     size = tuple(args.size) if args.size else None
     transform, side = _transform(model, size, args.crop_pct)
     if (args.calibration or args.evaluate) and size is None and side < (limit := size_limit(model)):

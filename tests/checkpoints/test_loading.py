@@ -328,3 +328,14 @@ def test_a_training_checkpoint_of_a_model_with_the_same_tensors_is_refused(tmp_p
     with pytest.raises(ValueError, match="is a checkpoint of cswin_tiny_effatt, not of cswin_tiny_global"):
         load_checkpoint(other, path)
     load_checkpoint(other, path, allow=("arch",))
+
+
+def test_a_model_built_with_other_options_is_noticed(tmp_path):
+    model = timm.create_model("cswin_nano_elfatt", block_size=4, num_classes=2)
+    path = tmp_path / "trained.pth"
+    torch.save({"state_dict": model.state_dict(), "args": {"model_kwargs": {"block_size": 4}}}, path)
+    report = load_checkpoint(timm.create_model("cswin_nano_elfatt", num_classes=2), path)
+    assert report.other_options({}).endswith("other model options: pass --model-kwargs block_size=4")
+    assert report.other_options({"block_size": 4}) is None
+    torch.save(model.state_dict(), path)
+    assert load_checkpoint(model, path).other_options({}) is None

@@ -79,8 +79,8 @@ def check_recipe(values: dict, recipe: str) -> None:
 
 
 def test_table_1_has_a_config_for_each_row():
-    assert set(FILES) == set(published())
-    assert len(FILES) == 38
+    assert set(FILES) >= set(published())  # others are of mechanisms that were added
+    assert len(published()) == 38
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -96,7 +96,7 @@ def test_recipe_and_header(name):
     assert (ROOT / script).is_file() and ROOT / config == path
     assert ("finetune" in script) == (resolution == "384")
     assert hardware == "# hardware: 8 GPUs"
-    assert accuracy == f"# paper: {published()[name]} % top-1"
+    assert accuracy == (f"# paper: {published()[name]} % top-1" if name in published() else "# paper: not reported")
 
 
 @pytest.mark.parametrize("name", FILES)

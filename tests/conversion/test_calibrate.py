@@ -189,7 +189,7 @@ def test_costs_are_multiply_adds():
         ({}, "pass exactly one"),
         ({"error": 1, "cost": 1}, "pass exactly one"),
         ({"error": -1}, "error=-1 must be at least 0"),
-        ({"cost": 0}, r"cost=0 in \(0, 1\]"),
+        ({"cost": 0}, r"cost=0 \(the budget\) must be in \(0, 1\]"),
     ],
 )
 def test_a_budget_out_of_range_is_refused(budget, message):
