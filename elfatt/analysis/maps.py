@@ -1,7 +1,7 @@
 """Draw Score-CAM and attention maps of several models side by side, as a PNG and an HTML page.
 
 Attention maps are averaged over the heads of a stage's last block. r below a map is its Pearson correlation with the
-reference's map, that of the first model with vanilla attention.
+reference's map: that of the first model with vanilla attention, else of the first model.
 """
 
 from __future__ import annotations

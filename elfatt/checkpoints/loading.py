@@ -36,7 +36,10 @@ IGNORED = (
 
 AVERAGED_ONLY = "{} has only averaged weights: load it with use_ema=True"
 REMEDIES = (  # by the pattern that all rejected tensors match
-    (r"head\.", "set the checkpoint's num_classes, or reinitialise the classifier with allow=('head.',)"),
+    (
+        r"head\.",
+        "use the checkpoint's num_classes (--num-classes), or reinitialise the classifier with allow=('head.',)",
+    ),
     (
         r"(head|norm)\.",
         "dense models' checkpoints have no classifier: reinitialise it with allow=('head.', 'norm.')",

@@ -175,7 +175,7 @@ def save_changed(model, path, *, without=(), **more):
             {"stem.norm.bias": torch.zeros(7)},
             r"1 mismatched \(stem\.norm\.bias \[7\] for \[32\]\); build the model",
         ),
-        ((), {"head.fc.bias": torch.zeros(7)}, r"1 mismatched \(head\.fc\.bias \[7\] for \[5\]\); set the .*num_class"),
+        ((), {"head.fc.bias": torch.zeros(7)}, r"1 mismatched \(head\.fc\.bias \[7\] for \[5\]\); use the .*num_class"),
     ],
 )
 def test_each_misfit_is_named_and_nothing_is_loaded(nano, tmp_path, without, more, message):
