@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, kernel_of
+from elfatt.layers.lepe import LePE, filter_of
 from elfatt.ops import block_attention
 
 ROWS, COLUMNS = 1, 2  # axes of a map [B, H, W, ...]
@@ -61,7 +61,7 @@ class CSWinAttention(QKVAttention):
             qkv,
             num_heads=self.num_heads // 2,
             block=(0, self.stripe) if axis == COLUMNS else (self.stripe, 0),
-            lepe=kernel_of(lepe),
+            lepe=filter_of(lepe),
             backend=self.backend,
         )
         return out.narrow(axis, before, side)

@@ -6,7 +6,7 @@ import torch
 
 from elfatt.attention.base import QKVAttention, check_positive
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, kernel_of
+from elfatt.layers.lepe import LePE, filter_of
 from elfatt.ops import elfatt_attention
 
 
@@ -64,7 +64,7 @@ class ELFATT(QKVAttention):
             num_heads=self.branch_heads,
             global_channels=self.global_channels,
             block_size=self.block_size,
-            lepe_global=kernel_of(self.lepe_global),
-            lepe_local=kernel_of(self.lepe_local),
+            lepe_global=filter_of(self.lepe_global),
+            lepe_local=filter_of(self.lepe_local),
             backend=self.backend,
         )

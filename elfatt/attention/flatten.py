@@ -7,7 +7,7 @@ from torch import nn
 
 from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, kernel_of
+from elfatt.layers.lepe import LePE, filter_of
 from elfatt.layers.positions import resize_positions
 from elfatt.ops import add_lepe, focused_attention
 
@@ -56,7 +56,7 @@ class FocusedLinearAttention(QKVAttention):
         tokens = (x.flatten(1, 2) for x in (q, k, v))
         q, k, values = tokens
         out = focused_attention(q, k + positions, values, self.scale, num_heads=self.num_heads).view(v.shape)
-        weight, bias = self.dwc.kernel
+        weight, bias = self.dwc.filter
         every_head = weight.repeat(self.num_heads, 1, 1, 1), bias.repeat(self.num_heads)
         out = add_lepe(out, v, every_head, backend=self.backend)
-        return add_lepe(out, v, kernel_of(self.lepe), backend=self.backend)
+        return add_lepe(out, v, filter_of(self.lepe), backend=self.backend)

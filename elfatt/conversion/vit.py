@@ -62,7 +62,7 @@ def _encode(lepe: LePE, v: torch.Tensor, size: tuple[int, int], prefix: int) -> 
     """Return LePE of the map, zero-padded for the prefix and for features appended to V."""
     heads = v.shape[2]
     width = lepe.out_channels // heads
-    x = depthwise_conv(v[:, prefix:, :, :width].flatten(2).unflatten(1, size), *lepe.kernel)
+    x = depthwise_conv(v[:, prefix:, :, :width].flatten(2).unflatten(1, size), *lepe.filter)
     return F.pad(x.flatten(1, 2).unflatten(-1, (heads, width)), (0, v.shape[-1] - width, 0, 0, prefix, 0))
 
 

@@ -26,7 +26,7 @@ from elfatt.backbones.hierarchical import HierarchicalBackbone
 from elfatt.conversion import Attend, Calibration, Plan, vit
 from elfatt.conversion.intercept import InterceptAttention
 from elfatt.conversion.positions import with_relative_positions
-from elfatt.layers.lepe import kernel_of
+from elfatt.layers.lepe import filter_of
 from elfatt.ops import depthwise_conv
 
 ENCODERS = (VisionTransformer, Eva, VisionTransformerSAM, HierarchicalBackbone)
@@ -164,8 +164,8 @@ class _OwnAttend:
         height, width = size = qkv.shape[1:3]
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.layer.num_heads, -1)).unbind(2)
         out = self.handle.attend(self.name, q, k, v, (height, width)).flatten(2).unflatten(1, size)
-        kernel = kernel_of(self.layer.lepe)
-        return out if kernel is None else out + depthwise_conv(qkv[..., 2 * self.layer.dim :], *kernel)
+        lepe = filter_of(self.layer.lepe)
+        return out if lepe is None else out + depthwise_conv(qkv[..., 2 * self.layer.dim :], *lepe)
 
 
 def _plain_layers(encoder):

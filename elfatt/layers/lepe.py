@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from elfatt.ops.geometry import Kernel
+from elfatt.ops.geometry import Filter
 
 
 class LePE(nn.Conv2d):
@@ -22,11 +22,11 @@ class LePE(nn.Conv2d):
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
     @property
-    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def filter(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight ``[channels, 1, k, k]`` and bias ``[channels]``."""
         return self.weight, cast("nn.Parameter", self.bias)
 
 
-def kernel_of(lepe: LePE | None) -> Kernel | None:
+def filter_of(lepe: LePE | None) -> Filter | None:
     """Return the weight and bias of an optional LePE."""
-    return None if lepe is None else lepe.kernel
+    return None if lepe is None else lepe.filter

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from elfatt.ops.dispatch import resolve
-from elfatt.ops.geometry import Kernel, fit_block
+from elfatt.ops.geometry import Filter, fit_block
 
 
 def block_attention(
@@ -16,7 +16,7 @@ def block_attention(
     *,
     num_heads: int,
     block: tuple[int, int],
-    lepe: Kernel | None = None,
+    lepe: Filter | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Compute softmax attention and LePE within non-overlapping blocks; LePE is zero-padded at block borders.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from elfatt.ops.dispatch import resolve
-from elfatt.ops.geometry import Kernel
+from elfatt.ops.geometry import Filter
 
 
 def depthwise_conv(
@@ -31,7 +31,7 @@ def depthwise_conv(
     return resolve(backend, x).depthwise_conv(x, weight, bias)
 
 
-def add_lepe(out: torch.Tensor, v: torch.Tensor, lepe: Kernel | None, *, backend: str | None = None) -> torch.Tensor:
+def add_lepe(out: torch.Tensor, v: torch.Tensor, lepe: Filter | None, *, backend: str | None = None) -> torch.Tensor:
     """Return ``out + LePE(v)`` for maps ``[B, H, W, C]``, or ``out`` if ``lepe`` is None."""
     if lepe is None:
         return out

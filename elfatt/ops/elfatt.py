@@ -6,7 +6,7 @@ import torch
 
 from elfatt.ops.dispatch import resolve
 from elfatt.ops.fused import head_widths
-from elfatt.ops.geometry import Kernel, fit_block
+from elfatt.ops.geometry import Filter, fit_block
 
 
 def elfatt_attention(
@@ -15,8 +15,8 @@ def elfatt_attention(
     num_heads: tuple[int, int],
     global_channels: int,
     block_size: int,
-    lepe_global: Kernel | None = None,
-    lepe_local: Kernel | None = None,
+    lepe_global: Filter | None = None,
+    lepe_local: Filter | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Compute ELFATT between its qkv and output projections.
@@ -63,7 +63,7 @@ def elfatt_attention(
 
 
 def global_branch(
-    qkv: torch.Tensor, *, num_heads: int, lepe: Kernel | None, backend: str | None = None
+    qkv: torch.Tensor, *, num_heads: int, lepe: Filter | None, backend: str | None = None
 ) -> torch.Tensor:
     """Compute efficient attention plus LePE over the whole map: ``elfatt_attention`` without a local branch.
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-Kernel = tuple[torch.Tensor, torch.Tensor | None]  # depthwise convolution: weight [C, 1, k, k] and bias [C]
+Filter = tuple[torch.Tensor, torch.Tensor | None]  # depthwise convolution: weight [C, 1, k, k] and bias [C]
 
 
 def always(condition: bool | torch.SymBool) -> bool:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 
-from elfatt.ops.geometry import Kernel, cat_with_blocks, from_blocks, to_blocks
+from elfatt.ops.geometry import Filter, cat_with_blocks, from_blocks, to_blocks
 from elfatt.ops.recurrence import fast_scan
 
 # half-precision dtypes without vector instructions on this CPU
@@ -84,7 +84,7 @@ class PyTorchBackend:
                 return _convolve(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
         return _convolve(x, weight, bias)
 
-    def add_lepe(self, out: torch.Tensor, v: torch.Tensor, lepe: Kernel | None) -> torch.Tensor:
+    def add_lepe(self, out: torch.Tensor, v: torch.Tensor, lepe: Filter | None) -> torch.Tensor:
         if lepe is None:
             return out
         # in place: no backward pass needs the convolution's output
@@ -94,13 +94,13 @@ class PyTorchBackend:
         return fast_scan(x, delta, a, b, c, d)
 
     def block_attention(
-        self, qkv: torch.Tensor, *, num_heads: int, block: tuple[int, int], lepe: Kernel | None
+        self, qkv: torch.Tensor, *, num_heads: int, block: tuple[int, int], lepe: Filter | None
     ) -> torch.Tensor:
         blocks = self.attend_blocks(qkv, num_heads=num_heads, block=block, lepe=lepe)
         return from_blocks(blocks, qkv.shape[1:3])
 
     def attend_blocks(
-        self, qkv: torch.Tensor, *, num_heads: int, block: tuple[int, int], lepe: Kernel | None
+        self, qkv: torch.Tensor, *, num_heads: int, block: tuple[int, int], lepe: Filter | None
     ) -> torch.Tensor:
         """``block_attention`` before merging the blocks: ``[B * rows * columns, bh, bw, C]``."""
         q, k, v = (to_blocks(x, block) for x in qkv.unbind(3))
@@ -114,8 +114,8 @@ class PyTorchBackend:
         num_heads: tuple[int, int],
         global_channels: int,
         block: tuple[int, int],
-        lepe_global: Kernel | None,
-        lepe_local: Kernel | None,
+        lepe_global: Filter | None,
+        lepe_local: Filter | None,
     ) -> torch.Tensor:
         channels = qkv.shape[-1] // 3
         qkv = qkv.unflatten(-1, (3, channels))
