@@ -162,4 +162,4 @@ def test_mistakes_end_in_one_line(options, teacher, plan, tmp_path, capsys):
     assert "plan.json does not fit cswin_nano_elfatt: the plan was made for VisionTransformer-32-2" in text
     assert "missing.json cannot be read" in error(train, options(*VIT, "--plan", tmp_path / "missing.json"))
     argv = data(options, "--checkpoint", teacher, "--save-plan", tmp_path / "p.json", "--budget", 0)
-    assert "cost=0.0 in (0, 1]" in error(calibrate, argv)
+    assert "cost=0.0 (the budget) must be in (0, 1]" in error(calibrate, argv)
