@@ -95,6 +95,8 @@ def convert(
     vit: ViT, plan: Plan | None, *, images: Images | None, budget: float, block: int, min_tokens: int
 ) -> ViTHandle:
     """Implement ``elfatt.convert``."""
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan={plan!r} must be a Plan: read a file with Plan.from_json")
     if plan is not None and images is not None:
         raise ValueError("pass either a plan or images to calibrate one, not both")
     if plan is None and images is not None:

@@ -61,7 +61,7 @@ def convert(
         A handle with the ``plan``; its ``remove()`` restores the model.
 
     Raises:
-        TypeError: The model contains no supported ViT.
+        TypeError: The model contains no supported ViT, or ``plan`` is not a ``Plan``.
         ValueError: The plan is for another model or has branches this one does not support, or the budget is out of
             range.
     """

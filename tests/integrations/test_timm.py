@@ -284,6 +284,8 @@ def test_what_cannot_be_done_is_named():
         elfatt.convert(vit(), Plan("VisionTransformer-32-2", {"blocks.9.attn": LayerPlan((Head(),) * 4)}))
     with pytest.raises(ValueError, match="pass either a plan or images to calibrate one, not both"):
         elfatt.convert(vit(), plan_of(vit(), Head()), images=torch.randn(1, 3, *SIZE))
+    with pytest.raises(TypeError, match="plan='plan.json' must be a Plan: read a file with Plan.from_json"):
+        elfatt.convert(vit(), "plan.json")
     with pytest.raises(ValueError, match=r"cost=1.5 .* must be in \(0, 1\]"):
         elfatt.convert(vit(), images=torch.randn(1, 3, *SIZE), budget=1.5)
 
