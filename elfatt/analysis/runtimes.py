@@ -26,7 +26,7 @@ from elfatt.analysis.rows import Row, select_rows
 from elfatt.analysis.tables import fit_row
 from elfatt.analysis.timing import RunSpec, check_numerics, numerics_shape, random_images, time_in_turns
 from elfatt.export import RUNTIMES, export
-from elfatt.export.runtimes import find_trtexec, trtexec
+from elfatt.export.runtimes import trtexec
 
 KEY = ("table", "name", "runtime", "mode")
 PYTORCH: dict[str, dict[str, Any]] = {  # eager PyTorch ops, this package's kernels, and both compiled
@@ -126,8 +126,7 @@ def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> C
         return how.prepare(module, shape)
     if args.device == "cuda" and runtime in ("onnx", "openvino"):
         raise ValueError(f"{runtime} runs on the CPU: pass --device cpu")
-    if runtime == "tensorrt":
-        find_trtexec()
+    RUNTIMES[runtime].check()
     path = args.folder / f"{model.config}-{__version__}-torch{torch.__version__}{RUNTIMES[runtime].suffix}"
     if not path.exists():
         torch.manual_seed(0)

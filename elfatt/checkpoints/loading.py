@@ -82,8 +82,9 @@ class LoadReport:
         """Return a warning if the model was trained with other keyword arguments than these."""
         if self.model_kwargs is None or self.model_kwargs == dict(given):
             return None
-        options = " ".join(f"{name}={value}" for name, value in self.model_kwargs.items()) or "none"
-        return f"the checkpoint was trained with other model options: pass --model-kwargs {options}"
+        options = " ".join(f"{name}={value}" for name, value in self.model_kwargs.items())
+        remedy = f"pass --model-kwargs {options}" if options else "omit --model-kwargs"
+        return f"the checkpoint was trained with other model options: {remedy}"
 
 
 def published_crop(source: str, side: int) -> Crop | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from elfatt.export.runtimes import RUNTIMES, Run, Runtime, find_trtexec
+from elfatt.export.runtimes import RUNTIMES, Run, Runtime
 from elfatt.export.trace import example_size, export_model, frozen, size_limit
 from elfatt.ops import use_backend
 
@@ -92,8 +92,7 @@ def _check(runtime: str, path: Path, precision: str, images: Sequence[torch.Tens
             __import__(package)
         except ImportError as error:
             raise RuntimeError(f"{runtime} in {precision} needs {package}: pip install {package}") from error
-    if runtime == "tensorrt":
-        find_trtexec()
+    RUNTIMES[runtime].check()
     return RUNTIMES[runtime]
 
 

@@ -218,6 +218,7 @@ class Runtime(NamedTuple):
         load: Loader.
         dynamic: Whether dynamic height and width are supported.
         largest: Largest batch and side in pixels of a dynamic model.
+        check: Raises ``RuntimeError`` if something other than a package is missing.
     """
 
     packages: dict[str, tuple[str, ...]]
@@ -226,6 +227,7 @@ class Runtime(NamedTuple):
     load: Callable[[Path], Run]
     dynamic: bool = True
     largest: tuple[int, int] = (LARGEST, LARGEST)
+    check: Callable[[], None] = lambda: None
 
 
 _ONNX = ("onnx", "onnxscript")
@@ -240,7 +242,12 @@ RUNTIMES = {
     ),
     "executorch": Runtime({"fp32": ("executorch",)}, ".pte", write_executorch, load_executorch, dynamic=False),
     "tensorrt": Runtime(
-        dict.fromkeys(("fp32", "fp16"), _ONNX), ".engine", write_tensorrt, load_tensorrt, largest=TENSORRT_LARGEST
+        dict.fromkeys(("fp32", "fp16"), _ONNX),
+        ".engine",
+        write_tensorrt,
+        load_tensorrt,
+        largest=TENSORRT_LARGEST,
+        check=find_trtexec,
     ),
 }
 UNSUPPORTED = {"coreml": "its tensors have at most five dimensions, and cutting a map into blocks needs six"}

@@ -12,7 +12,7 @@ from elfatt.export.runtimes import RUNTIMES
 from elfatt.ops import BACKENDS
 from elfatt.ops.dispatch import AUTO, get_backend
 from elfatt.ops.fused import FusedBackend
-from elfatt.ops.pytorch import PyTorchBackend, dtype_name
+from elfatt.ops.pytorch import FlashAttnBackend, PyTorchBackend, dtype_name
 
 ROOT = Path(__file__).resolve().parents[2]
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -42,7 +42,7 @@ BACKEND_HEADER = (
     "dtypes",
     "`torch.compile`",
     "`torch.export`, ONNX",
-    "`torch.func`",
+    "`torch.func.grad`",
     "Operations of its own",
 )
 RUNTIME_HEADER = ("`--to`", "Precisions", "Height and width", "Packages")
@@ -87,14 +87,15 @@ verified, otherwise `sdpa`; under `torch.export` it always selects `sdpa`.
 def _backend_row(name: str) -> tuple[str, ...]:
     backend = get_backend(name)
     fused = isinstance(backend, FusedBackend)
+    limits = ("one graph", "custom operators", "refused") if fused else ("one graph", "plain operators", "yes")
+    if isinstance(backend, FlashAttnBackend):
+        limits = ("untested",) * 3
     own = [op for op in OPERATIONS if getattr(type(backend), op) is not getattr(PyTorchBackend, op)]
     return (
         f"`{name}`",
         ", ".join(backend.devices) or "any",
         ", ".join(map(dtype_name, backend.dtypes)) or "any floating point",
-        "one graph",
-        "custom operators" if fused else "plain operators",
-        "refused" if fused else "yes",
+        *limits,
         ", ".join(f"`{op}`" for op in (own if type(backend) is not PyTorchBackend else OPERATIONS)),
     )
 
