@@ -12,13 +12,16 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch.export import ExportedProgram
 
 from elfatt.export.trace import LARGEST
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 OPSET = 20
 TENSORRT_LARGEST = 128, 1024  # an engine reserves memory for its largest input
@@ -32,17 +35,19 @@ def write_torch_export(program: ExportedProgram, path: Path, precision: str = "f
 
 def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
     """Write a single ``.onnx`` file with float32 inputs and outputs; int8 uses onnxruntime's static quantisation."""
-    torch.onnx.export(
+    exported = torch.onnx.export(
         program,
         (),
-        path,
         input_names=["image"],
         output_names=["output"],
         dynamo=True,
-        external_data=False,
         opset_version=OPSET,
+        optimize=False,
         verbose=False,
     )
+    assert exported is not None  # without a path
+    _simplify(exported.model)
+    exported.save(path, external_data=False)
     if precision == "fp16":
         import onnx
         from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -58,6 +63,39 @@ def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", im
             types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
             reader = _CalibrationReader(images)
             quantize_static(prepared, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, **types)
+
+
+def _simplify(graph: onnx_ir.Model) -> None:
+    """Fold constants and remove redundant nodes.
+
+    The exporter's own ``optimize=True`` gives the same graph but takes minutes: one of its rules is quadratic.
+    """
+    from onnx_ir.passes import common as passes
+    from onnxscript.optimizer import fold_constants
+    from onnxscript.rewriter import rewrite
+    from onnxscript.rewriter.rules import common as rules
+
+    passes.InlinePass()(graph)
+    for _ in range(2):  # each makes work for the other
+        fold_constants(graph, onnx_shape_inference=True)
+        rewrite(
+            graph,
+            [
+                rules.no_op_cast_rule,
+                rules.no_op_transpose_rule,
+                rules.transpose_transpose_rule,
+                rules.reshape_reshape_rule,
+                rules.squeeze_reshape_1d_rule,
+                rules.unsqueeze_unsqueeze_rule,
+                rules.materialize_reshape_shape_rule,
+                rules.collapse_slice2_rule,
+                rules.mul_by_1_rule,
+            ],
+        )
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    passes.DeduplicateInitializersPass()(graph)
+    passes.CommonSubexpressionEliminationPass()(graph)
+    passes.NameFixPass()(graph)
 
 
 class _CalibrationReader:
