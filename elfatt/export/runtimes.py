@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from elfatt.export.trace import LARGEST
+from elfatt.export.trace import LARGEST, UNCACHED
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -33,6 +33,7 @@ def write_torch_export(program: ExportedProgram, path: Path, precision: str = "f
     torch.export.save(program, path)
 
 
+@UNCACHED
 def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
     """Write a single ``.onnx`` file with float32 inputs and outputs; int8 uses onnxruntime's static quantisation."""
     exported = torch.onnx.export(

@@ -19,6 +19,8 @@ from elfatt.conversion.handle import handle_of
 from elfatt.ops import use_backend
 
 LARGEST = 4096  # pixels
+# with symbolic shapes, looking up fake tensors costs more than computing them again
+UNCACHED = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 
 
 def size_limit(model: nn.Module) -> int:
@@ -35,6 +37,7 @@ def size_limit(model: nn.Module) -> int:
     return max([64, *sides])  # torch.export treats a side of one token as constant
 
 
+@UNCACHED
 def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> ExportedProgram:
     """Trace a model with dynamic batch, height and width.
 
