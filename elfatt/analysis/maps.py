@@ -157,8 +157,11 @@ def load(text: str, checkpoint: Path | None) -> Subject:
         model = timm.create_model(name, **options)
         subject = Subject(text, model.eval())
         if checkpoint:
-            labels = load_checkpoint(model, checkpoint).class_to_idx or {}
-            subject.classes = {index: label for label, index in labels.items()}
+            report = load_checkpoint(model, checkpoint)
+            subject.classes = {index: label for label, index in (report.class_to_idx or {}).items()}
+            head = {"num_classes": options.pop("num_classes")} if "num_classes" in options else {}
+            if warning := report.other_options(options, ":".join([name, *(f"{k}={v}" for k, v in head.items())])):
+                print(f"warning: {warning}", file=sys.stderr)
     if not subject.layers:
         raise ValueError(f"{text} has no attention layers of this package: use one of elfatt.list_models()")
     return subject

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     """Export the models and time every runtime at every mode.
 
     Raises:
-        ValueError: Jetson modes on another machine.
+        ValueError: Jetson modes on another machine, ``--compile`` or ``--cuda-graphs``.
     """
     if args.modes and not shutil.which("nvpmodel"):
         raise ValueError(f"--modes {args.modes} needs a Jetson's nvpmodel: omit it")
@@ -90,7 +90,8 @@ def measure(models: list[Row], runtimes: list[str], mode: str, args: argparse.Na
             try:
                 batch = rows[key]["batch_size"] = fit_row(model, how, args)[0]
                 passes[key] = prepare(model, runtime, batch, args)
-                passes[key]()
+                if runtime != "tensorrt":  # trtexec warms up by itself
+                    passes[key]()
             except Exception as error:  # runtimes raise types of their own
                 rows[key]["refused"] = reason = " ".join(str(error).split()) or type(error).__name__
                 passes.pop(key, None)
@@ -128,7 +129,9 @@ def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> C
         raise ValueError(f"{runtime} runs on the CPU: pass --device cpu")
     RUNTIMES[runtime].check()
     path = args.folder / f"{model.config}-{__version__}-torch{torch.__version__}{RUNTIMES[runtime].suffix}"
-    if not path.exists():
+    if path.exists():
+        print(f"{path} is reused: delete it to export again", file=sys.stderr)
+    else:
         torch.manual_seed(0)
         export(model.build("cpu"), runtime, path, model.img_size)
     if runtime == "tensorrt":

@@ -64,6 +64,10 @@ def run(args: argparse.Namespace) -> None:
     if args.to in UNSUPPORTED:
         raise ValueError(f"{args.to} cannot run these models: {UNSUPPORTED[args.to]}")
     is_dense = args.model.endswith(".py")
+    if args.calibration and args.precision != "int8":
+        raise ValueError(f"--calibration is for int8, not {args.precision}: pass --precision int8 or omit it")
+    if is_dense and (args.model_kwargs or args.num_classes != 1000):
+        raise ValueError(f"--model-kwargs and --num-classes do not apply to {args.model}: set them in the config")
     if args.evaluate and not args.evaluate.is_dir():
         raise ValueError(f"--evaluate {args.evaluate} is not a folder")
     if is_dense:

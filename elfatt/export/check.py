@@ -42,7 +42,8 @@ def export(
     Raises:
         ValueError: Unknown runtime, unsupported precision, wrong file extension, no calibration images, or a model that
             cannot be exported.
-        RuntimeError: A package is missing, or outputs differ too much or are not finite; nothing is written.
+        RuntimeError: A package is missing, the runtime fails, or outputs differ too much or are not finite; nothing is
+            written.
     """
     path = Path(path)
     chosen = _check(runtime, path, precision, images)
@@ -60,7 +61,11 @@ def export(
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             draft = Path(folder, path.name)
             chosen.write(program, draft, precision, images)
-            run = chosen.load(draft)
+            try:
+                run = chosen.load(draft)
+                run(torch.zeros(1, 3, *sizes[0]))
+            except Exception as error:  # of the runtime's own types
+                raise RuntimeError(f"{runtime} cannot run the model: {' '.join(str(error).split())}") from error
             for batch, wanted in enumerate(sizes, start=1):
                 shape = (batch, 3, *wanted)
                 difference = _difference(model, run, shape)

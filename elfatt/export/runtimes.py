@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from elfatt.export.trace import LARGEST, UNCACHED
+from elfatt.export.trace import LARGEST
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -34,7 +34,6 @@ def write_torch_export(program: ExportedProgram, path: Path, precision: str = "f
     torch.export.save(program, path)
 
 
-@UNCACHED
 def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
     """Write a single ``.onnx`` file with float32 inputs and outputs; int8 uses onnxruntime's static quantisation."""
     exported = torch.onnx.export(
@@ -47,7 +46,7 @@ def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", im
         optimize=False,
         verbose=False,
     )
-    assert exported is not None  # without a path
+    assert exported is not None  # as with dynamo=False
     _simplify(exported.model)
     exported.save(path, external_data=False)
     if precision == "fp16":
@@ -67,37 +66,38 @@ def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", im
             quantize_static(prepared, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, **types)
 
 
-def _simplify(graph: onnx_ir.Model) -> None:
-    """Fold constants and remove redundant nodes.
+def _simplify(model: onnx_ir.Model) -> None:
+    """Fold constants, batch norms and redundant nodes in place.
 
-    The exporter's own ``optimize=True`` gives the same graph but takes minutes: one of its rules is quadratic.
+    Replaces the exporter's ``optimize=True``, whose ``slice_split_rule`` compares all pairs of nodes.
     """
     from onnx_ir.passes import common as passes
     from onnxscript.optimizer import fold_constants
     from onnxscript.rewriter import rewrite
     from onnxscript.rewriter.rules import common as rules
 
-    passes.InlinePass()(graph)
+    chosen = [
+        rules.no_op_cast_rule,
+        rules.no_op_transpose_rule,
+        rules.transpose_transpose_rule,
+        rules.reshape_reshape_rule,
+        rules.squeeze_reshape_1d_rule,
+        rules.unsqueeze_unsqueeze_rule,
+        rules.materialize_reshape_shape_rule,
+        rules.collapse_slice2_rule,
+        rules.mul_by_1_rule,
+        rules.fuse_batchnorm_into_conv_rule,
+        rules.fuse_batchnorm_into_conv_transpose_rule,
+        rules.fuse_batchnorm_into_gemm_rule,
+    ]
+    passes.InlinePass()(model)
     for _ in range(2):  # each makes work for the other
-        fold_constants(graph, onnx_shape_inference=True)
-        rewrite(
-            graph,
-            [
-                rules.no_op_cast_rule,
-                rules.no_op_transpose_rule,
-                rules.transpose_transpose_rule,
-                rules.reshape_reshape_rule,
-                rules.squeeze_reshape_1d_rule,
-                rules.unsqueeze_unsqueeze_rule,
-                rules.materialize_reshape_shape_rule,
-                rules.collapse_slice2_rule,
-                rules.mul_by_1_rule,
-            ],
-        )
-    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
-    passes.DeduplicateInitializersPass()(graph)
-    passes.CommonSubexpressionEliminationPass()(graph)
-    passes.NameFixPass()(graph)
+        fold_constants(model, onnx_shape_inference=True)
+        rewrite(model, chosen)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.NameFixPass()(model)
 
 
 class _CalibrationReader:
@@ -173,7 +173,8 @@ def load_torch_export(path: Path) -> Run:
 def load_onnx(path: Path) -> Run:
     """Load an ``.onnx`` file in onnxruntime on the CPU, with PyTorch's number of threads.
 
-    All files share one memory arena. Threads stop spinning after each call, which would slow down whatever runs next.
+    Sessions share one arena, so several models need the memory of the largest; it is kept until the process ends.
+    Threads stop spinning after each call, as spinning slows down whatever runs next.
     """
     import onnxruntime
 
@@ -188,7 +189,7 @@ def load_onnx(path: Path) -> Run:
 
 @cache
 def _share_arena() -> None:
-    """Create onnxruntime's process-wide CPU allocator."""
+    """Register the arena of sessions with ``session.use_env_allocators``, once per process."""
     import onnxruntime
 
     kind, memory = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, onnxruntime.OrtMemType.DEFAULT
@@ -198,7 +199,7 @@ def _share_arena() -> None:
 def load_openvino(path: Path) -> Run:
     """Load an ``.xml`` file in OpenVINO on the CPU, in float32 and with PyTorch's number of threads.
 
-    Activations are freed after each call.
+    Activations are freed after each call, so several models need the memory of the largest.
     """
     import openvino
 
@@ -265,9 +266,8 @@ def trtexec(options: list[str]) -> str:
     find_trtexec()
     done = subprocess.run(["trtexec", *options], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        lines = [line for line in done.stdout.splitlines() + done.stderr.splitlines() if "[E]" in line] or [
-            "no message"
-        ]
+        output = (done.stdout + done.stderr).splitlines()
+        lines = [line for line in output if "[E]" in line] or output or [f"exit code {done.returncode}"]
         raise RuntimeError(f"trtexec failed: {lines[-1]}")
     return done.stdout
 

@@ -19,8 +19,6 @@ from elfatt.conversion.handle import handle_of
 from elfatt.ops import use_backend
 
 LARGEST = 4096  # pixels
-# with symbolic shapes, looking up fake tensors costs more than computing them again
-UNCACHED = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 
 
 def size_limit(model: nn.Module) -> int:
@@ -37,7 +35,6 @@ def size_limit(model: nn.Module) -> int:
     return max([64, *sides])  # torch.export treats a side of one token as constant
 
 
-@UNCACHED
 def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> ExportedProgram:
     """Trace a model with dynamic batch, height and width.
 
@@ -58,7 +55,9 @@ def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> Expor
         size = example_size(model)
         shape |= {2: Dim("height", **sides), 3: Dim("width", **sides)}
     image = torch.zeros(3, 3, *size, device=next(model.parameters()).device)
-    with frozen(model), use_backend("math"):
+    # with symbolic shapes, looking up fake tensors costs more than computing them again
+    uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with frozen(model), use_backend("math"), uncached:
         program = torch.export.export(
             model, (image,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True
         )

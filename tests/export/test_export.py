@@ -54,6 +54,7 @@ def test_the_graph_is_plain(tmp_path):
     runtimes.write_onnx(export_model(build("cswin", "elfatt")), tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx")
     assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}
+    assert not {"Cast", "Constant", "Identity"} & {node.op_type for node in graph.graph.node}  # simplified
     assert not graph.functions
     attention = [node for node in graph.graph.node if node.op_type == "Softmax"]
     assert len(attention) == 3 * 3 + 2  # two softmaxes of the global branch and one of the local; two vanilla blocks
@@ -64,6 +65,13 @@ def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
     broken = lambda path: lambda images: chosen.load(path)(images) + 1  # noqa: E731
     monkeypatch.setitem(runtimes.RUNTIMES, "torch-export", chosen._replace(load=broken))
     with pytest.raises(RuntimeError, match="was not written"):
+        export(build("cswin", "effatt"), "torch-export", tmp_path / "model.pt2", (64, 64))
+
+    def fail(path):
+        raise LookupError("of its own\ntype")
+
+    monkeypatch.setitem(runtimes.RUNTIMES, "torch-export", chosen._replace(load=fail))
+    with pytest.raises(RuntimeError, match="torch-export cannot run the model: of its own type"):
         export(build("cswin", "effatt"), "torch-export", tmp_path / "model.pt2", (64, 64))
     assert not list(tmp_path.iterdir())
 
@@ -103,6 +111,8 @@ def test_a_segmentor(tmp_path, capsys):
     assert main(argv) == 1 and "pass --size" in capsys.readouterr().err
     assert main([str(ROOT / "configs" / "detection" / "scenes_nano.py"), "--to", "onnx", *size]) == 1
     assert "is a detector" in capsys.readouterr().err
+    assert main([config, "--to", "onnx", *size, "--num-classes", "3"]) == 1
+    assert "--num-classes do not apply" in capsys.readouterr().err
 
 
 def write_classes(folder, count=6):
@@ -213,7 +223,8 @@ def test_calibration_images_are_spread_over_the_folder(tmp_path):
         (["--to", "torch-export", "--precision", "int8"], "torch-export does not support int8: choose one of fp32"),
         (["--to", "onnx", "--precision", "int8"], "int8 needs calibration images"),
         (["--to", "executorch"], "executorch in fp32 needs executorch: pip install executorch"),
-        (["--to", "onnx", "--calibration", "{data}", "--images", "0"], "--images 0 is below 1"),
+        (["--to", "onnx", "--calibration", "{data}"], "--calibration is for int8, not fp32: pass --precision int8"),
+        (["--to", "onnx", "--precision", "int8", "--calibration", "{data}", "--images", "0"], "--images 0 is below 1"),
         (["--to", "onnx", "--evaluate", "{data}"], "{data} has 2 classes, the model 1000: pass --num-classes 2"),
     ],
 )
