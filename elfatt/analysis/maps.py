@@ -12,6 +12,7 @@ import html
 import io
 import re
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ from elfatt.data.images import list_images, read_image
 
 STAGE = re.compile(r"stages\.(\d+)\.")
 LEAST_SIDE = 64  # pixels: the last stage has four tokens
+TITLE_WIDTH = 32  # characters that fit above an image
 
 
 @dataclass
@@ -281,7 +283,8 @@ def draw_sheet(sheet: Sheet, names: list[str], path: Path) -> None:
         for axis in line:
             axis.set_axis_off()
         line[0].imshow(image)
-        line[0].set_title(f"{name}\n{title}", fontsize=8, wrap=True)
+        wrapped = [textwrap.fill(text, TITLE_WIDTH) for text in (name.replace(":", " "), title)]
+        line[0].set_title("\n".join(wrapped), fontsize=8)
         for axis, picture in zip(line[1:], row, strict=False):
             shown = draw_picture(axis, image, picture)
             axis.set_title(picture.title, fontsize=8)
