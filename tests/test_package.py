@@ -37,7 +37,7 @@ OPTIONAL = {
     "nncf",
     "executorch",
 }
-DISTRIBUTIONS = {"PIL": "pillow", "cv2": "onedl-mmcv", "pytorch_grad_cam": "grad-cam"}
+DISTRIBUTIONS = {"onnx_ir": "onnx-ir", "PIL": "pillow", "cv2": "onedl-mmcv", "pytorch_grad_cam": "grad-cam"}
 DISTRIBUTIONS |= {name: f"onedl-{name}" for name in ("mmengine", "mmcv")}
 DISTRIBUTIONS |= {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
 # with torch, or only where users have them; an error names what is missing
