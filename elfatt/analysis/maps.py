@@ -161,9 +161,9 @@ def load(text: str, checkpoint: Path | None) -> Subject:
         if checkpoint:
             report = load_checkpoint(model, checkpoint)
             subject.classes = {index: label for label, index in (report.class_to_idx or {}).items()}
-            head = {"num_classes": options.pop("num_classes")} if "num_classes" in options else {}
-            if warning := report.other_options(options, ":".join([name, *(f"{k}={v}" for k, v in head.items())])):
-                print(f"warning: {warning}", file=sys.stderr)
+            options.pop("num_classes", None)  # not one of a checkpoint's options
+            if warning := report.other_options(options):
+                print(f"warning: {text}: {warning}", file=sys.stderr)
     if not subject.layers:
         raise ValueError(f"{text} has no attention layers of this package: use one of elfatt.list_models()")
     return subject

@@ -78,20 +78,12 @@ class LoadReport:
     class_to_idx: dict[str, int] | None = None
     model_kwargs: dict[str, Any] | None = None
 
-    def other_options(self, given: Mapping[str, Any], name: str | None = None) -> str | None:
-        """Return a warning if the model was trained with other keyword arguments than these.
-
-        Args:
-            given: Keyword arguments of the model.
-            name: The model's name, for programs that take ``NAME:KEY=VALUE`` instead of ``--model-kwargs``.
-        """
+    def other_options(self, given: Mapping[str, Any]) -> str | None:
+        """Return a warning if the model was trained with other keyword arguments than these."""
         if self.model_kwargs is None or self.model_kwargs == dict(given):
             return None
-        options = [f"{key}={value}" for key, value in self.model_kwargs.items()]
-        if name:
-            remedy = f"use {':'.join([name, *options])}"
-        else:
-            remedy = f"pass --model-kwargs {' '.join(options)}" if options else "omit --model-kwargs"
+        options = " ".join(f"{name}={value}" for name, value in self.model_kwargs.items())
+        remedy = f"pass {options}" if options else "omit these"
         return f"the checkpoint was trained with other model options: {remedy}"
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import timm
 import torch
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, help="checkpoint (default: random weights)")
     add("--output", type=Path, help="output file (default: the model's name)")
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fixed image size (default: dynamic)")
-    add("--num-classes", type=int, default=1000, help="number of classes (default: %(default)s)")
+    add("--num-classes", type=int, help="number of classes (default: 1000)")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="model keyword arguments, e.g. block_size=7")
     add("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     add("--calibration", type=Path, metavar="FOLDER", help="calibration images for int8")
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     is_dense = args.model.endswith(".py")
     if args.calibration and args.precision != "int8":
         raise ValueError(f"--calibration is for int8, not {args.precision}: pass --precision int8 or omit it")
-    if is_dense and (args.model_kwargs or args.num_classes != 1000):
+    if is_dense and (args.model_kwargs or args.num_classes):
         raise ValueError(f"--model-kwargs and --num-classes do not apply to {args.model}: set them in the config")
     if args.evaluate and not args.evaluate.is_dir():
         raise ValueError(f"--evaluate {args.evaluate} is not a folder")
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     transform, side = _transform(model, size, args.crop_pct)
     if (args.calibration or args.evaluate) and size is None and side < (limit := size_limit(model)):
         raise ValueError(f"images of {side} pixels are below the minimum of {limit}: pass --size {side} {side}")
-    data = args.evaluate and labelled_images(args.evaluate, transform, labels, args.num_classes)
+    data = args.evaluate and labelled_images(args.evaluate, transform, labels, cast(int, model.num_classes))
     images = calibration_images(args.calibration, transform, args.images) if args.calibration else []
     path = args.output or Path((Path(args.model).stem if is_dense else args.model) + RUNTIMES[args.to].suffix)
     for shape, difference in export(model, args.to, path, size, args.precision, images):

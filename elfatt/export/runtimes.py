@@ -46,7 +46,7 @@ def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", im
         optimize=False,
         verbose=False,
     )
-    assert exported is not None  # as with dynamo=False
+    assert exported is not None  # None only with dynamo=False
     _simplify(exported.model)
     exported.save(path, external_data=False)
     if precision == "fp16":

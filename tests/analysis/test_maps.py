@@ -123,3 +123,13 @@ def test_score_cam_finds_what_the_class_depends_on():
 def test_command_names_what_is_wrong(options, message, image, capsys):
     assert main(["maps", str(image), *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_options_is_noticed(tmp_path, capsys):
+    model = timm.create_model("cswin_nano_elfatt", block_size=4, num_classes=2)
+    path = tmp_path / "trained.pth"
+    torch.save({"state_dict": model.state_dict(), "args": {"model_kwargs": {"block_size": 4}}}, path)
+    maps.load("cswin_nano_elfatt:num_classes=2:block_size=4", path)
+    assert not capsys.readouterr().err
+    maps.load("cswin_nano_elfatt:num_classes=2", path)
+    assert "cswin_nano_elfatt:num_classes=2: the checkpoint was trained with other" in capsys.readouterr().err
