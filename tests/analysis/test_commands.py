@@ -120,8 +120,7 @@ def test_scaling_measures_the_gain_over_plain_pytorch(tmp_path, monkeypatch):
     ],
     ids=["scaling", "tables", "edge"],
 )
-def test_the_backend_is_run_and_recorded(tmp_path, monkeypatch, backends_run, command, expected):
-    monkeypatch.setattr("elfatt.analysis.timing.NUMERICS_SIDE", 32)
+def test_the_backend_is_run_and_recorded(tmp_path, quick_numerics, backends_run, command, expected):
     fast = [*(FAST if command[0] != "edge" else FAST[:-2]), "--repeats", "1", "--batch-size", "1"]
     argv = [*command, *fast, "--results", str(tmp_path / "m.json")]
     assert main([*argv, "--backend", "sdpa"]) == 0
@@ -166,8 +165,7 @@ def test_counted_memory_is_quadratic_for_vanilla_attention_and_linear_for_elfatt
     assert growth["cswin_tiny_elfatt", "fa"] == pytest.approx(16, rel=0.05)
 
 
-def test_edge_steps_through_numbers_of_threads(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("elfatt.analysis.timing.NUMERICS_SIDE", 32)
+def test_edge_steps_through_numbers_of_threads(tmp_path, capsys, quick_numerics):
     argv = ["edge", "9", "--rows", "*-ELFATT", "*-GLOBAL", "--thread-modes", "1", "--results", str(tmp_path / "m.json")]
     assert main([*argv, *FAST[:-2], "--repeats", "1"]) == 0
     (run,) = load_runs(tmp_path / "m.json")

@@ -45,8 +45,7 @@ def test_efficientvit_of_the_edge_tables_is_counted():
         assert found.macs_true == found.macs_fa == found.macs_nfa
 
 
-def test_speed_lands_in_the_results_and_beside_the_paper(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("elfatt.analysis.timing.NUMERICS_SIDE", 32)
+def test_speed_lands_in_the_results_and_beside_the_paper(tmp_path, quick_numerics, capsys):
     path = tmp_path / "machine.json"
     rows = ["CSWin-T24181-ELFATT", "CSWin-T24181-GLOBAL"]
     argv = ["tables", "1", "--rows", *rows, "--measure", "speed", "--results", str(path), *TINY]
@@ -68,8 +67,7 @@ def test_speed_lands_in_the_results_and_beside_the_paper(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "amp"])
-def test_speed_in_half_precision(tmp_path, monkeypatch, precision):
-    monkeypatch.setattr("elfatt.analysis.timing.NUMERICS_SIDE", 32)
+def test_speed_in_half_precision(tmp_path, quick_numerics, precision):
     argv = ["tables", "1", "--rows", "CSWin-T24181-LOCAL", "--measure", "speed", "--results", str(tmp_path / "m.json")]
     assert main([*argv, *TINY[:-1], precision, "--repeats", "1"]) == 0
     (row,) = json.loads((tmp_path / "m.json").read_text())["runs"][0]["rows"]
