@@ -24,6 +24,12 @@ def default_backend():
     ops.set_default_backend(name)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """A test draws the same numbers in every run and order."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def backends_run(monkeypatch):
     """Names of the backends that operations have run on."""
