@@ -15,9 +15,9 @@ from typing import Any
 
 import timm
 import yaml
-from timm.utils import ParseKwargs
 
 from elfatt.data import UserError
+from elfatt.keywords import Keywords
 from elfatt.ops import BACKENDS, active_backend
 from elfatt.suggest import did_you_mean
 
@@ -45,18 +45,6 @@ NO_FOLDER_PREFIXES = ("hfds", "hfids", "tfds", "torch")  # readers that find or 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # one line, no usage dump
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-class _MergeKwargs(ParseKwargs):
-    """Merge ``--model-kwargs a=1 b=2`` into the YAML file's value."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        base = dict(getattr(namespace, self.dest, None) or {})
-        for value in values:
-            if "=" not in value:
-                parser.error(f"{option_string}: expected KEY=VALUE, got '{value}'")
-        super().__call__(parser, namespace, values, option_string)
-        setattr(namespace, self.dest, {**base, **getattr(namespace, self.dest)})
 
 
 SWITCH = argparse.BooleanOptionalAction
@@ -89,7 +77,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", help="timm model name, e.g. cswin_tiny_elfatt")
-    add("--model-kwargs", nargs="*", default={}, action=_MergeKwargs, help="model keyword arguments, e.g. lepe=False")
+    add("--model-kwargs", nargs="*", default={}, action=Keywords, help="model keyword arguments, e.g. lepe=False")
     add("--plan", help="attention plan for a pretrained ViT: JSON file of classification/calibrate.py")
     add("--num-classes", type=int, help="number of classes (default: the model's)")
     add("--img-size", type=int, help="input size in pixels (default: the model's)")
@@ -149,7 +137,7 @@ def _add_augmentation_options(parser: argparse.ArgumentParser) -> None:
 def _add_optimization_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimization").add_argument
     add("--opt", default="adamw", help="timm optimizer")
-    add("--opt-kwargs", nargs="*", default={}, action=_MergeKwargs, help="optimizer keyword arguments, e.g. eps=1e-6")
+    add("--opt-kwargs", nargs="*", default={}, action=Keywords, help="optimizer keyword arguments, e.g. eps=1e-6")
     add("--lr", type=float, default=1e-3, help="peak learning rate, not scaled with the batch size")
     add("--weight-decay", type=float, default=0.05, help="weight decay")
     add("--filter-bias-and-bn", action=SWITCH, default=True, help="no weight decay on biases and 1-D parameters")
@@ -264,7 +252,7 @@ def _convert(action: argparse.Action, value: Any, path: str) -> Any:
         if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
             if not isinstance(value, bool):
                 raise ValueError
-        elif isinstance(action, _MergeKwargs):
+        elif isinstance(action, Keywords):
             if not isinstance(value, dict):
                 raise ValueError
         elif isinstance(action.nargs, int) or isinstance(action, argparse._AppendAction):

@@ -7,7 +7,8 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 usage: bash scripts/edge_benchmark.sh [OPTIONS...]
 
 Export the models to ONNX Runtime, OpenVINO and TensorRT (trtexec), benchmark them against PyTorch at batch 128 (Table
-VIII) and 1 (Table IX), add to results/MACHINE.json and write docs/results.md. Missing runtimes are skipped.
+VIII) and 1 (Table IX), add to results/MACHINE.json and write docs/results.md. Missing runtimes are skipped. ONNX Runtime
+and OpenVINO run on the CPU, TensorRT on the GPU: a Jetson needs one run with --device cpu and one with --device cuda.
 
   OPTIONS  e.g. --threads 4, --repeats 20, --modes 0 1 2 on a Jetson; see `python -m elfatt.analysis runtimes --help`
 

@@ -15,7 +15,18 @@ import elfatt
 from elfatt.analysis import accuracy
 
 PACKAGE = Path(elfatt.__file__).parent
-ORDER = ["suggest", "data", "processes", "ops", "layers", "attention", "backbones", "checkpoints", "conversion"]
+ORDER = [
+    "suggest",
+    "keywords",
+    "data",
+    "processes",
+    "ops",
+    "layers",
+    "attention",
+    "backbones",
+    "checkpoints",
+    "conversion",
+]
 ORDER += ["integrations", "hub", "export", "analysis"]
 OPTIONAL = {
     "mmengine",

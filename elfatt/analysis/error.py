@@ -10,7 +10,6 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.utils import ParseKwargs
 
 import elfatt  # noqa: F401  registers the models with timm
 from elfatt.analysis.approximation import COLUMNS, MECHANISMS, compare, layer_qkv, random_qkv, sweep
@@ -20,6 +19,7 @@ from elfatt.analysis.results import save_rows, to_markdown
 from elfatt.attention.base import QKVAttention
 from elfatt.backbones.zoo import list_models
 from elfatt.checkpoints import load_checkpoint
+from elfatt.keywords import Keywords
 from elfatt.suggest import did_you_mean
 
 LEARNED = "this layer, with its position terms"
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=float, default=1.0, help="standard deviation of q and k; larger is more peaked (1)")
     add = parser.add_argument_group("q, k, v of a model's layer").add_argument
     add("--model", help="model name, e.g. cswin_tiny_global")
-    add("--model-kwargs", nargs="+", action=ParseKwargs, default={}, metavar="K=V", help="as it was trained with")
+    add("--model-kwargs", nargs="+", action=Keywords, default={}, metavar="K=V", help="as it was trained with")
     add("--checkpoint", type=Path, help="its weights (default: random)")
     add("--layer", default="stages.2.blocks.0.attn", help="default: %(default)s; cubic time in its tokens")
     add("--image", type=Path, help="input image")

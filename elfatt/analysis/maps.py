@@ -320,7 +320,7 @@ def write_page(sheet: Sheet, names: list[str]) -> str:
         f"<p>{html.escape(' '.join(__doc__.split(chr(10) * 2)[1].split()))}</p>",
     ]
     for title, image, rows in sheet:
-        parts.append(f"<h2>{html.escape(title)}</h2>")
+        parts.append(f"<h2>{html.escape(title)}</h2><div>{_figure(image, Picture('image', None))}</div>")
         for name, row in zip(names, rows, strict=True):
             cells = "".join(_figure(image, picture) for picture in row)
             parts.append(f"<h3>{html.escape(name)}</h3><div>{cells}</div>")

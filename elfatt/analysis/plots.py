@@ -12,13 +12,20 @@ from elfatt.analysis.results import RESULTS, load_runs
 from elfatt.analysis.rivals import RIVALS, published_top1
 from elfatt.analysis.rows import TITLES, Row, select_rows
 
-STYLES = {"nfa": (":", "o"), "fa": ("-", "s"), "sdpa": ("--", "^"), "fp32": ("-", "o"), "amp": ("--", "s")}
+STYLES = {
+    "nfa": (":", "o"),
+    "fa": ("-", "s"),
+    "sdpa": ("--", "^"),
+    "plain": (":", "v"),
+    "eager": ("--", "D"),
+    "fp32": ("-", "o"),
+    "amp": ("--", "s"),
+}
 MECHANISMS = ("elfatt", "global", "local", "effatt", "agent", "flatten")  # one colour each, the same in every figure
 RIVAL_COLOURS = dict(zip(RIVALS, ("black", "dimgrey", "darkgrey", "saddlebrown", "olive", "teal"), strict=True))
 ACCURACY = {1: "top1_percent", 6: "ap_box", 7: "miou_percent"}
 
 ACCURACY_LABELS = {1: "top-1, %", 6: "box AP", 7: "mIoU, %"}
-EDGE_QUANTITIES = {"images_per_s": "images/s", "speedup": "speed-up over GLOBAL"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -128,12 +128,15 @@ def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> C
     if args.device == "cuda" and runtime in ("onnx", "openvino"):
         raise ValueError(f"{runtime} runs on the CPU: pass --device cpu")
     RUNTIMES[runtime].check()
-    path = args.folder / f"{model.config}-{__version__}-torch{torch.__version__}{RUNTIMES[runtime].suffix}"
+    if runtime == "tensorrt" and args.device != "cuda":
+        raise ValueError("tensorrt runs on the GPU: pass --device cuda")
+    tuned = f"-batch{batch}" if runtime == "tensorrt" else ""
+    path = args.folder / f"{model.config}-{__version__}-torch{torch.__version__}{tuned}{RUNTIMES[runtime].suffix}"
     if path.exists():
         print(f"{path} is reused: delete it to export again", file=sys.stderr)
     else:
         torch.manual_seed(0)
-        export(model.build("cpu"), runtime, path, model.img_size)
+        export(model.build("cpu"), runtime, path, model.img_size, batch_size=batch)
     if runtime == "tensorrt":
         return partial(engine_seconds, path, shape)
     return partial(RUNTIMES[runtime].load(path), random_images(shape, "cpu", torch.float32))

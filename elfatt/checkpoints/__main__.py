@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from elfatt.backbones import check_model
 from elfatt.checkpoints.loading import Checkpoint, Fit, fit_tensors, read_checkpoint
 from elfatt.checkpoints.names import CROPS, StateDict
 from elfatt.checkpoints.structure import pair_by_structure
+from elfatt.keywords import Keywords
 
 PROGRAM = "python -m elfatt.checkpoints"
 DESCRIPTION = """\
@@ -72,7 +72,7 @@ def _parse(argv):
     add = parser.add_argument
     add("file", type=Path, help="checkpoint, .safetensors or torch.save")
     add("--model", required=True, help="timm model, e.g. cswin_tiny_elfatt")
-    add("--model-kwargs", nargs="+", default=[], type=_keyword, metavar="KEY=VALUE", help="the model's keywords")
+    add("--model-kwargs", nargs="+", default={}, action=Keywords, metavar="KEY=VALUE", help="the model's keywords")
     add("--output", type=Path, help="where to write the converted tensors, as .safetensors or else by torch.save")
     add("--no-ema", action="store_true", help="use the raw weights even if the file has averaged ones")
     add(
@@ -94,20 +94,12 @@ def _pair(text: str) -> tuple[str, str]:
     return left, right
 
 
-def _keyword(text: str) -> tuple[str, object]:
-    key, value = _pair(text)
-    try:
-        return key, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return key, value
-
-
 def _run(args: argparse.Namespace) -> int:
     if args.output and args.output.resolve() == args.file.resolve():
         raise ValueError(f"--output {args.output} is the checkpoint itself: choose another path")
     check_model(args.model)
     with torch.device("meta"):  # only names and shapes are needed
-        model = timm.create_model(args.model, **dict(args.model_kwargs))
+        model = timm.create_model(args.model, **args.model_kwargs)
     own = model.state_dict()
 
     checkpoint = read_checkpoint(args.file, model, use_ema=not args.no_ema, allow=args.allow, renames=args.rename)

@@ -11,7 +11,6 @@ from typing import cast
 import timm
 import torch
 from timm.data import ImageDataset, create_transform, resolve_data_config
-from timm.utils import ParseKwargs
 from torch import nn
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from elfatt.checkpoints import load_checkpoint
 from elfatt.data.images import list_images, read_image
 from elfatt.export import PRECISIONS, RUNTIMES, export, size_limit
 from elfatt.export.runtimes import UNSUPPORTED
+from elfatt.keywords import Keywords
 
 BATCH = 16  # for evaluation
 
@@ -44,15 +44,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--to", required=True, choices=(*RUNTIMES, *UNSUPPORTED), help="target runtime")
     add("--checkpoint", type=Path, help="checkpoint (default: random weights)")
     add("--output", type=Path, help="output file (default: the model's name)")
-    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fixed image size (default: dynamic)")
-    add("--num-classes", type=int, help="number of classes (default: 1000)")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="model keyword arguments, e.g. block_size=7")
+    add("--size", type=_positive, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fixed image size (default: dynamic)")
+    add("--num-classes", type=_positive, help="number of classes (default: 1000)")
+    add("--model-kwargs", nargs="*", default={}, action=Keywords, help="model keyword arguments, e.g. block_size=7")
     add("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     add("--calibration", type=Path, metavar="FOLDER", help="calibration images for int8")
-    add("--images", type=int, default=128, help="maximum number of calibration images (default: %(default)s)")
+    add("--batch-size", type=_positive, default=1, help="batch size to tune TensorRT for (default: %(default)s)")
+    add("--images", type=_positive, default=128, help="maximum number of calibration images (default: %(default)s)")
     add("--crop-pct", type=float, help="evaluation crop ratio (default: the model's)")
     add("--evaluate", type=Path, metavar="FOLDER", help="compare accuracy on a folder of images per class")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
 
 
 def run(args: argparse.Namespace) -> None:
@@ -72,8 +80,10 @@ def run(args: argparse.Namespace) -> None:
     if args.evaluate and not args.evaluate.is_dir():
         raise ValueError(f"--evaluate {args.evaluate} is not a folder")
     if is_dense:
-        if args.evaluate or args.size is None:
-            raise ValueError(f"{args.model} needs a fixed size and cannot be evaluated: pass --size, not --evaluate")
+        if args.size is None:
+            raise ValueError(f"{args.model} supports a fixed image size only: pass --size")
+        if args.evaluate:
+            raise ValueError(f"--evaluate does not apply to {args.model}: it compares classifiers")
         from elfatt.integrations.mm_models import load_segmentor
 
         model: nn.Module = load_segmentor(Path(args.model))
@@ -94,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     data = args.evaluate and labelled_images(args.evaluate, transform, labels, cast(int, model.num_classes))
     images = calibration_images(args.calibration, transform, args.images) if args.calibration else []
     path = args.output or Path((Path(args.model).stem if is_dense else args.model) + RUNTIMES[args.to].suffix)
-    for shape, difference in export(model, args.to, path, size, args.precision, images):
+    for shape, difference in export(model, args.to, path, size, args.precision, images, args.batch_size):
         print(f"{'×'.join(map(str, shape))}: differs from PyTorch by {difference:.1e}")
     batch, side = RUNTIMES[args.to].largest
     sizes = f"{size[0]}×{size[1]} pixels" if size else f"{size_limit(model)} to {side} pixels a side"
@@ -120,8 +130,8 @@ def calibration_images(folder: Path, transform: Callable, limit: int) -> list[to
         ValueError: No images.
     """
     files = list(list_images(folder)[0].values())
-    if not files or limit < 1:
-        raise ValueError(f"--calibration {folder} contains no images, or --images {limit} is below 1")
+    if not files:
+        raise ValueError(f"--calibration {folder} contains no images")
     count = min(limit, len(files))
     chosen = [files[i * len(files) // count] for i in range(count)]
     return [transform(read_image(file))[None] for file in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,32 +26,38 @@ def export(
     size: tuple[int, int] | None = None,
     precision: str = "fp32",
     images: Sequence[torch.Tensor] = (),
+    batch_size: int = 1,
 ) -> list[tuple[tuple[int, ...], float]]:
     """Write a model for a runtime after comparing its outputs with PyTorch's on three shapes.
 
     Args:
-        model: A model of the package; with ``size``, any classifier.
+        model: A float32 model of the package on the CPU; with ``size``, any classifier.
         runtime: One of ``RUNTIMES``.
         path: Output file; OpenVINO writes its weights next to it.
         size: Fixed height and width in pixels; None for dynamic sizes from ``size_limit`` up.
         precision: One of ``PRECISIONS``.
         images: Normalised images ``[1, 3, H, W]`` for int8 calibration.
+        batch_size: Batch size to tune for, in TensorRT.
 
     Returns:
         Input shapes, each with the maximum difference relative to ``max(1, largest output)``.
 
     Raises:
-        ValueError: Unknown runtime, unsupported precision, wrong file extension, no calibration images, or a model that
-            cannot be exported.
+        ValueError: Unknown runtime, unsupported precision, wrong file extension, no calibration images, a batch size
+            above the runtime's, or a model that cannot be exported.
         RuntimeError: A package is missing, the runtime fails, or outputs differ too much or are not finite; nothing is
             written.
     """
     path = Path(path)
-    chosen = _check(runtime, path, precision, images)
+    chosen = _check(runtime, path, precision, images, batch_size)
     if size is None and not chosen.dynamic:
         raise ValueError(f"{runtime} supports a fixed image size only: pass size (--size)")
+    parameter = next(model.parameters())
+    if (parameter.device.type, parameter.dtype) != ("cpu", torch.float32):
+        found_on = f"{parameter.dtype} on {parameter.device}"
+        raise ValueError(f"export needs a float32 model on the CPU, not {found_on}: call model.float().cpu()")
     with frozen(model):
-        program = export_model(model, size)
+        program = export_model(model, size, chosen.largest[0])
         if size is None:
             limit = size_limit(model)
             sizes = [(limit, limit), example_size(model)[::-1], (limit + 32, limit + 95)]
@@ -60,7 +67,7 @@ def export(
         found: list[tuple[tuple[int, ...], float]] = []
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             draft = Path(folder, path.name)
-            chosen.write(program, draft, precision, images)
+            chosen.write(program, draft, precision, images, batch_size)
             try:
                 run = chosen.load(draft)
                 run(torch.zeros(1, 3, *sizes[0]))
@@ -69,7 +76,11 @@ def export(
             for batch, wanted in enumerate(sizes, start=1):
                 shape = (batch, 3, *wanted)
                 difference = _difference(model, run, shape)
-                if not difference <= PRECISIONS[precision]:
+                if math.isnan(difference):
+                    raise RuntimeError(
+                        f"{runtime} in {precision} gives NaN or infinite outputs on {shape}: {path} was not written"
+                    )
+                if difference > PRECISIONS[precision]:
                     raise RuntimeError(
                         f"{runtime} differs from PyTorch by {difference:.1e} on {shape}, more than "
                         f"{PRECISIONS[precision]}: {path} was not written"
@@ -81,7 +92,7 @@ def export(
     return found
 
 
-def _check(runtime: str, path: Path, precision: str, images: Sequence[torch.Tensor]) -> Runtime:
+def _check(runtime: str, path: Path, precision: str, images: Sequence[torch.Tensor], batch_size: int) -> Runtime:
     """Validate the arguments and return the runtime."""
     if runtime not in RUNTIMES:
         raise ValueError(f"unknown runtime {runtime!r}: choose one of {', '.join(RUNTIMES)}")
@@ -92,6 +103,8 @@ def _check(runtime: str, path: Path, precision: str, images: Sequence[torch.Tens
         raise ValueError(f"{runtime} does not support {precision}: choose one of {', '.join(packages)}")
     if precision == "int8" and not images:
         raise ValueError("int8 needs calibration images: pass images (--calibration FOLDER)")
+    if batch_size > (largest := RUNTIMES[runtime].largest[0]):
+        raise ValueError(f"{runtime} supports batches of up to {largest}, not {batch_size}")
     for package in packages[precision]:
         try:
             __import__(package)
@@ -108,5 +121,5 @@ def _difference(model: nn.Module, run: Run, shape: tuple[int, ...]) -> float:
         expected = model(images).numpy()
     found = run(images)
     if not np.isfinite(found).all():
-        return float("nan")  # exceeds every tolerance
+        return math.nan
     return float(np.abs(found - expected).max() / max(1, np.abs(expected).max()))

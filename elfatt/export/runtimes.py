@@ -1,7 +1,7 @@
 """Writers and loaders for each runtime.
 
-A writer takes a program, a path, a precision and calibration images; a loader returns a function that maps images
-``[B, 3, H, W]`` to outputs.
+A writer takes a program, a path, a precision, calibration images and the batch size to tune for; a loader returns a
+function that maps images ``[B, 3, H, W]`` to outputs.
 """
 
 from __future__ import annotations
@@ -26,15 +26,21 @@ if TYPE_CHECKING:
 
 OPSET = 20
 TENSORRT_LARGEST = 128, 1024  # an engine reserves memory for its largest input
+TENSORRT_TUNED = 224  # pixels a side, if dynamic
+EXECUTORCH_LARGEST = 8  # as above, for its largest batch
 Run = Callable[[torch.Tensor], np.ndarray]
 
 
-def write_torch_export(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
+def write_torch_export(
+    program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = (), batch_size: int = 1
+) -> None:
     """Write a ``.pt2`` file."""
     torch.export.save(program, path)
 
 
-def write_onnx(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
+def write_onnx(
+    program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = (), batch_size: int = 1
+) -> None:
     """Write a single ``.onnx`` file with float32 inputs and outputs; int8 uses onnxruntime's static quantisation."""
     exported = torch.onnx.export(
         program,
@@ -114,7 +120,9 @@ class _CalibrationReader:
         return iter(self.get_next, None)
 
 
-def write_openvino(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
+def write_openvino(
+    program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = (), batch_size: int = 1
+) -> None:
     """Write an ``.xml`` file and its ``.bin`` weights: fp16 stores half-precision weights, int8 uses NNCF."""
     import openvino
 
@@ -136,7 +144,9 @@ def write_openvino(program: ExportedProgram, path: Path, precision: str = "fp32"
         openvino.save_model(model, path, compress_to_fp16=precision == "fp16")
 
 
-def write_executorch(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
+def write_executorch(
+    program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = (), batch_size: int = 1
+) -> None:
     """Write a ``.pte`` file for the XNNPACK backend."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
@@ -145,17 +155,22 @@ def write_executorch(program: ExportedProgram, path: Path, precision: str = "fp3
     path.write_bytes(lowered.to_executorch().buffer)
 
 
-def write_tensorrt(program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = ()) -> None:
+def write_tensorrt(
+    program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = (), batch_size: int = 1
+) -> None:
     """Build an engine for this device's GPU with ``trtexec``."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "model.onnx")
         write_onnx(program, source)
-        command = [f"--onnx={source}", f"--saveEngine={path}", *(["--fp16"] if precision == "fp16" else [])]
+        number = "--fp16" if precision == "fp16" else "--noTF32"
+        command = [f"--onnx={source}", f"--saveEngine={path}", number, "--skipInference"]
         (image,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
-        batch, _, *sides = image.meta["val"].shape
+        _, _, *sides = image.meta["val"].shape
         low = [side if isinstance(side, int) else _range(program, side).lower for side in sides]
         high = [side if isinstance(side, int) else TENSORRT_LARGEST[1] for side in sides]
-        for name, count, (height, width) in (("min", 1, low), ("opt", 1, low), ("max", TENSORRT_LARGEST[0], high)):
+        tuned = [min(max(TENSORRT_TUNED, least), most) for least, most in zip(low, high, strict=True)]
+        shapes = {"min": (1, low), "opt": (batch_size, tuned), "max": (TENSORRT_LARGEST[0], high)}
+        for name, (count, (height, width)) in shapes.items():
             command.append(f"--{name}Shapes=image:{count}x3x{height}x{width}")
         trtexec(command)
 
@@ -287,7 +302,7 @@ class Runtime(NamedTuple):
 
     packages: dict[str, tuple[str, ...]]
     suffix: str
-    write: Callable[[ExportedProgram, Path, str, Sequence[torch.Tensor]], None]
+    write: Callable[[ExportedProgram, Path, str, Sequence[torch.Tensor], int], None]
     load: Callable[[Path], Run]
     dynamic: bool = True
     largest: tuple[int, int] = (LARGEST, LARGEST)
@@ -304,7 +319,14 @@ RUNTIMES = {
         write_openvino,
         load_openvino,
     ),
-    "executorch": Runtime({"fp32": ("executorch",)}, ".pte", write_executorch, load_executorch, dynamic=False),
+    "executorch": Runtime(
+        {"fp32": ("executorch",)},
+        ".pte",
+        write_executorch,
+        load_executorch,
+        dynamic=False,
+        largest=(EXECUTORCH_LARGEST, LARGEST),
+    ),
     "tensorrt": Runtime(
         dict.fromkeys(("fp32", "fp16"), _ONNX),
         ".engine",

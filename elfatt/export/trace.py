@@ -18,7 +18,7 @@ from elfatt.backbones.hierarchical import HierarchicalTransformer
 from elfatt.conversion.handle import handle_of
 from elfatt.ops import use_backend
 
-LARGEST = 4096  # pixels
+LARGEST = 4096  # images, pixels a side
 
 
 def size_limit(model: nn.Module) -> int:
@@ -35,17 +35,20 @@ def size_limit(model: nn.Module) -> int:
     return max([64, *sides])  # torch.export treats a side of one token as constant
 
 
-def export_model(model: nn.Module, size: tuple[int, int] | None = None) -> ExportedProgram:
+def export_model(
+    model: nn.Module, size: tuple[int, int] | None = None, largest_batch: int = LARGEST
+) -> ExportedProgram:
     """Trace a model with dynamic batch, height and width.
 
     Args:
         model: A model of the package; with ``size``, any classifier.
         size: Fixed height and width in pixels; None for dynamic sizes.
+        largest_batch: Largest batch size.
 
     Raises:
         ValueError: Without ``size``, a model of another package, a converted one, or one with stripes.
     """
-    shape = {0: Dim("batch", min=1, max=LARGEST)}
+    shape = {0: Dim("batch", min=1, max=largest_batch)}
     if size is None:
         sides = {"min": size_limit(model), "max": LARGEST}
         if handle_of(model):

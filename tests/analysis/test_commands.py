@@ -32,6 +32,14 @@ def rows_of(path):
     return run["rows"]
 
 
+@pytest.mark.parametrize("attention", scaling.WAYS)
+def test_every_curve_has_a_style(attention, tmp_path):
+    row = {"model": "cswin_nano_elfatt", "attention": attention, "latency_ms": 1.0}
+    rows = [row | {"height": side, "width": side} for side in (32, 64)]
+    assert plots.draw_scaling(rows, tmp_path / "curves.png")
+    assert is_drawn(tmp_path / "curves.png")
+
+
 def test_scaling_measures_every_model_size_and_attention(tmp_path, capsys):
     models, path = ["cswin_nano_elfatt", "swin_nano_elfatt"], tmp_path / "m.json"
     argv = ["scaling", "--models", *models, "--sizes", "32", "64x96", "--results", str(path), *FAST]

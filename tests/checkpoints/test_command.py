@@ -250,7 +250,8 @@ def test_usage_errors(capsys):
             main(arguments)
         assert stop.value.code == 2
     errors = capsys.readouterr().err
-    assert "argument --rename: 'y' has no '='" in errors and "argument --model-kwargs: 'y' has no '='" in errors
+    assert "argument --rename: 'y' has no '='" in errors
+    assert "argument --model-kwargs: expected KEY=VALUE, got 'y'" in errors
 
 
 def test_the_help_page():

@@ -164,6 +164,7 @@ import numpy as np, onnxruntime
 options = dict(option.lstrip("-").partition("=")[::2] for option in sys.argv[1:])
 if "onnx" in options:
     assert options["minShapes"] == "image:1x3x64x64" and options["maxShapes"] == "image:128x3x64x64"
+    assert options["optShapes"] == "image:4x3x64x64" and "noTF32" in options
     shutil.copy(options["onnx"], options["saveEngine"])
 else:
     shape = [int(n) for n in options["shapes"].split(":")[1].split("x")]
@@ -182,7 +183,8 @@ def test_tensorrt_is_asked_for_an_engine_and_its_outputs(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="tensorrt needs trtexec"):
         export(model, "tensorrt", tmp_path / "model.engine", (64, 64))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert max(difference for _, difference in export(model, "tensorrt", tmp_path / "model.engine", (64, 64))) < 1e-5
+    found = export(model, "tensorrt", tmp_path / "model.engine", (64, 64), batch_size=4)
+    assert max(difference for _, difference in found) < 1e-5
     with pytest.raises(RuntimeError, match="trtexec failed"):  # the stand-in takes one size alone
         export(model, "tensorrt", tmp_path / "other.engine", (96, 64))
     assert not (tmp_path / "other.engine").exists()
@@ -192,7 +194,7 @@ def test_int8_of_no_finite_output_is_not_written(tmp_path, monkeypatch):
     broken = runtimes.RUNTIMES["onnx"]._replace(load=lambda path: lambda images: np.full((len(images), 2), np.nan))
     monkeypatch.setitem(runtimes.RUNTIMES, "onnx", broken)
     model, images = timm.create_model("cswin_nano_elfatt", num_classes=2), [torch.randn(1, 3, 64, 64)]
-    with pytest.raises(RuntimeError, match="differs from PyTorch by nan"):
+    with pytest.raises(RuntimeError, match="onnx in int8 gives NaN or infinite outputs"):
         export(model, "onnx", tmp_path / "model.onnx", (64, 64), "int8", images)
     assert not (tmp_path / "model.onnx").exists()
 
@@ -223,7 +225,7 @@ def test_calibration_images_are_spread_over_the_folder(tmp_path):
         (["--to", "onnx", "--precision", "int8"], "int8 needs calibration images"),
         (["--to", "executorch"], "executorch in fp32 needs executorch: pip install executorch"),
         (["--to", "onnx", "--calibration", "{data}"], "--calibration is for int8, not fp32: pass --precision int8"),
-        (["--to", "onnx", "--precision", "int8", "--calibration", "{data}", "--images", "0"], "--images 0 is below 1"),
+        (["--to", "tensorrt", "--batch-size", "129"], "tensorrt supports batches of up to 128, not 129"),
         (["--to", "onnx", "--evaluate", "{data}"], "{data} has 2 classes, the model 1000: pass --num-classes 2"),
     ],
 )
@@ -232,6 +234,25 @@ def test_command_names_what_is_wrong(options, message, tmp_path, capsys):
     options = [option.format(data=data) for option in options]
     assert main(["cswin_nano_elfatt", "--size", "64", "64", *options]) == 1
     assert message.format(data=data) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--images", "0"], "argument --images: 0 is below 1"),
+        (["--size", "-5", "7"], "argument --size: -5 is below 1"),
+        (["--model-kwargs", "block_size"], "--model-kwargs: expected KEY=VALUE, got 'block_size'"),
+    ],
+)
+def test_command_refuses_malformed_options(options, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["cswin_nano_elfatt", "--to", "onnx", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_only_float32_on_the_cpu_is_exported(tmp_path):
+    with pytest.raises(ValueError, match="not torch.float16 on cpu: call model.float"):
+        export(timm.create_model("cswin_nano_elfatt").half(), "torch-export", tmp_path / "model.pt2")
 
 
 def test_images_below_the_limit_are_refused_before_the_work(tmp_path, capsys):
