@@ -169,7 +169,9 @@ def test_the_implementation_is_the_uniform_plan_at_the_size_of_the_configuration
     before = run(images=images)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="elfatt").eval()
-    assert torch.equal(run(loaded, images), wanted) and not torch.equal(wanted, before)
+    assert torch.equal(run(loaded, images), wanted)
+    if run.name != "DINOv3":  # exact heads, and blocks as large as the map
+        assert not torch.equal(wanted, before)
     loaded.set_attn_implementation("sdpa")
     assert torch.equal(run(loaded, images), before)
     loaded.set_attn_implementation("elfatt")
