@@ -53,8 +53,7 @@ analyse tables 1 --rows 'CSWin-T*' --measure counts speed memory "${speed[@]}"
 analyse scaling --models cswin_tiny_elfatt --sizes 224 --attention fa eager sdpa plain "${speed[@]}" --compile
 analyse scaling --models "${models[@]}" --sizes $dense --attention nfa fa sdpa plain "${speed[@]}" --batch-size 1 $graphs
 analyse scaling --models "${models[@]}" --sizes 224 --attention fa sdpa plain "${speed[@]}" --backward
-analyse scaling --models "${models[0]}" "${models[0]}:levels=EEEE" cswin_tiny_local swin_tiny_elfatt --rivals \
-    --attention fa --sizes "${rivals[@]}" "${speed[@]}" --batch-size $rivals_batch $graphs
+analyse scaling --rivals --attention fa --sizes "${rivals[@]}" "${speed[@]}" --batch-size $rivals_batch $graphs
 analyse pretrained --models vit_small_patch14_reg4_dinov2 --sizes "${vit[@]}" --precision $half --repeats "$repeats" --batch-size 1
 if has mmseg; then
     analyse tables 7 --rows CSWin-T24181-ELFATT CSWin-T24181-GLOBAL --measure speed --repeats "$repeats"

@@ -25,6 +25,7 @@ from elfatt.analysis.timing import REFUSALS, RunSpec, check_numerics, numerics_s
 from elfatt.backbones.zoo import MODELS, check_model
 
 DEFAULT_MODELS = [name for name in MODELS if name.startswith("cswin_tiny_")]
+AGAINST_RIVALS = ["cswin_tiny_elfatt", "cswin_tiny_elfatt:levels=EEEE", "cswin_tiny_local", "swin_tiny_elfatt"]
 DEFAULT_SIZES = ["224", "384", "512", "768", "1024", "1536", "2048"]
 # sdpa: fused by PyTorch only, without this package's kernels; plain: unoptimised ELFATT; eager: fa, ignoring --compile
 WAYS: dict[str, dict[str, Any]] = {
@@ -43,8 +44,8 @@ KEY = ("model", "attention", "height", "width")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the ``scaling`` command."""
     add = parser.add_argument
-    text = "timm models with options, e.g. cswin_tiny_elfatt:levels=EEEE (default: CSWin-T with each attention)"
-    add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", help=text)
+    text = "timm models with options, e.g. cswin_tiny_elfatt:levels=EEEE (default: CSWin-T with each attention; "
+    add("--models", nargs="+", metavar="NAME", help=f"{text}with --rivals {', '.join(AGAINST_RIVALS)})")
     add("--rivals", action="store_true", help="add alternatives from timm, such as ConvNeXt-T")
     add("--baseline", metavar="NAME", help="baseline of speed-ups (default: vanilla attention, or the first)")
     add("--sizes", nargs="+", default=DEFAULT_SIZES, metavar="SIZE", help="side or HEIGHTxWIDTH in pixels")
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Benchmark every model at every size; models at one size are timed in turns."""
+    args.models = args.models or (AGAINST_RIVALS if args.rivals else DEFAULT_MODELS)
     if args.rivals:
         args.models = list(dict.fromkeys([*args.models, *RIVALS]))
     for text in args.models:

@@ -77,6 +77,12 @@ def test_rivals_are_timed_and_drawn_beside_models_with_options(tmp_path):
     assert is_drawn(tmp_path / "m-rivals-1.png")
 
 
+def test_rivals_come_with_the_linear_model(tmp_path):
+    argv = ["scaling", "--rivals", "--count-only", "--sizes", "64", "--attention", "fa", "--device", "cpu"]
+    assert main([*argv, "--results", str(tmp_path / "m.json")]) == 0
+    assert [row["model"] for row in rows_of(tmp_path / "m.json")] == [*scaling.AGAINST_RIVALS, *RIVALS]
+
+
 def test_tensorrt_is_timed_by_trtexec(tmp_path, monkeypatch):
     program = tmp_path / "trtexec"
     program.write_text(
