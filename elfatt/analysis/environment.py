@@ -76,7 +76,8 @@ def describe_environment(device: str) -> dict[str, dict]:
 def machine_name(device: str) -> str:
     """Return a short hardware name for file names, such as ``nvidia-h200`` or ``amd-epyc``."""
     name = _gpu_name() if device == "cuda" else _cpu_name()
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    name = re.sub(r"\((r|tm)\)|processor|cpu", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def available_bytes(device: str) -> int:

@@ -11,7 +11,7 @@ import pytest
 import timm
 from PIL import Image
 
-from elfatt.analysis import edge, plots, report, runtimes, scaling
+from elfatt.analysis import edge, environment, plots, report, runtimes, scaling
 from elfatt.analysis.__main__ import COMMANDS, main
 from elfatt.analysis.results import load_runs
 from elfatt.analysis.rivals import RIVALS, published_top1
@@ -293,3 +293,16 @@ def test_the_package_runs_as_a_module(tmp_path):
         [sys.executable, "-m", "elfatt.analysis", "tables", "99"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("cpu", "name"),
+    [
+        ("AMD EPYC", "amd-epyc"),
+        ("Intel(R) Xeon(R) Processor", "intel-xeon"),
+        ("Intel(R) Core(TM) i7 CPU", "intel-core-i7"),
+    ],
+)
+def test_a_machine_has_a_short_name(cpu, name, monkeypatch):
+    monkeypatch.setattr(environment, "_cpu_name", lambda: cpu)
+    assert environment.machine_name("cpu") == name
