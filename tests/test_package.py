@@ -15,19 +15,8 @@ import elfatt
 from elfatt.analysis import accuracy
 
 PACKAGE = Path(elfatt.__file__).parent
-ORDER = [
-    "suggest",
-    "keywords",
-    "data",
-    "processes",
-    "ops",
-    "layers",
-    "attention",
-    "backbones",
-    "checkpoints",
-    "conversion",
-]
-ORDER += ["integrations", "hub", "export", "analysis"]
+ORDER = ["suggest", "keywords", "data", "processes", "ops", "layers", "attention", "backbones", "checkpoints"]
+ORDER += ["conversion", "integrations", "hub", "export", "analysis"]
 OPTIONAL = {
     "mmengine",
     "mmcv",
