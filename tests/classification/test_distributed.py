@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import traceback
 import warnings
 
@@ -12,6 +11,7 @@ import torch
 from classification import train as program
 from classification.checkpoint import load
 from classification.train import Trainer, main
+from tests.processes import join_as, open_store
 
 # plain SGD without momentum: the change of the weights is the gradient
 PLAIN = ["--opt", "momentum", "--opt-kwargs", "momentum=0.0", "--lr", 0.1, "--weight-decay", 0, "--epochs", 1]
@@ -22,15 +22,12 @@ def run_two(options, monkeypatch, kill_at=None):
 
     `kill_at`: after that many batches both processes kill themselves.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = open_store()
     children = []
     for rank in range(2):
         child = os.fork()
         if not child:
-            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({key: str(value) for key, value in env.items()})
+            join_as(rank, store)
             batches, step = [], Trainer.train_step
 
             def train_step(self, *args, batches=batches, step=step):

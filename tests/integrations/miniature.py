@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.multiprocessing import start_processes
 
 from tests.integrations.dense import CONFIGS, ROOT
+from tests.processes import join_as, open_store
 
 
 def options(config: Path, data: Path, run: Path, *extra) -> list[str]:
@@ -33,25 +34,15 @@ def run_script(name: str, processes: int, *arguments) -> None:
 
 def in_two_processes(function: Callable[[], dict]) -> list[dict]:
     """What ``function`` returns in two forked processes with the environment that torchrun gives."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # what a test has patched stays so
-    results = context.Queue()
+    store, results = open_store(), multiprocessing.get_context("fork").SimpleQueue()
 
     def run(rank: int) -> None:
-        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in env.items()})
+        join_as(rank, store)
         torch.set_num_threads(1)
         results.put(function())
 
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    return [results.get() for _ in processes]
+    start_processes(run, nprocs=2, start_method="fork")  # what a test has patched stays so
+    return [results.get() for _ in range(2)]
 
 
 def write_ade20k(root: Path, train: int = 4, val: int = 2, size: tuple[int, int] = (64, 96)) -> Path:
