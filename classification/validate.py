@@ -43,7 +43,7 @@ def run(argv: list[str] | None) -> dict[str, float | str]:
     model = build_model(args)
     report = load_weights(model, args.checkpoint, use_ema=args.use_ema)
     if warning := report.other_options(args.model_kwargs):
-        LOGGER.warning("%s", warning)
+        LOGGER.warning("%s (--model-kwargs)", warning)
     dataset = open_split(args, train=False, trained=report.class_to_idx)
     if not report.class_to_idx:
         check_class_count(dataset, model.num_classes)

@@ -163,7 +163,7 @@ def load(text: str, checkpoint: Path | None) -> Subject:
             subject.classes = {index: label for label, index in (report.class_to_idx or {}).items()}
             options.pop("num_classes", None)  # not one of a checkpoint's options
             if warning := report.other_options(options):
-                print(f"warning: {text}: {warning}", file=sys.stderr)
+                print(f"warning: {text}: {warning} (as NAME:KEY=VALUE)", file=sys.stderr)
     if not subject.layers:
         raise ValueError(f"{text} has no attention layers of this package: use one of elfatt.list_models()")
     return subject

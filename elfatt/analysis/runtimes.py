@@ -127,9 +127,9 @@ def prepare(model: Row, runtime: str, batch: int, args: argparse.Namespace) -> C
         return how.prepare(module, shape)
     if args.device == "cuda" and runtime in ("onnx", "openvino"):
         raise ValueError(f"{runtime} runs on the CPU: pass --device cpu")
-    RUNTIMES[runtime].check()
     if runtime == "tensorrt" and args.device != "cuda":
         raise ValueError("tensorrt runs on the GPU: pass --device cuda")
+    RUNTIMES[runtime].check()
     tuned = f"-batch{batch}" if runtime == "tensorrt" else ""
     path = args.folder / f"{model.config}-{__version__}-torch{torch.__version__}{tuned}{RUNTIMES[runtime].suffix}"
     if path.exists():

@@ -83,7 +83,7 @@ class LoadReport:
         if self.model_kwargs is None or self.model_kwargs == dict(given):
             return None
         options = " ".join(f"{name}={value}" for name, value in self.model_kwargs.items())
-        remedy = f"pass {options}" if options else "omit these"
+        remedy = f"pass {options}" if options else f"omit {' '.join(given)}"
         return f"the checkpoint was trained with other model options: {remedy}"
 
 

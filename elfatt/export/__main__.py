@@ -45,11 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, help="checkpoint (default: random weights)")
     add("--output", type=Path, help="output file (default: the model's name)")
     add("--size", type=_positive, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fixed image size (default: dynamic)")
-    add("--num-classes", type=_positive, help="number of classes (default: 1000)")
+    add("--num-classes", type=_positive, help="number of classes (default: the model's)")
     add("--model-kwargs", nargs="*", default={}, action=Keywords, help="model keyword arguments, e.g. block_size=7")
     add("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     add("--calibration", type=Path, metavar="FOLDER", help="calibration images for int8")
-    add("--batch-size", type=_positive, default=1, help="batch size to tune TensorRT for (default: %(default)s)")
+    add("--batch-size", type=_positive, help="batch size to tune TensorRT for (default: 1)")
     add("--images", type=_positive, default=128, help="maximum number of calibration images (default: %(default)s)")
     add("--crop-pct", type=float, help="evaluation crop ratio (default: the model's)")
     add("--evaluate", type=Path, metavar="FOLDER", help="compare accuracy on a folder of images per class")
@@ -57,7 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number
@@ -75,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
     is_dense = args.model.endswith(".py")
     if args.calibration and args.precision != "int8":
         raise ValueError(f"--calibration is for int8, not {args.precision}: pass --precision int8 or omit it")
+    if args.batch_size and args.to != "tensorrt":
+        raise ValueError(f"--batch-size is for tensorrt, not {args.to}: omit it")
     if is_dense and (args.model_kwargs or args.num_classes):
         raise ValueError(f"--model-kwargs and --num-classes do not apply to {args.model}: set them in the config")
     if args.evaluate and not args.evaluate.is_dir():
@@ -96,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         report = load_checkpoint(model, args.checkpoint, allow=allow)
         labels = report.class_to_idx
         if not is_dense and (warning := report.other_options(args.model_kwargs)):
-            print(f"warning: {warning}", file=sys.stderr)
+            print(f"warning: {warning} (--model-kwargs)", file=sys.stderr)
     size = tuple(args.size) if args.size else None
     transform, side = _transform(model, size, args.crop_pct)
     if (args.calibration or args.evaluate) and size is None and side < (limit := size_limit(model)):
@@ -104,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     data = args.evaluate and labelled_images(args.evaluate, transform, labels, cast(int, model.num_classes))
     images = calibration_images(args.calibration, transform, args.images) if args.calibration else []
     path = args.output or Path((Path(args.model).stem if is_dense else args.model) + RUNTIMES[args.to].suffix)
-    for shape, difference in export(model, args.to, path, size, args.precision, images, args.batch_size):
+    for shape, difference in export(model, args.to, path, size, args.precision, images, args.batch_size or 1):
         print(f"{'×'.join(map(str, shape))}: differs from PyTorch by {difference:.1e}")
     batch, side = RUNTIMES[args.to].largest
     sizes = f"{size[0]}×{size[1]} pixels" if size else f"{size_limit(model)} to {side} pixels a side"

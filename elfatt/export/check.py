@@ -77,9 +77,9 @@ def export(
                 shape = (batch, 3, *wanted)
                 difference = _difference(model, run, shape)
                 if math.isnan(difference):
-                    raise RuntimeError(
-                        f"{runtime} in {precision} gives NaN or infinite outputs on {shape}: {path} was not written"
-                    )
+                    remedy = "" if precision == "fp32" else ": use fp32"
+                    problem = f"{runtime} in {precision} gives NaN or infinite outputs on {shape}{remedy}"
+                    raise RuntimeError(f"{path} was not written: {problem}")
                 if difference > PRECISIONS[precision]:
                     raise RuntimeError(
                         f"{runtime} differs from PyTorch by {difference:.1e} on {shape}, more than "
