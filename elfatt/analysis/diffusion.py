@@ -49,7 +49,11 @@ class Plans:
 
     def options(self, variant: Variant) -> dict[str, Any]:
         """Return the arguments of ``apply`` for a variant."""
+        from diffusers import DDIMScheduler
+
         options = {"block": self.args.block, "min_tokens": self.args.min_tokens, "merge_ratio": variant.merge_ratio}
+        if not hasattr(self.model, "scheduler"):
+            options["scheduler"] = DDIMScheduler()  # the phases' timesteps are among its 1,000
         return options | {"plan": variant.plan(self)}
 
     @property
@@ -57,7 +61,7 @@ class Plans:
         """Plan that leaves the model unpatched."""
         from elfatt.integrations.diffusers import denoiser, name_of
 
-        return Plan(name_of(denoiser(self.model)[0]))
+        return Plan(name_of(denoiser(self.model)))
 
     @cached_property
     def calibrated(self) -> Plan:

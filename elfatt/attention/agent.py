@@ -9,7 +9,7 @@ from torch import nn
 
 from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, filter_of
+from elfatt.layers.lepe import LePE, add_called, filter_of
 from elfatt.layers.positions import resize_positions
 from elfatt.ops import add_lepe, agent_attention
 
@@ -81,7 +81,7 @@ class AgentAttention(QKVAttention):
             broadcast_bias=broadcast.transpose(1, 2),
             backend=self.backend,
         )
-        return add_lepe(out, v, filter_of(self.lepe), backend=self.backend)
+        return add_called(add_lepe(out, v, filter_of(self.lepe), backend=self.backend), v, self.lepe)
 
     def _bias(self, grid: torch.Tensor, axes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """Return the sum of coarse and axial biases at full resolution: ``[heads, agents², H * W]``."""

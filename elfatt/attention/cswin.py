@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, filter_of
+from elfatt.layers.lepe import LePE, add_called, filter_of
 from elfatt.ops import block_attention
 
 ROWS, COLUMNS = 1, 2  # axes of a map [B, H, W, ...]
@@ -57,11 +57,9 @@ class CSWinAttention(QKVAttention):
         before = missing // 2
         if missing:
             qkv = F.pad(qkv, (0, 0) * (qkv.ndim - 1 - axis) + (before, missing - before))
+        block = (0, self.stripe) if axis == COLUMNS else (self.stripe, 0)
         out = block_attention(
-            qkv,
-            num_heads=self.num_heads // 2,
-            block=(0, self.stripe) if axis == COLUMNS else (self.stripe, 0),
-            lepe=filter_of(lepe),
-            backend=self.backend,
+            qkv, num_heads=self.num_heads // 2, block=block, lepe=filter_of(lepe), backend=self.backend
         )
+        out = add_called(out, qkv[..., 2, :], lepe, block)
         return out.narrow(axis, before, side)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from elfatt.attention.base import QKVAttention, check_positive
+from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, filter_of
+from elfatt.layers.lepe import LePE, add_called, filter_of, is_fusible
 from elfatt.ops import elfatt_attention
 
 
@@ -59,7 +59,7 @@ class ELFATT(QKVAttention):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``, channels [global, local]."""
-        return elfatt_attention(
+        out = elfatt_attention(
             qkv,
             num_heads=self.branch_heads,
             global_channels=self.global_channels,
@@ -68,3 +68,9 @@ class ELFATT(QKVAttention):
             lepe_local=filter_of(self.lepe_local),
             backend=self.backend,
         )
+        branches = (self.lepe_global, (0, 0)), (self.lepe_local, (self.block_size, self.block_size))
+        if all(lepe is None or is_fusible(lepe) for lepe, _ in branches):
+            return out
+        widths = (self.global_channels, self.dim - self.global_channels)
+        parts = zip(out.split(widths, dim=-1), unpack(qkv)[..., 2, :].split(widths, dim=-1), branches, strict=True)
+        return torch.cat([add_called(part, v, *branch) for part, v, branch in parts], dim=-1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
 from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, filter_of
+from elfatt.layers.lepe import LePE, add_called, convolve, filter_of
 from elfatt.layers.positions import resize_positions
 from elfatt.ops import add_lepe, focused_attention
 
@@ -56,7 +58,14 @@ class FocusedLinearAttention(QKVAttention):
         tokens = (x.flatten(1, 2) for x in (q, k, v))
         q, k, values = tokens
         out = focused_attention(q, k + positions, values, self.scale, num_heads=self.num_heads).view(v.shape)
-        weight, bias = self.dwc.filter
+        out = self._add_filtered(out, v)
+        return add_called(add_lepe(out, v, filter_of(self.lepe), backend=self.backend), v, self.lepe)
+
+    def _add_filtered(self, out: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Add V under the filter that all heads share."""
+        if filter_of(self.dwc) is None:
+            heads = v.unflatten(-1, (self.num_heads, -1)).movedim(3, 1).flatten(0, 1)
+            return out + convolve(self.dwc, heads).unflatten(0, (-1, self.num_heads)).movedim(1, 3).flatten(3)
+        weight, bias = self.dwc.weight, cast("nn.Parameter", self.dwc.bias)
         every_head = weight.repeat(self.num_heads, 1, 1, 1), bias.repeat(self.num_heads)
-        out = add_lepe(out, v, every_head, backend=self.backend)
-        return add_lepe(out, v, filter_of(self.lepe), backend=self.backend)
+        return add_lepe(out, v, every_head, backend=self.backend)

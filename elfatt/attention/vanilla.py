@@ -6,7 +6,7 @@ import torch
 
 from elfatt.attention.base import LePEAttention, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import filter_of
+from elfatt.layers.lepe import add_called, filter_of
 from elfatt.ops import block_attention
 
 
@@ -16,6 +16,8 @@ class VanillaAttention(LePEAttention):
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
-        return block_attention(
-            unpack(qkv), num_heads=self.num_heads, block=(0, 0), lepe=filter_of(self.lepe), backend=self.backend
+        qkv = unpack(qkv)
+        out = block_attention(
+            qkv, num_heads=self.num_heads, block=(0, 0), lepe=filter_of(self.lepe), backend=self.backend
         )
+        return add_called(out, qkv[..., 2, :], self.lepe)

@@ -16,7 +16,8 @@ from torch import nn
 
 from elfatt.backbones.hierarchical import HierarchicalBackbone
 from elfatt.layers import ConvMerge, DoubleStem
-from elfatt.ops import depthwise_conv, selective_scan
+from elfatt.layers.lepe import convolve
+from elfatt.ops import selective_scan
 from elfatt.ops.dispatch import check_backend
 
 PATHS = 4  # rows, columns, rows reversed, columns reversed
@@ -66,7 +67,7 @@ class SS2D(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix a map ``[B, H, W, C]`` of any height and width."""
-        x = F.silu(depthwise_conv(self.in_proj(x), self.conv2d.weight, None, backend=self.backend))
+        x = F.silu(convolve(self.conv2d, self.in_proj(x), backend=self.backend))
         paths = cross_scan(x)
         projected = torch.einsum("bkld,krd->bklr", paths, self.x_proj_weight)
         step, b, c = projected.split([self.rank, self.states, self.states], dim=-1)

@@ -5,6 +5,8 @@ Source: Agent Attention (Han et al., arXiv 2312.08874), AgentSD: formula, consta
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from elfatt.conversion.merging import Matching, Tokens
@@ -53,27 +55,27 @@ class Agent:
     """
 
     def __init__(self):
-        self._generator = self._matching = None
+        self._generator = None
 
-    def merge(self, x: torch.Tensor, size: tuple[int, int], done: float) -> tuple[Tokens, Tokens]:
+    def merge(self, x: torch.Tensor, size: tuple[int, int], done: float) -> Tokens:
         """Implement ``elfatt.conversion.merging.Merge``."""
         early, count = done < EARLY, int(MERGED * x.shape[1])
         if self._generator is None or self._generator.device != x.device:
             self._generator = torch.Generator("cpu" if x.is_meta else x.device).manual_seed(torch.initial_seed())
         # not random for odd batches, as guidance's halves would differ
         matching = Matching(x, size, STRIDES[early], self._generator if len(x) % 2 == 0 else None)
-        self._matching = (matching, count) if early else None
-        return lambda t: matching.merge(t, count), lambda t: matching.unmerge(t, count)
+        attend = partial(_attend_by_agents, matching, count) if early else None
+        return Tokens(lambda t: matching.merge(t, count), lambda t: matching.unmerge(t, count), attend)
 
     def __call__(self, layer, q, k, v, size, *, prefix=0, scale=None) -> torch.Tensor:
-        """Attend over merged tokens by agents (``size`` is None), or exactly over a map."""
-        matching, self._matching = self._matching, None
-        if size is None and matching is not None:
-            agents = self._agents(q, *matching)
-            if 2 * agents.shape[1] < q.shape[1]:
-                return agent_attention(q, k, v, agents, scale=scale)
+        """Attend exactly."""
         return softmax_attention(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)
 
-    def _agents(self, q, matching, count):
-        further = min(matching.rest.shape[1], int(MERGED_INTO_AGENTS * matching.tokens))
-        return matching.merge_further(q.flatten(2), count, further).unflatten(-1, q.shape[2:])
+
+def _attend_by_agents(matching, count, layer, q, k, v, size, *, prefix=0, scale=None):
+    """Attend over merged tokens by agents, or exactly if that is cheaper."""
+    further = min(matching.rest.shape[1], int(MERGED_INTO_AGENTS * matching.tokens))
+    agents = matching.merge_further(q.flatten(2), count, further).unflatten(-1, q.shape[2:])
+    if 2 * agents.shape[1] < q.shape[1]:
+        return agent_attention(q, k, v, agents, scale=scale)
+    return softmax_attention(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v)

@@ -6,20 +6,33 @@ Source: ToMe for Stable Diffusion (Bolya and Hoffman, arXiv 2303.17604; github.c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
-Tokens = Callable[[torch.Tensor], torch.Tensor]
 MAX_RATIO = 0.75  # each 2 × 2 cell keeps one token
+
+
+class Tokens(NamedTuple):
+    """The merging of one layer's tokens in one call.
+
+    Attributes:
+        merge: Merges tokens ``[B, N, C]`` before the layer.
+        unmerge: Unmerges them after it.
+        attend: An ``Attend`` for the merged tokens, if they need their own.
+    """
+
+    merge: Callable[[torch.Tensor], torch.Tensor]
+    unmerge: Callable[[torch.Tensor], torch.Tensor]
+    attend: Callable[..., torch.Tensor] | None = None
 
 
 class Merge(Protocol):
     """Token merging before the self-attention layers of a model's largest map."""
 
-    def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float) -> tuple[Tokens, Tokens]:
-        """Return functions that merge tokens ``[B, N, C]`` before a layer and unmerge them after it.
+    def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float) -> Tokens:
+        """Match a layer's tokens.
 
         Args:
             x: Input of the layer's block, ``[B, H · W, C]``.
@@ -48,11 +61,11 @@ class TokenMerging:
             raise ImportError(f"merge_ratio={ratio} needs tomesd: pip install tomesd") from error
         self.ratio, self._tomesd, self._generator = ratio, tomesd, None
 
-    def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float) -> tuple[Tokens, Tokens]:
-        """Return functions that merge tokens by similarity in ``x`` and unmerge them; see ``Merge``."""
+    def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float) -> Tokens:
+        """Match tokens by similarity; see ``Merge``."""
         if self._generator is None or self._generator.device != x.device:
             self._generator = self._tomesd.utils.init_generator(x.device, self._generator)
-        return self._tomesd.merge.bipartite_soft_matching_random2d(
+        merge, unmerge = self._tomesd.merge.bipartite_soft_matching_random2d(
             x,
             *size[::-1],
             *(2, 2),
@@ -60,6 +73,7 @@ class TokenMerging:
             no_rand=len(x) % 2 == 1,  # as in tomesd: otherwise guidance's halves would differ
             generator=self._generator,
         )
+        return Tokens(merge, unmerge)
 
 
 class Matching:

@@ -15,14 +15,13 @@ from elfatt.conversion.attention import run_plan
 from elfatt.conversion.calibrate import CANDIDATES, Attend, Calibration
 from elfatt.conversion.handle import Handle
 from elfatt.conversion.plan import Plan
-from elfatt.layers import LePE
-from elfatt.ops import depthwise_conv
+from elfatt.layers.lepe import LePE, convolve
 
 Images = torch.Tensor | Iterable[torch.Tensor]
 
 
 class ViTHandle(Handle):
-    """A conversion applied to a ViT. Subclasses install it and keep ``size`` and ``prefix`` up to date.
+    """A conversion applied to a ViT. Subclasses bind its layers and enter the size of each call's map.
 
     Args:
         vit: The ViT.
@@ -35,13 +34,17 @@ class ViTHandle(Handle):
         super().__init__(vit.model)
         self.attend, self.plan = attend, plan
         self.layers = {name: vit.layers[name] for name in layers}
-        self.size, self.prefix = (0, 0), 0  # map size and number of tokens before it
         if plan and plan.lepe:
             for layer in self.layers.values():
                 weight = next(layer.parameters())
                 layer.lepe = LePE(vit.width).to(weight.device, weight.dtype)
                 for parameter in layer.lepe.parameters():
                     nn.init.zeros_(parameter)
+
+    @property
+    def promised(self) -> list[str]:
+        """Names of the layers whose attention is replaced."""
+        return list(self.layers)
 
     def _restore(self):
         if self.plan and self.plan.lepe:
@@ -50,20 +53,29 @@ class ViTHandle(Handle):
         self.layers = {}
 
     def attention(
-        self, layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
-    ) -> torch.Tensor:
-        """Compute one layer's attention on tensors ``[B, N, heads, d]``."""
-        out = self.attend(layer, q, k, v, self.size, prefix=self.prefix, scale=scale)
-        lepe = getattr(self.layers[layer], "lepe", None)
-        return out if lepe is None else out + _encode(lepe, v, self.size, self.prefix)
+        self, name: str, layer: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    ) -> torch.Tensor | None:
+        """Compute one layer's attention on tensors ``[B, N, heads, d]``; None if their map is unknown."""
+        call = self.known_call(name)
+        if call is None or call.size is None:
+            self.warn(name, "it runs outside its model's forward", "call the model, which knows the map's size")
+            return None
+        (height, width), prefix = call.size, call.prefix
+        if q.shape[1] != prefix + height * width:
+            met = f"{q.shape[1]} tokens are not {prefix} + {height} × {width}"
+            self.warn(name, met, "tokens that are merged, dropped or added have no map: remove() the conversion")
+            return None
+        out = self.attend(name, q, k, v, call.size, prefix=prefix, scale=scale)
+        lepe = getattr(layer, "lepe", None)
+        return out if lepe is None else out + _encode(lepe, v, call.size, prefix)
 
 
-def _encode(lepe: LePE, v: torch.Tensor, size: tuple[int, int], prefix: int) -> torch.Tensor:
+def _encode(lepe: nn.Module, v: torch.Tensor, size: tuple[int, int], prefix: int) -> torch.Tensor:
     """Return LePE of the map, zero-padded for the prefix and for features appended to V."""
-    heads = v.shape[2]
-    width = lepe.out_channels // heads
-    x = depthwise_conv(v[:, prefix:, :, :width].flatten(2).unflatten(1, size), *lepe.filter)
-    return F.pad(x.flatten(1, 2).unflatten(-1, (heads, width)), (0, v.shape[-1] - width, 0, 0, prefix, 0))
+    heads, width = v.shape[2:]
+    channels = lepe.get_parameter("weight").shape[0] // heads
+    x = convolve(lepe, v[:, prefix:, :, :channels].flatten(2).unflatten(1, size))
+    return F.pad(x.flatten(1, 2).unflatten(-1, (heads, channels)), (0, width - channels, 0, 0, prefix, 0))
 
 
 @dataclass(frozen=True)

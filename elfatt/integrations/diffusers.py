@@ -1,19 +1,18 @@
 """Training-free ELFATT for diffusers: Stable Diffusion 1.x, 2.x and XL, DiT, PixArt.
 
-The processor of each self-attention layer is wrapped. The original still runs its projections, norms and adapters; the
-plan only replaces its softmax attention. Cross-attention and masked attention are left alone. Token merging uses the
-same wrappers: the layer runs on the merged tokens, and its output is copied back to all tokens.
+Each self-attention layer and its processor still run their projections, norms and adapters; the plan only replaces the
+softmax attention inside, whichever processor is set. Cross-attention and masked attention are left alone. Where tokens
+are merged, the layer runs on the merged tokens, and its output is copied back to all tokens.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import math
 from collections.abc import Callable, Collection, Iterable
-from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -25,12 +24,13 @@ except ImportError as error:
     raise ImportError("elfatt.integrations.diffusers needs diffusers 0.35 or newer: pip install diffusers") from error
 
 from elfatt.conversion import Attend, Calibration, Handle, Plan, run_plan
-from elfatt.conversion.intercept import InterceptAttention
+from elfatt.conversion.handle import Call
 from elfatt.conversion.merging import Merge, TokenMerging
 
 MODELS = (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel, PixArtTransformer2DModel)
 EXPLICIT = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")  # processors that do not call SDPA
 WEIGH_EVERY = 7  # model calls; coprime to the usual numbers of steps, so that every step is covered
+TOLERANCE = 0.01  # of the range of timesteps, for timesteps in half precision
 _TIMESTEP = {PixArtTransformer2DModel: 2}  # position among the arguments of forward, 1 otherwise
 
 
@@ -42,7 +42,7 @@ class DiffusionHandle(Handle):
         attend: Function that computes a layer's softmax attention.
         layers: Names of the layers that use it.
         steps: Range of steps in which they do, as fractions of all steps.
-        train_steps: Number of training steps of the model.
+        progress: Maps a timestep to the fraction of steps done, or to None if it is unknown; None if it is not needed.
         merge: Token merging for the layers at the largest map.
 
     Raises:
@@ -55,92 +55,132 @@ class DiffusionHandle(Handle):
         attend: Attend,
         layers: Collection[str],
         steps: tuple[float, float] = (0.0, 1.0),
-        train_steps: int = 1000,
+        progress: Progress | None = None,
         merge: Merge | None = None,
     ):
         merged = _largest_layers(model) if merge else []
         super().__init__(model)
         self.attend, self.merge = attend, merge
-        self._steps, self._train_steps = steps, train_steps
-        self._latent, self._runs, self._done = (0, 0), False, 0.0
-        self._inputs: dict[str, torch.Tensor] = {}  # of the blocks with merged tokens
-        self._hooks = [model.register_forward_pre_hook(self._look, with_kwargs=True)]
+        self._replaced, self._merged = set(layers), set(merged)
+        self._steps, self._progress = steps, progress
+        found = self_attention_layers(model)
+        self.bind({name: layer for name, layer in found.items() if name in layers or name in merged})
         for name in merged:
             block = model.get_submodule(name.rpartition(".")[0])
             self._hooks.append(block.register_forward_pre_hook(partial(self._keep, name), with_kwargs=True))
-        self._processors = []
-        for name, layer in self_attention_layers(model).items():
-            if name in layers or name in merged:
-                own = _wrap(layer.processor)(layer.processor, name, self, name in layers, name in merged)
-                self._processors.append((layer, own))
-                layer.set_processor(own)  # type: ignore[arg-type]  # accepts any callable
 
-    def _restore(self):
-        for hook in self._hooks:
-            hook.remove()
-        self._runs = False
-        self._inputs.clear()
-        for layer, own in self._processors:
-            if layer.processor is own:  # else it was replaced in the meantime, e.g. by a fused one
-                layer.set_processor(own.original)
-        self._processors = []
+    @property
+    def promised(self) -> list[str]:
+        """Names of the layers whose attention is replaced."""
+        return sorted(self._replaced)
 
-    def _look(self, model, args, kwargs):
-        """Before each step, record the latent size and whether the step is in range."""
+    def run(self, name: str, layer: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a converted layer if the plan runs at this step, on merged tokens if it merges them."""
+        known = self.known_call(name)
+        if known is not None and not known.runs:
+            return call(*args, **kwargs)
+        if name not in self._merged or known is None or known.size is None:
+            return super().run(name, layer, call, args, kwargs)
+        x = self.state.inputs.pop(name)
+        if not _fits(known.size, x):
+            return super().run(name, layer, call, args, kwargs)
+        tokens = self.merge(x, known.size, known.done)  # type: ignore[misc]  # there is one
+        self.enter(replace(known, size=None, tokens=tokens))
+        try:
+            hidden, *rest = args
+            hidden = tokens.merge(hidden)
+            out = (super().run if name in self._replaced else _call)(name, layer, call, (hidden, *rest), kwargs)
+            return tokens.unmerge(out)
+        finally:
+            self.enter(known)
+
+    def attention(
+        self, name: str, layer: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    ) -> torch.Tensor | None:
+        """Compute a layer's attention on tensors ``[B, N, heads, d]``; None if their map is unknown."""
+        call = self.known_call(name)
+        if call is not None and call.tokens is not None:
+            return (call.tokens.attend or self.attend)(name, q, k, v, None, scale=scale)
+        if call is None or call.size is None:
+            self.warn(name, "it runs outside its model's forward", "call the model, which knows the map's size")
+            return None
+        if not _fits(call.size, q):
+            met = "{} tokens are not {} × {}".format(q.shape[1], *call.size)
+            self.warn(name, met, "tokens that are merged, dropped or added have no map: use apply's merge_ratio")
+            return None
+        return self.attend(name, q, k, v, call.size, scale=scale)
+
+    def _begin(self, model, args, kwargs):
+        """Before the model's forward, enter the latent's map and whether the plan runs at this step."""
+        super()._begin(model, args, kwargs)
         latent = kwargs.get("sample", kwargs.get("hidden_states", args[0] if args else None))
         patch = getattr(model.config, "patch_size", None) or 1
-        self._latent = latent.shape[-2] // patch, latent.shape[-1] // patch
-        self._runs = True
-        if self._steps != (0.0, 1.0) or self.merge:
+        runs, done = True, 0.0
+        if self._progress is not None:
             position = _TIMESTEP.get(type(model), 1)
             timestep = kwargs.get("timestep", args[position] if len(args) > position else None)
-            self._done = 1 - float(torch.as_tensor(timestep).flatten()[0]) / self._train_steps
+            found = self._progress(timestep)
+            if found is None:
+                self.warn("the model", f"timestep {timestep} is none of the scheduler's", "pass its scheduler to apply")
             first, last = self._steps
-            self._runs = (first == 0 or first <= self._done) and (last == 1 or self._done < last)
+            runs, done = found is not None and first <= found < last, found or 0.0
+        self.enter(Call((latent.shape[-2] // patch, latent.shape[-1] // patch), runs=runs, done=done))
+
+    def _carry(self, module, args, kwargs):
+        """Before a module around converted layers, as in ``Handle``; an input ``[B, C, H, W]`` is their map."""
+        super()._carry(module, args, kwargs)
+        x = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(x, torch.Tensor) and x.ndim == 4 and self.state.call is not None:
+            self.enter(replace(self.state.call, size=tuple(x.shape[-2:])))
 
     def _keep(self, name, block, args, kwargs):
-        if self._runs:
-            self._inputs[name] = args[0] if args else kwargs["hidden_states"]
+        call = self.state.call
+        if call is not None and call.runs:
+            self.state.inputs[name] = args[0] if args else kwargs["hidden_states"]
 
 
-class _Processor:
-    """Processor wrapper that replaces softmax attention and optionally merges tokens."""
+class Progress:
+    """The fraction of steps done, counted in a scheduler's own timesteps.
 
-    def __init__(self, original: Callable, name: str, handle: DiffusionHandle, replaced: bool, merged: bool):
-        self.original, self.name, self.handle = original, name, handle
-        self.replaced, self.merged = replaced, merged
+    Args:
+        scheduler: The scheduler; by default that of the pipeline, which may be replaced later.
+        pipe: The pipeline, if there is one.
+    """
 
-    def __call__(self, attention, x, *args, **kwargs):
-        if not self.handle._runs:
-            return self.original(attention, x, *args, **kwargs)
-        undo = _same
-        if self.merged:
-            merge, undo = self._match()
-            x = merge(x)
-        with InterceptAttention(self._attend) if self.replaced else nullcontext():
-            return undo(self.original(attention, x, *args, **kwargs))
+    def __init__(self, scheduler: object = None, pipe: object = None):
+        self._scheduler = scheduler
+        self._pipe = (lambda: None) if pipe is None else ref(pipe)  # a copy of the model does not copy the pipeline
 
-    def _match(self):
-        x = self.handle._inputs.pop(self.name)
-        return self.handle.merge(x, map_size(self.handle._latent, x.shape[1]), self.handle._done)
+    def __deepcopy__(self, memo: dict) -> Progress:
+        return self  # the same scheduler steps the copy
 
-    def _attend(self, q, k, v, scale):
-        size = None if self.merged else map_size(self.handle._latent, q.shape[1])
-        return self.handle.attend(self.name, q, k, v, size, scale=scale)
+    def __call__(self, timestep: torch.Tensor | float | None) -> float | None:
+        """Return the position of a timestep among this run's, from 0 to below 1; None if it is not one of them."""
+        pipe = self._pipe()
+        scheduler: Any = self._scheduler or getattr(pipe, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timestep is None or timesteps is None or not len(timesteps):
+            return None
+        listed = torch.as_tensor(timesteps).double().cpu()
+        distance = (listed - float(torch.as_tensor(timestep).flatten()[0])).abs()
+        index = int(distance.argmin())
+        if distance[index] > TOLERANCE * (listed.max() - listed.min()):
+            return None
+        if hasattr(scheduler, "begin_index"):  # image-to-image begins later
+            first = scheduler.begin_index or 0
+        else:
+            first = len(listed) - getattr(pipe, "_num_timesteps", len(listed))
+        first = min(max(first, 0), index)
+        return (index - first) / (len(listed) - first)
 
 
-def _same(x):
-    return x
+def _call(name, layer, call, args, kwargs):
+    return call(*args, **kwargs)
 
 
-def _wrap(original: Callable) -> type[_Processor]:
-    """Return a wrapper class with the original's signature, by which diffusers filters keyword arguments."""
-
-    def call(self, *args, **kwargs):
-        return _Processor.__call__(self, *args, **kwargs)
-
-    call.__signature__ = inspect.signature(type(original).__call__)  # type: ignore[attr-defined]  # functions have it
-    return type(type(original).__name__, (_Processor,), {"__call__": call})
+def _fits(size: tuple[int, int], x: torch.Tensor) -> bool:
+    """Return whether tokens ``[B, N, ...]`` are a map of a size."""
+    return x.shape[1] == size[0] * size[1]
 
 
 def apply(
@@ -150,6 +190,7 @@ def apply(
     block: int = 8,
     min_tokens: int = 1024,
     steps: tuple[float, float] = (0.0, 1.0),
+    scheduler: object = None,
     merge_ratio: float = 0.0,
 ) -> DiffusionHandle:
     """Replace the self-attention of a diffusion model. Calling it again replaces the previous plan.
@@ -160,7 +201,9 @@ def apply(
             attention of every layer, such as ``elfatt.conversion.Agent()``; its ``merge``, if any, merges tokens.
         block: Block size of the default plan, in tokens.
         min_tokens: Layers with fewer tokens stay exact in the default plan; merged tokens count once.
-        steps: Range of steps to replace, as fractions from 0 (noise) to 1.
+        steps: Range of steps to replace, as fractions from 0 (noise) to 1, counted in the scheduler's timesteps.
+        scheduler: Scheduler whose timesteps are counted; defaults to the pipeline's. Needed for ``steps`` and
+            ``Agent`` if a model is passed without its pipeline.
         merge_ratio: Fraction of tokens that tomesd merges before the layers at the largest map, at most 0.75. Merged
             tokens do not form a map, so block heads run exact attention on them; linear heads stay linear.
 
@@ -170,9 +213,9 @@ def apply(
     Raises:
         ImportError: Token merging without tomesd.
         TypeError: The model, or token merging for it, is not supported.
-        ValueError: The plan is for another model, or a fraction is out of range.
+        ValueError: The plan is for another model, a fraction is out of range, or a scheduler is needed.
     """
-    model, train_steps = denoiser(pipe_or_model)
+    model = denoiser(pipe_or_model)
     if not 0 <= steps[0] < steps[1] <= 1:
         raise ValueError(f"steps={steps} must be two increasing fractions between 0 and 1")
     heads = {name: layer.heads for name, layer in self_attention_layers(model).items()}
@@ -189,11 +232,19 @@ def apply(
         layers = {name for name, layer in plan.layers.items() if not layer.is_exact}
     else:
         attend, layers = plan, heads
+    progress = None
+    if tuple(steps) != (0, 1) or merge:
+        if scheduler is None and not hasattr(pipe_or_model, "scheduler"):
+            raise ValueError(
+                "steps and token merging by steps are counted in the scheduler's timesteps: pass the pipeline, or "
+                "scheduler=…"
+            )
+        progress = Progress(scheduler) if scheduler is not None else Progress(pipe=pipe_or_model)
     if merge_ratio:
         if merge:
             raise ValueError(f"merge_ratio={merge_ratio} must be 0: {type(plan).__name__} already merges tokens")
         merge = TokenMerging(merge_ratio)
-    return DiffusionHandle(model, attend, layers, (float(steps[0]), float(steps[1])), train_steps, merge)
+    return DiffusionHandle(model, attend, layers, (float(steps[0]), float(steps[1])), progress, merge)
 
 
 def calibrate(
@@ -217,14 +268,19 @@ def calibrate(
     Raises:
         TypeError: The model is not supported.
     """
-    model, train_steps = denoiser(pipe_or_model)
-    calibration, calls = Calibration(name_of(model), **options), itertools.count()
+    model = denoiser(pipe_or_model)
+    calibration, calls, weighing = Calibration(name_of(model), **options), itertools.count(), False
 
     def weigh(model, args, kwargs, out):
-        if weigh_every and next(calls) % weigh_every == 0:
-            calibration.weigh(lambda: model.forward(*args, **kwargs)[0], out[0])
+        nonlocal weighing
+        if not weighing and weigh_every and next(calls) % weigh_every == 0:
+            weighing = True
+            try:
+                calibration.weigh(lambda: model(*args, **kwargs)[0], out[0])
+            finally:
+                weighing = False
 
-    with DiffusionHandle(model, calibration.attend, self_attention_layers(model), train_steps=train_steps):
+    with DiffusionHandle(model, calibration.attend, self_attention_layers(model)):
         hook = model.register_forward_hook(weigh, with_kwargs=True)
         try:
             for batch in batches:
@@ -234,8 +290,8 @@ def calibrate(
     return calibration
 
 
-def denoiser(pipe_or_model: object) -> tuple[nn.Module, int]:
-    """Return a pipeline's UNet or transformer, or the given model, and its number of training steps.
+def denoiser(pipe_or_model: object) -> nn.Module:
+    """Return a pipeline's UNet or transformer, or the given model.
 
     Raises:
         TypeError: The model is not supported; the message says why.
@@ -253,8 +309,7 @@ def denoiser(pipe_or_model: object) -> tuple[nn.Module, int]:
         if type(layer.processor).__name__ in EXPLICIT:
             kind = type(layer.processor).__name__
             raise TypeError(f"{kind} of {name} does not call PyTorch's attention: use AttnProcessor2_0 instead")
-    scheduler = getattr(pipe_or_model, "scheduler", None)
-    return model, getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+    return model
 
 
 def self_attention_layers(model: nn.Module) -> dict[str, Attention]:
@@ -286,18 +341,3 @@ def name_of(model: nn.Module) -> str:
     """Return a model's name in plans: its class, total attention width and number of self-attention layers."""
     layers = self_attention_layers(model)
     return f"{type(model).__name__}-{sum(layer.inner_dim for layer in layers.values())}-{len(layers)}"
-
-
-def map_size(latent: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """Return the map size ``(height, width)`` at which a latent has this many tokens, halving it, rounded up or down.
-
-    Raises:
-        ValueError: No map of the latent has this many tokens.
-    """
-    for rounding in (math.ceil, math.floor):
-        height, width = latent
-        while height * width > tokens:
-            height, width = rounding(height / 2), rounding(width / 2)
-        if height * width == tokens:
-            return height, width
-    raise ValueError(f"{tokens} tokens match no downsampled map of a {latent[0]} × {latent[1]} latent")

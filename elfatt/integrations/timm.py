@@ -9,7 +9,7 @@ LePE is kept. State dicts do not change.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,9 @@ from torch import nn
 from elfatt.attention.vanilla import VanillaAttention
 from elfatt.backbones.hierarchical import HierarchicalBackbone
 from elfatt.conversion import Attend, Calibration, Plan, vit
-from elfatt.conversion.intercept import InterceptAttention
+from elfatt.conversion.handle import Call, ConvertedLayer, binding_of
 from elfatt.conversion.positions import with_relative_positions
-from elfatt.layers.lepe import filter_of
-from elfatt.ops import depthwise_conv
+from elfatt.layers.lepe import convolve
 
 ENCODERS = (VisionTransformer, Eva, VisionTransformerSAM, HierarchicalBackbone)
 LAYERS = (Attention, AttentionRope, EvaAttention, ParallelScalingBlock)
@@ -137,6 +136,20 @@ def _own(model: HierarchicalBackbone) -> vit.ViT:
     )
 
 
+class _OwnLayer(ConvertedLayer):
+    """A vanilla layer of this package, whose map is its input."""
+
+    num_heads: int
+    lepe: nn.Module | None
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
+        binding = binding_of(self)
+        if binding is None:
+            return super().attend(qkv)  # type: ignore[misc]  # the layer's
+        return binding.handle.attend_map(binding.name, self, qkv)
+
+
 class _OwnHandle(vit.ViTHandle):
     """Conversion of the vanilla layers of this package's models; map sizes differ per stage."""
 
@@ -144,28 +157,57 @@ class _OwnHandle(vit.ViTHandle):
         if plan and plan.lepe:
             raise ValueError(f"{found.name} has its own LePE: use a plan without it")
         super().__init__(found, attend, layers, plan)
-        layer: Any  # gets a new attribute
-        for name, layer in self.layers.items():
-            layer.attend = _OwnAttend(self, name, layer)
+        self.bind(self.layers, _OwnLayer)
 
-    def _restore(self):
-        for layer in self.layers.values():
-            del layer.attend
-        super()._restore()
-
-
-class _OwnAttend:
-    """``VanillaAttention.attend`` with the softmax attention replaced by a handle's."""
-
-    def __init__(self, handle: _OwnHandle, name: str, layer: VanillaAttention):
-        self.handle, self.name, self.layer = handle, name, layer
-
-    def __call__(self, qkv: torch.Tensor) -> torch.Tensor:
+    def attend_map(self, name: str, layer: _OwnLayer, qkv: torch.Tensor) -> torch.Tensor:
+        """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
+        self.state.ran.add(name)
         height, width = size = qkv.shape[1:3]
-        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.layer.num_heads, -1)).unbind(2)
-        out = self.handle.attend(self.name, q, k, v, (height, width)).flatten(2).unflatten(1, size)
-        lepe = filter_of(self.layer.lepe)
-        return out if lepe is None else out + depthwise_conv(qkv[..., 2 * self.layer.dim :], *lepe)
+        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, layer.num_heads, -1)).unbind(2)
+        out = self.attend(name, q, k, v, (height, width)).flatten(2).unflatten(1, size)
+        return out if layer.lepe is None else out + convolve(layer.lepe, v.flatten(2).unflatten(1, size))
+
+
+class _Layer(ConvertedLayer):
+    @property
+    def fused_attn(self) -> bool:
+        """Whether attention is one operation; explicit products cannot be intercepted."""
+        return binding_of(self) is not None or self.__dict__["fused_attn"]
+
+    @fused_attn.setter
+    def fused_attn(self, value: bool) -> None:
+        self.__dict__["fused_attn"] = value
+
+
+class _RelativeLayer(ConvertedLayer):
+    """SAM's attention with decomposed relative positions, without materialising the ``N × N`` bias."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``[B, H, W, C]`` to the same shape."""
+        binding, layer, size = binding_of(self), cast(SAMAttention, self), x.shape[1:3]
+        if binding is None:
+            return super().forward(x)  # type: ignore[misc]  # the layer's
+        q, k, v = layer.qkv(x).flatten(1, 2).unflatten(-1, (3, layer.num_heads, -1)).unbind(2)
+        q, k = layer.q_norm(q), layer.k_norm(k)
+        width = v.shape[-1]
+        tables = (get_rel_pos(n, n, table) for n, table in zip(size, (layer.rel_pos_h, layer.rel_pos_w), strict=True))
+        q, k = with_relative_positions(q, k, *tables)
+        v = F.pad(v, (0, q.shape[-1] - width))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
+        return layer.proj_drop(layer.proj(out[..., :width].flatten(2))).unflatten(1, size)
+
+
+class _Handle(vit.ViTHandle):
+    def __init__(self, found: vit.ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
+        super().__init__(found, attend, layers, plan)
+        is_sam = isinstance(found.model, VisionTransformerSAM)
+        self.bind(self.layers, _RelativeLayer if is_sam else _Layer)
+        self._prefix = getattr(found.model, "num_prefix_tokens", 0)
+        self._hooks.append(found.model.get_submodule("patch_embed").register_forward_pre_hook(self._look))
+
+    def _look(self, patch_embed, args):
+        self.enter(Call(tuple(patch_embed.dynamic_feat_size(args[0].shape[-2:])), self._prefix))
 
 
 def _plain_layers(encoder):
@@ -175,55 +217,3 @@ def _plain_layers(encoder):
 def _relative_layers(encoder):
     blocks = {name: module for name, module in encoder.named_modules() if isinstance(module, SAMBlock)}
     return {f"{name}.attn": b.attn for name, b in blocks.items() if b.window_size == 0 and b.attn.use_rel_pos}
-
-
-class _Handle(vit.ViTHandle):
-    def __init__(self, found: vit.ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
-        super().__init__(found, attend, layers, plan)
-        self.prefix = getattr(found.model, "num_prefix_tokens", 0)
-        self._hook = found.model.get_submodule("patch_embed").register_forward_pre_hook(self._look)
-        self._fused = {name: layer.fused_attn for name, layer in self.layers.items()}
-        layer: Any  # gets new attributes
-        for name, layer in self.layers.items():
-            layer.fused_attn = True  # explicit products cannot be intercepted
-            layer.forward = (_Forward if isinstance(layer, LAYERS) else _RelativeForward)(self, name, layer)
-
-    def _look(self, patch_embed, args):
-        self.size = patch_embed.dynamic_feat_size(args[0].shape[-2:])
-
-    def _restore(self):
-        self._hook.remove()
-        for name, layer in self.layers.items():
-            layer.fused_attn = self._fused[name]
-            del layer.forward
-        super()._restore()
-
-
-class _Forward:
-    """A layer's ``forward`` with the softmax attention replaced by a handle's."""
-
-    def __init__(self, handle: _Handle, name: str, layer: nn.Module):
-        self.handle, self.name, self.layer = handle, name, layer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with InterceptAttention(self._attend):
-            return type(self.layer).forward(self.layer, *args, **kwargs)
-
-    def _attend(self, q, k, v, scale):
-        return self.handle.attention(self.name, q, k, v, scale)
-
-
-class _RelativeForward(_Forward):
-    """``forward`` of a layer with decomposed relative positions, without materialising the ``N × N`` bias."""
-
-    layer: SAMAttention
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        layer, size = self.layer, x.shape[1:3]
-        q, k, v = layer.qkv(x).flatten(1, 2).unflatten(-1, (3, layer.num_heads, -1)).unbind(2)
-        q, k = layer.q_norm(q), layer.k_norm(k)
-        width = v.shape[-1]
-        tables = (get_rel_pos(n, n, table) for n, table in zip(size, (layer.rel_pos_h, layer.rel_pos_w), strict=True))
-        q, k = with_relative_positions(q, k, *tables)
-        out = self._attend(q, k, F.pad(v, (0, q.shape[-1] - width)), 1.0)[..., :width]
-        return layer.proj_drop(layer.proj(out.flatten(2))).unflatten(1, size)

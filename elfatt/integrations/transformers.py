@@ -9,8 +9,10 @@ It runs the paper's uniform split at the config's image size. Use ``convert`` fo
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +21,7 @@ from torch import nn
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
     from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionEmbeddings
     from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Embeddings
     from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
@@ -34,6 +35,7 @@ except ImportError as error:
     raise ImportError("elfatt.integrations.transformers needs transformers 5: pip install transformers>=5") from error
 
 from elfatt.conversion import Attend, Calibration, Plan, hybrid_attention, vit
+from elfatt.conversion.handle import Call, ConvertedLayer, binding_of
 
 NAME = "elfatt"
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {  # attention class by embeddings class
@@ -45,6 +47,7 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {  # attention class by embeddi
     SiglipVisionEmbeddings: SiglipAttention,
 }
 ROTARY = (DINOv3ViTAttention,)
+LAYER_ARGUMENTS = ("attention_mask", "position_embeddings")  # of the layers' forward, after the hidden states
 
 
 def convert(
@@ -106,15 +109,19 @@ def attention(
         raise ValueError(
             f"{kind}: {NAME} supports no masks, causal attention or dropout: use attn_implementation='sdpa'"
         )
-    attend = getattr(module, "elfatt_attention", partial(_uniform, module))
-    if attend is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return attend(q, k, v, scaling), None
+    return _uniform(module, q, k, v, scaling), None
+
+
+def _mask(*args, mask_function=None, attention_mask=None, **kwargs):
+    """Make no mask if none is needed, also while tracing; others are made to be rejected."""
+    if attention_mask is None and mask_function is bidirectional_mask_function:
+        return None
+    return sdpa_mask(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # else masks would be dropped before they can be rejected
+AttentionMaskInterface.register(NAME, _mask)
 
 
 def _uniform(module, q, k, v, scale):
@@ -171,31 +178,53 @@ def _features(encoder, images):
     return out[-1] if isinstance(out, tuple) else out  # a backbone returns several maps
 
 
+class _Layer(ConvertedLayer):
+    @property
+    def config(self) -> Any:
+        """The layer's config; with PyTorch's attention, which can be intercepted, while the layer is converted."""
+        config, binding = self.__dict__["config"], binding_of(self)
+        return config if binding is None else binding.handle.config
+
+    @config.setter
+    def config(self, value: Any) -> None:
+        self.__dict__["config"] = value
+
+
 class _Handle(vit.ViTHandle):
     def __init__(self, found: vit.ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
         super().__init__(found, attend, layers, plan)
-        self._hooked = list(found.layers.values()) if self.layers else []  # nothing to do for an exact plan
-        if not self._hooked:
-            return
         config: Any = found.model.config  # depends on the encoder
-        self._before, config._attn_implementation = config._attn_implementation, NAME
-        self._hook = found.model.get_submodule("embeddings").register_forward_hook(self._look, with_kwargs=True)
-        layer: Any  # gets a new attribute
-        for name, layer in found.layers.items():
-            layer.elfatt_attention = partial(self.attention, name) if name in self.layers else None  # None: exact
+        self.config = copy.copy(config)  # the model's may be shared
+        self.config._attn_implementation_internal = "sdpa"
+        self.bind(found.layers if self.layers else {}, _Layer)  # a layer that the plan leaves out is exact
+        embeddings: Any = found.model.get_submodule("embeddings")
+        self._hooks.append(embeddings.register_forward_hook(self._look, with_kwargs=True))
+        self._patch = _pair(config.patch_size)
+        self._prefix = _prefix(embeddings)
+        self._parameters = list(inspect.signature(type(found.model).forward).parameters)[1:]
+
+    def _begin(self, model, args, kwargs):
+        super()._begin(model, args, kwargs)
+        mask = dict(zip(self._parameters, args, strict=False)).get("attention_mask", kwargs.get("attention_mask"))
+        self.enter(Call(masked=mask is not None))
 
     def _look(self, embeddings, args, kwargs, tokens):
         images = args[0] if args else kwargs["pixel_values"]
-        patch = self.model.config.patch_size
-        self.size = images.shape[-2] // patch, images.shape[-1] // patch
-        self.prefix = tokens.shape[1] - self.size[0] * self.size[1]
+        height, width = (side // patch for side, patch in zip(images.shape[-2:], self._patch, strict=True))
+        self.enter(replace(self.state.call or Call(), size=(height, width), prefix=self._prefix))
 
-    def _restore(self):
-        if not self._hooked:
-            return
-        self._hook.remove()
-        self.model.config._attn_implementation = self._before
-        for layer in self._hooked:
-            del layer.elfatt_attention
-        self._hooked = []
-        super()._restore()
+    def run(self, name: str, layer: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a converted layer, without the mask that transformers makes while tracing even if none was passed."""
+        known = self.known_call(name)
+        if known is not None and not known.masked:
+            kwargs = kwargs | dict(zip(LAYER_ARGUMENTS, args[1:], strict=False)) | {"attention_mask": None}
+            args = args[:1]
+        if name not in self.layers:
+            return call(*args, **kwargs)
+        return super().run(name, layer, call, args, kwargs)
+
+
+def _prefix(embeddings: Any) -> int:
+    """Return the number of class and register tokens that embeddings put before the map."""
+    tokens = (getattr(embeddings, name, None) for name in ("cls_token", "class_embedding", "register_tokens"))
+    return sum(token.numel() // token.shape[-1] for token in tokens if token is not None)

@@ -25,7 +25,7 @@ from elfatt.analysis.diffusion_quality import psnr
 from elfatt.conversion import Agent, Calibration, Head, LayerPlan, Plan
 from elfatt.integrations import diffusers as adapter
 from scripts.diffusion import quality
-from scripts.diffusion.generators import CLASSES, MODELS, PHASES, SIDE, sample, save, train
+from scripts.diffusion.generators import CLASSES, MODELS, PHASES, SIDE, sample, sampler, save, train
 from scripts.diffusion.outcome import RIVALS, UNPATCHED, Result, write_report
 from scripts.quickstart.material import load_material
 
@@ -121,7 +121,9 @@ def load_digits() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 def patched(subject: Subject, variant: Variant):
     """Return the context in which the subject's model runs a variant."""
-    return nullcontext() if variant.options is None else adapter.apply(subject.model, **variant.options(subject))
+    if variant.options is None:
+        return nullcontext()
+    return adapter.apply(subject.model, scheduler=sampler(subject.steps), **variant.options(subject))
 
 
 def supported(subject: Subject, variants: dict[str, Variant]) -> tuple[dict[str, Variant], dict[str, str]]:

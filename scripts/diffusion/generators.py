@@ -125,6 +125,13 @@ def train(
     return model.eval()
 
 
+def sampler(steps: int) -> DDIMScheduler:
+    """Return the scheduler of a number of sampling steps."""
+    scheduler = DDIMScheduler(**SCHEDULE)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
 @torch.no_grad()
 def sample(model: nn.Module, labels: torch.Tensor, steps: int, seed: int) -> torch.Tensor:
     """Sample images ``[B, 1, SIDE, SIDE]`` in 0…1 by deterministic DDIM.
@@ -135,8 +142,7 @@ def sample(model: nn.Module, labels: torch.Tensor, steps: int, seed: int) -> tor
         steps: Number of sampling steps.
         seed: Seed of the initial noise.
     """
-    scheduler = DDIMScheduler(**SCHEDULE)
-    scheduler.set_timesteps(steps)
+    scheduler = sampler(steps)
     x = torch.randn(len(labels), 1, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
     for t in scheduler.timesteps:
         x = scheduler.step(denoise(model, x, t.expand(len(x)), labels), t, x).prev_sample

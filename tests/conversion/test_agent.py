@@ -40,7 +40,7 @@ def exact(q, k, v):
 def test_agents_of_the_early_steps(size):
     """Queries are projected before the tokens are merged here, and behind it in Agent: the projection is linear."""
     agent, x = Agent(), draw(1, size[0] * size[1], 6)
-    merge, unmerge = agent.merge(x, size, done=0.39)
+    merge, unmerge, attend = agent.merge(x, size, done=0.39)
     count = int(0.4 * x.shape[1])
     weights = [draw(6, 6, seed=seed) for seed in (1, 2, 3)]
     q, k, v = ((merge(x) @ weight).unflatten(-1, (2, 3)) for weight in weights)
@@ -48,7 +48,7 @@ def test_agents_of_the_early_steps(size):
     matching = Matching(x, size, 4)
     most = min(int(0.95 * x.shape[1]), x.shape[1] - (size[0] // 4) * (size[1] // 4))
     agents = (matching.merge(x, most) @ weights[0]).unflatten(-1, (2, 3))
-    found = agent("layer", q, k, v, None)
+    found = attend("layer", q, k, v, None)
     torch.testing.assert_close(found, expected(q, k, v, agents, 3**-0.5))
     assert unmerge(found.flatten(2)).shape == x.shape
     torch.testing.assert_close(agent("next", q, k, v, None), exact(q, k, v))  # whose tokens nobody merged
@@ -56,7 +56,8 @@ def test_agents_of_the_early_steps(size):
 
 def test_later_steps_are_plain_merging():
     agent, x, size = Agent(), draw(1, 96, 6), (8, 12)
-    merge, unmerge = agent.merge(x, size, done=0.4)
+    merge, unmerge, attend = agent.merge(x, size, done=0.4)
+    assert attend is None
     matching, count = Matching(x, size, 2), int(0.4 * 96)
     torch.testing.assert_close(merge(x), matching.merge(x, count))
     torch.testing.assert_close(unmerge(merge(x)), matching.unmerge(matching.merge(x, count), count))

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import gc
-import itertools
 import weakref
 from functools import partial
 
@@ -24,7 +23,7 @@ from diffusers import (  # noqa: E402
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0  # noqa: E402
 
-from elfatt.conversion import Head, LayerPlan, Plan  # noqa: E402
+from elfatt.conversion import Agent, Head, LayerPlan, Plan  # noqa: E402
 from elfatt.integrations import diffusers as adapter  # noqa: E402
 from tests.integrations.reversal import check_orders  # noqa: E402
 
@@ -194,7 +193,7 @@ def test_short_maps_and_other_steps_stay_exact(built):
     before = [run(900), run(100)]
     with adapter.apply(model, min_tokens=97):
         assert torch.equal(run(900), before[0])
-    with adapter.apply(model, block=2, min_tokens=0, steps=(0.0, 0.5)):
+    with adapter.apply(model, block=2, min_tokens=0, steps=(0.0, 0.5), scheduler=DDIMScheduler()):
         assert not torch.equal(run(900), before[0]) and torch.equal(run(100), before[1])
 
 
@@ -314,7 +313,7 @@ def test_a_pipeline_is_applied_to_and_calibrated():
 
     pipe = DiTPipeline.__new__(DiTPipeline)
     pipe.transformer, pipe.scheduler = model, DDIMScheduler(num_train_timesteps=500)
-    assert adapter.denoiser(pipe) == (model, 500)
+    assert adapter.denoiser(pipe) is model
     run = lambda seed: model(  # noqa: E731
         torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)),
         timestep=torch.tensor([100 * seed]),
@@ -369,6 +368,9 @@ def test_what_cannot_be_done_is_named():
     for steps in ((0.5, 0.5), (-1, 1), (0, 2)):
         with pytest.raises(ValueError, match="must be two increasing fractions between 0 and 1"):
             adapter.apply(model, steps=steps)
+    for options in ({"steps": (0, 0.6)}, {"plan": Agent()}):
+        with pytest.raises(ValueError, match="counted in the scheduler's timesteps: pass the pipeline, or scheduler="):
+            adapter.apply(model, **options)
     none, _ = unconditional(
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
@@ -376,16 +378,6 @@ def test_what_cannot_be_done_is_named():
     )
     with pytest.raises(TypeError, match="UNet2DModel has no self-attention"):
         adapter.apply(none)
-
-
-@pytest.mark.parametrize("latent", list(itertools.product((8, 9, 15), (12, 13))))
-def test_the_size_of_a_level_is_found(latent):
-    up = lambda n: -(-n // 2)  # noqa: E731
-    first = up(latent[0]), up(latent[1])
-    for size in (latent, first, (up(first[0]), up(first[1])), (latent[0] // 2, latent[1] // 2)):
-        assert adapter.map_size(latent, size[0] * size[1]) == size
-    with pytest.raises(ValueError, match="7 tokens match no downsampled map of"):
-        adapter.map_size(latent, 7)
 
 
 def test_a_model_that_nobody_holds_goes_with_what_was_applied():

@@ -5,6 +5,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from diffusers import DDIMScheduler  # noqa: E402
+
 from elfatt.conversion import Agent, Head, Plan  # noqa: E402
 from elfatt.integrations import diffusers as adapter  # noqa: E402
 from tests.integrations.test_diffusers import MODELS, SIZE, assert_same_state, plan_of, state, unet  # noqa: E402
@@ -67,13 +69,13 @@ def test_merged_tokens_have_no_map(merging):
 def test_agent_is_applied_by_its_steps_and_removed(merging):
     model, run = merging
     before, clean = [run(900), run(100)], state(model)
-    with adapter.apply(model, Agent()):
+    with adapter.apply(model, Agent(), scheduler=DDIMScheduler()):
         found = [run(900), run(100)]
         one = run(100, run.x[:1])
     assert_same_state(state(model), clean)
     assert torch.equal(run(900), before[0])
     assert all(not torch.equal(*pair) for pair in zip(found, before, strict=True))
-    with adapter.apply(model, Agent(), steps=(0.0, 0.5)):
+    with adapter.apply(model, Agent(), steps=(0.0, 0.5), scheduler=DDIMScheduler()):
         assert torch.equal(run(100), before[1])
     pytest.importorskip("tomesd")
     with adapter.apply(model, plan_of(model, Head()), merge_ratio=0.4):
@@ -85,7 +87,7 @@ def test_the_last_step_is_one_of_all(merging, plan, steps):
     """Time step 0, where all of the steps are done."""
     model, run = merging
     before = run(0)
-    with adapter.apply(model, plan, block=2, min_tokens=0, steps=steps):
+    with adapter.apply(model, plan, block=2, min_tokens=0, steps=steps, scheduler=DDIMScheduler()):
         assert not torch.equal(run(0), before)
 
 
@@ -116,13 +118,13 @@ def test_merging_that_cannot_be_done_is_named(name):
         with pytest.raises(ValueError, match=f"^merge_ratio={ratio} must be from 0 to 0.75.*$"):
             adapter.apply(model, merge_ratio=ratio)
     with pytest.raises(ValueError, match="^merge_ratio=0.5 must be 0: Agent already merges tokens$"):
-        adapter.apply(model, Agent(), merge_ratio=0.5)
+        adapter.apply(model, Agent(), merge_ratio=0.5, scheduler=DDIMScheduler())
     if name != "unet":
         pytest.importorskip("tomesd")
         for plan, ratio in ((None, 0.5), (Agent(), 0.0)):
             with pytest.raises(
                 TypeError, match=f"^tokens of {type(model).__name__} cannot be merged: tomesd and Agent support.*$"
             ):
-                adapter.apply(model, plan, merge_ratio=ratio)
+                adapter.apply(model, plan, merge_ratio=ratio, scheduler=DDIMScheduler())
     assert_same_state(state(model), applied)  # what was there before stays
     handle.remove()

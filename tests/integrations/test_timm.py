@@ -16,6 +16,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 import elfatt
 from elfatt.conversion import Head, LayerPlan, Plan
+from elfatt.conversion.handle import Call
 from elfatt.integrations import timm as adapter
 from tests.integrations.reversal import check_orders
 
@@ -182,17 +183,18 @@ def test_a_lepe_is_zero_at_first_and_adds_a_convolution_of_the_values(built):
     assert torch.equal(run(), wanted)
     torch.manual_seed(0)
     layers = adapter.vit_of(model).layers
-    v = torch.randn(2, handle.prefix + 35, 4, 8)
-    handle.size = (5, 7)
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    v = torch.randn(2, prefix + 35, 4, 8)
+    handle.enter(Call((5, 7), prefix))
     for name, layer in layers.items():
         torch.nn.init.normal_(layer.lepe.weight)
         torch.nn.init.normal_(layer.lepe.bias)
         with torch.no_grad():
-            out = handle.attention(name, v, v, v, None) - handle.attend(name, v, v, v, (5, 7), prefix=handle.prefix)
-            map = v[:, handle.prefix :].reshape(2, 5, 7, 32).permute(0, 3, 1, 2)
+            out = handle.attention(name, layer, v, v, v, None) - handle.attend(name, v, v, v, (5, 7), prefix=prefix)
+            map = v[:, prefix:].reshape(2, 5, 7, 32).permute(0, 3, 1, 2)
             convolved = layer.lepe(map).permute(0, 2, 3, 1).reshape(2, 35, 4, 8)
-        torch.testing.assert_close(out[:, handle.prefix :], convolved, rtol=1e-4, atol=1e-4)
-        assert handle.prefix == 0 or out[:, : handle.prefix].abs().max() < 1e-5
+        torch.testing.assert_close(out[:, prefix:], convolved, rtol=1e-4, atol=1e-4)
+        assert prefix == 0 or out[:, :prefix].abs().max() < 1e-5
     assert (run() - wanted).abs().max() > 1e-4
     handle.remove()
     assert_same_state(state(model), clean)

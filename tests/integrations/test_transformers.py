@@ -210,20 +210,23 @@ def test_text_is_refused(text):
         text(torch.tensor([[1, 2, 3]]), attention_mask=torch.tensor([[1, 1, 0]]))
 
 
-def test_masks_and_dropout_are_refused():
-    model, images = MODELS["ViT"](), torch.randn(1, 3, 32, 32)
+def test_masked_attention_stays_exact_and_dropout_is_refused():
+    torch.manual_seed(0)
+    model, images = MODELS["ViT"]().eval(), torch.randn(1, 3, 32, 32)
     mask = torch.ones(1, 17, dtype=torch.long)
     mask[:, 5] = 0
-    with (
-        adapter.convert(model),
-        pytest.raises(ValueError, match="elfatt supports no masks, causal attention or dropout"),
-    ):
+    with torch.no_grad():
+        wanted = model(images, attention_mask=mask)[0]
+        with (
+            adapter.convert(model, block=2),
+            pytest.warns(UserWarning, match="layers.0.attention keeps exact attention: it has a mask"),
+        ):
+            assert torch.equal(model(images, attention_mask=mask)[0], wanted)
+    model.set_attn_implementation("elfatt")
+    with pytest.raises(ValueError, match="elfatt supports no masks, causal attention or dropout"):
         model(images, attention_mask=mask)
     dropping = MODELS["ViT"](attention_probs_dropout_prob=0.1).train()
-    with (
-        adapter.convert(dropping),
-        pytest.raises(ValueError, match="elfatt supports no masks, causal attention or dropout"),
-    ):
+    with adapter.convert(dropping), pytest.raises(ValueError, match="drops attention weights, .* set the rate to 0"):
         dropping(images)
 
 
