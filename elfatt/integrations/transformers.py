@@ -182,8 +182,8 @@ class _Layer(ConvertedLayer):
     @property
     def config(self) -> Any:
         """The layer's config; with PyTorch's attention, which can be intercepted, while the layer is converted."""
-        config, binding = self.__dict__["config"], binding_of(self)
-        return config if binding is None else binding.handle.config
+        binding = binding_of(self)
+        return self.__dict__["config"] if binding is None else binding.handle.config
 
     @config.setter
     def config(self, value: Any) -> None:

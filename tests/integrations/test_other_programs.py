@@ -1,0 +1,364 @@
+"""Converted models in programs of others: threads, checkpointing, compilers, wrappers and patches."""
+
+import copy
+import pickle
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from diffusers import DDIMScheduler  # noqa: E402
+
+import elfatt  # noqa: E402
+from elfatt.integrations import diffusers as diffusers_adapter  # noqa: E402
+from elfatt.integrations import timm as timm_adapter  # noqa: E402
+from elfatt.integrations import transformers as transformers_adapter  # noqa: E402
+from tests.integrations import test_diffusers, test_timm, test_transformers  # noqa: E402
+
+SIZES = (40, 56), (56, 40), (24, 64)  # pixels of ViTs, two maps of equally many tokens; of latents, a quarter
+
+
+class Case:
+    """A model of each adapter, called in one way.
+
+    Args:
+        model: The model.
+        call: Maps the model and an input to its output.
+        convert: Converts the model.
+        blocks: Modules that are checkpointed.
+    """
+
+    def __init__(self, model, call, convert, blocks, scale=1, channels=3):
+        self.model, self.call, self.convert, self.blocks = model.eval(), call, convert, blocks
+        self.scale, self.channels = scale, channels
+
+    def inputs(self, size, batch=2):
+        return torch.randn(batch, self.channels, *(side // self.scale for side in size))
+
+    def run(self, x, model=None):
+        with torch.no_grad():
+            return self.call(self.model if model is None else model, x)
+
+
+def timm_case():
+    model = test_timm.vit(reg_tokens=1)
+    return Case(model, lambda m, x: m(x), partial(elfatt.convert, block=2), list(model.blocks))
+
+
+def eva_case():
+    model = test_timm.eva(use_rot_pos_emb=True)
+    return Case(model, lambda m, x: m(x), partial(elfatt.convert, block=2), list(model.blocks))
+
+
+def transformers_case():
+    model = test_transformers.MODELS["ViT"]()
+    return Case(
+        model,
+        lambda m, x: m(pixel_values=x, interpolate_pos_encoding=True)[0],
+        partial(transformers_adapter.convert, block=2),
+        list(model.layers),
+    )
+
+
+def unet_case():
+    model, call = test_diffusers.unet()
+    blocks = [m for m in model.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    return Case(
+        model,
+        lambda m, x: call(m, x, torch.full((len(x),), 500)),
+        partial(diffusers_adapter.apply, block=2, min_tokens=0),
+        blocks,
+        scale=4,
+        channels=4,
+    )
+
+
+def pixart_case():
+    model, call = test_diffusers.pixart()
+    return Case(
+        model,
+        lambda m, x: call(m, x, torch.full((len(x),), 500)),
+        partial(diffusers_adapter.apply, block=2, min_tokens=0),
+        list(model.transformer_blocks),
+        scale=4,
+        channels=4,
+    )
+
+
+CASES = {
+    builder.__name__.removesuffix("_case"): builder
+    for builder in (timm_case, eva_case, transformers_case, unet_case, pixart_case)
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    torch.manual_seed(0)
+    found = CASES[request.param]()
+    for parameter in found.model.parameters():  # small weights would hide everything
+        if parameter.abs().max() < 0.2:
+            nn.init.normal_(parameter, std=0.2)
+    found.name = request.param
+    return found
+
+
+def test_threads_share_a_converted_model(case):
+    inputs = [case.inputs(size) for size in SIZES]
+    with case.convert(case.model):
+        wanted = [case.run(x) for x in inputs]
+        barrier = threading.Barrier(8)
+
+        def serve(seed):
+            chance = random.Random(seed)
+            barrier.wait()
+            picks = [chance.randrange(len(inputs)) for _ in range(25)]
+            return [torch.equal(case.run(inputs[i]), wanted[i]) for i in picks]
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = sum(pool.map(serve, range(8)), [])
+    assert len(answers) == 200 and all(answers)
+
+
+def test_threads_at_different_steps():
+    torch.manual_seed(0)
+    model, call = test_diffusers.unet()
+    x = torch.randn(2, 4, 8, 12)
+    times = (900, 500, 100)
+
+    def run(t):
+        with torch.no_grad():
+            return call(model.eval(), x, torch.full((2,), t))
+
+    with diffusers_adapter.apply(model, block=2, min_tokens=0, steps=(0, 0.6), scheduler=DDIMScheduler()):
+        wanted = {t: run(t) for t in times}
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda i: torch.equal(run(times[i % 3]), wanted[times[i % 3]]), range(60)))
+    assert all(found)
+
+
+def gradients(case, inputs):
+    case.model.zero_grad()
+    for parameter in case.model.parameters():
+        parameter.requires_grad_(True)
+    sum(case.call(case.model, x).square().mean() for x in inputs).backward()
+    return {name: p.grad.clone() for name, p in case.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
+def test_checkpointing_recomputes_each_call_with_its_own_map(case, reentrant, monkeypatch):
+    inputs = [case.inputs(size) for size in SIZES]
+    (kind,) = {type(block) for block in case.blocks}
+    call = kind.__call__
+
+    def checkpointed(self, *args, **kwargs):
+        def run(*given):
+            return call(self, *given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
+
+        return checkpoint(run, *args, *kwargs.values(), use_reentrant=reentrant)
+
+    with case.convert(case.model):
+        wanted = gradients(case, inputs)
+        monkeypatch.setattr(kind, "__call__", checkpointed)
+        found = gradients(case, inputs)
+        monkeypatch.undo()
+    assert wanted.keys() == found.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_models_own_checkpointing(case):
+    inputs = [case.inputs(size) for size in SIZES]
+    case.model.train()
+    with case.convert(case.model):
+        wanted = gradients(case, inputs)
+        if hasattr(case.model, "set_grad_checkpointing"):
+            case.model.set_grad_checkpointing()
+        elif hasattr(case.model, "gradient_checkpointing_enable"):
+            case.model.gradient_checkpointing_enable()
+        else:
+            case.model.enable_gradient_checkpointing()
+        found = gradients(case, inputs)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_recomputation_of_an_unknown_call_is_refused():
+    case = timm_case()
+    x = case.inputs(SIZES[0])
+    with case.convert(case.model):
+        tokens = case.model.patch_embed(x).flatten(1, 2)
+        tokens = torch.cat([torch.zeros(2, 2, 32), tokens], dim=1).requires_grad_()
+        out = checkpoint(lambda t: case.model.blocks[0].attn(t * 2), tokens, use_reentrant=False)
+        with pytest.raises(RuntimeError, match="blocks.0.attn is recomputed in the backward pass of an unknown call"):
+            out.sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["wrapper", "in place"])
+def test_conversion_reaches_a_model_compiled_before(case, how):
+    torch._dynamo.reset()
+    x = case.inputs((32, 32))
+    before = case.run(x)
+    compiled = case.model
+    if how == "wrapper":
+        compiled = torch.compile(case.model, backend="eager")
+    else:
+        case.model.compile(backend="eager")
+    torch.testing.assert_close(case.run(x, compiled), before)
+    with case.convert(case.model):
+        found = case.run(x, compiled)
+        assert (found - before).abs().max() > 1e-4 * before.abs().max()
+    torch.testing.assert_close(case.run(x, compiled), before)
+    case.model._compiled_call_impl = None
+    with case.convert(case.model):
+        torch.testing.assert_close(found, case.run(x), rtol=1e-4, atol=1e-5)
+
+
+def layers_of(model):
+    return [m for m in model.modules() if hasattr(m, "_elfatt_binding")]
+
+
+@pytest.mark.parametrize("first", ["convert", "assign"])
+def test_forward_methods_that_others_assign_are_kept(case, first):
+    """As accelerate's hooks do, which keep the method they found."""
+    x, calls = case.inputs(SIZES[0]), []
+    with case.convert(case.model):
+        wanted, layers = case.run(x), layers_of(case.model)
+    before = case.run(x)
+
+    def assign():
+        for layer in layers:
+            layer.forward = partial(lambda old, *a, **k: (calls.append(1), old(*a, **k))[1], layer.forward)
+
+    if first == "assign":
+        assign()
+    handle = case.convert(case.model)
+    if first == "convert":
+        assign()
+    assert torch.equal(case.run(x), wanted) and len(calls) == len(layers)
+    handle.remove()
+    assert torch.equal(case.run(x), before) and len(calls) == 2 * len(layers)
+
+
+def test_replicas_use_their_own_weights(case):
+    """As those of DataParallel, which copy each module's attributes."""
+    x = case.inputs(SIZES[0])
+    with case.convert(case.model):
+        other = copy.deepcopy(case.model)
+        for parameter in other.parameters():
+            parameter.data.mul_(0.9)
+        wanted = case.run(x, other)
+        replicas = {module: module._replicate_for_data_parallel() for module in case.model.modules()}
+        sources = dict(zip(case.model.modules(), other.modules(), strict=True))
+        for module, replica in replicas.items():
+            for name, child in module._modules.items():
+                replica._modules[name] = child and replicas[child]
+            for name, parameter in sources[module]._parameters.items():
+                replica._parameters[name] = parameter
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(case.run, x, replicas[case.model]).result(), wanted)
+
+
+def test_a_pickled_model_stays_converted(case):
+    x = case.inputs(SIZES[0])
+    before = case.run(x)
+    with case.convert(case.model):
+        wanted, other = case.run(x), pickle.loads(pickle.dumps(case.model))
+    assert torch.equal(case.run(x, other), wanted)
+    case.convert(other).remove()
+    assert torch.equal(case.run(x, other), before)
+    assert [type(m) for m in other.modules()] == [type(m) for m in case.model.modules()]
+
+
+def explicit(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    return torch.softmax(q @ k.mT * (scale or q.shape[-1] ** -0.5), dim=-1) @ v
+
+
+def test_attention_that_is_not_pytorchs_is_an_error(case, monkeypatch):
+    x = case.inputs(SIZES[0])
+    original = F.scaled_dot_product_attention
+    with case.convert(case.model):
+        wanted = case.run(x)
+        names = [layer._elfatt_binding.name for layer in layers_of(case.model)]
+        monkeypatch.setattr(F, "scaled_dot_product_attention", explicit)
+        with pytest.raises(RuntimeError, match="^the plan did not run in .*: no call of PyTorch's scaled_dot") as met:
+            case.run(x)
+        assert all(name in str(met.value) for name in names)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: original(*args, **kwargs))
+        assert torch.equal(case.run(x), wanted)  # one that ends in PyTorch's is intercepted there
+
+
+def test_layers_that_the_model_passes_over_are_named(case):
+    x = case.inputs(SIZES[0])
+    with case.convert(case.model):
+        (layer, *_) = layers = layers_of(case.model)
+        name = layer._elfatt_binding.name
+        parent = case.model.get_submodule(name.rpartition(".")[0])
+        child = name.rpartition(".")[2]
+        passes = {"forward": lambda self, x, *_, **__: (x, None) if case.name == "transformers" else x}
+        parent._modules[child] = type("Other", (nn.Module,), passes)()
+        with pytest.raises(RuntimeError, match=f"^{name} did not run in the model's forward"):
+            case.run(x)
+        parent._modules[child] = layer
+        case.run(x)
+        assert len(layers) > 1
+
+
+@pytest.mark.parametrize("change", ["dropped", "added"])
+def test_tokens_without_a_map_keep_exact_attention(case, change):
+    """As patch dropout, masked autoencoders, prompts and grounding tokens leave them."""
+    if case.name == "eva":
+        pytest.skip("its rotary embeddings fit no other tokens")
+    x = case.inputs(SIZES[0])
+
+    def alter(block, args, kwargs):
+        tokens = args[0]
+        tokens = tokens[:, : tokens.shape[1] // 2] if change == "dropped" else torch.cat([tokens, tokens[:, :3]], 1)
+        return (tokens, *args[1:]), kwargs
+
+    block = case.blocks[0]
+    hook = block.register_forward_pre_hook(alter, with_kwargs=True)
+    stop = block.register_forward_hook(lambda *_: (_ for _ in ()).throw(Stop(_[-1])))
+    try:
+        outputs = []
+        for converted in (False, True):
+            handle = case.convert(case.model) if converted else None
+            with pytest.raises(Stop) as met:
+                if converted:
+                    with pytest.warns(UserWarning, match=r"keeps exact attention: \d+ tokens are not .* have no map"):
+                        case.run(x)
+                else:
+                    case.run(x)
+            out = met.value.args[0]
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+            if handle:
+                handle.remove()
+    finally:
+        hook.remove()
+        stop.remove()
+    assert torch.equal(*outputs)
+
+
+class Stop(Exception):
+    """Ends a forward with a block's output."""
+
+
+def test_a_layer_called_alone_stays_exact():
+    case = timm_case()
+    tokens = torch.randn(2, 37, 32)
+    with torch.no_grad():
+        wanted = case.model.blocks[0](tokens)
+        with (
+            case.convert(case.model),
+            pytest.warns(UserWarning, match="blocks.0.attn keeps exact attention: it runs outside its model's forward"),
+        ):
+            assert torch.equal(case.model.blocks[0](tokens), wanted)
