@@ -234,8 +234,7 @@ class Handle:
         failed, state.failed = state.failed, []
         raise RuntimeError(
             f"the plan did not run in {', '.join(failed)}: no call of PyTorch's scaled_dot_product_attention was seen; "
-            "restore the layer's own attention (no slicing, replaced functions or explicit products), or remove() "
-            "the conversion"
+            "use it (no attention slicing, explicit products or replaced function), or remove() the conversion"
         )
 
     def _begin(self, model, args, kwargs):

@@ -161,17 +161,17 @@ class Progress:
         timesteps = getattr(scheduler, "timesteps", None)
         if timestep is None or timesteps is None or not len(timesteps):
             return None
-        listed = torch.as_tensor(timesteps).double().cpu()
-        distance = (listed - float(torch.as_tensor(timestep).flatten()[0])).abs()
-        index = int(distance.argmin())
-        if distance[index] > TOLERANCE * (listed.max() - listed.min()):
-            return None
         if hasattr(scheduler, "begin_index"):  # image-to-image begins later
-            first = scheduler.begin_index or 0
+            begin = scheduler.begin_index or 0
         else:
-            first = len(listed) - getattr(pipe, "_num_timesteps", len(listed))
-        first = min(max(first, 0), index)
-        return (index - first) / (len(listed) - first)
+            begin = max(0, len(timesteps) - getattr(pipe, "_num_timesteps", len(timesteps)))
+        listed = torch.as_tensor(timesteps).double().cpu()
+        span = listed.max() - listed.min()
+        # a step may call the model several times, at one timestep
+        own = torch.tensor(list(dict.fromkeys(listed[begin:].tolist())))
+        distance = (own - float(torch.as_tensor(timestep).flatten()[0])).abs()
+        index = int(distance.argmin())
+        return index / len(own) if distance[index] <= TOLERANCE * span else None
 
 
 def _call(name, layer, call, args, kwargs):

@@ -5,6 +5,7 @@ import pickle
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -15,10 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+peft = pytest.importorskip("peft")
 
 from diffusers import DDIMScheduler  # noqa: E402
 
 import elfatt  # noqa: E402
+from elfatt.conversion.handle import handle_of  # noqa: E402
 from elfatt.integrations import diffusers as diffusers_adapter  # noqa: E402
 from elfatt.integrations import timm as timm_adapter  # noqa: E402
 from elfatt.integrations import transformers as transformers_adapter  # noqa: E402
@@ -362,3 +366,68 @@ def test_a_layer_called_alone_stays_exact():
             pytest.warns(UserWarning, match="blocks.0.attn keeps exact attention: it runs outside its model's forward"),
         ):
             assert torch.equal(case.model.blocks[0](tokens), wanted)
+
+
+class Orders:
+    """A ViT and what programs do to it besides converting it."""
+
+    def __init__(self, build):
+        torch.manual_seed(0)
+        self.case, self.lora, self.offloaded = build(), False, False
+
+    def offload(self):
+        if self.offloaded:
+            accelerate.hooks.remove_hook_from_submodules(self.case.model)
+        else:
+            accelerate.cpu_offload(self.case.model, execution_device=torch.device("cpu"))
+        self.offloaded = not self.offloaded
+
+    def adapt(self):
+        if not self.lora and not self.offloaded:
+            torch.manual_seed(1)
+            config = peft.LoraConfig(r=2, target_modules=["qkv", "q_proj", "o_proj"], init_lora_weights=False)
+            peft.inject_adapter_in_model(config, self.case.model)
+            self.lora = True
+
+    def copy(self):
+        if not self.offloaded:
+            self.case.model = copy.deepcopy(self.case.model)
+
+    def checkpoint(self):
+        model = self.case.model
+        (getattr(model, "set_grad_checkpointing", None) or model.gradient_checkpointing_enable)()
+
+    def run(self, size):
+        torch.manual_seed(2)
+        return self.case.run(self.case.inputs(size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [timm_case, transformers_case])
+def test_random_orders_of_what_programs_do(build):
+    """The output is that of a conversion made anew, and in the end that of a twin that never had one."""
+    chance = random.Random(0)
+    for _ in range(20):
+        subject, twin, block = Orders(build), Orders(build), 0
+        for _ in range(chance.randint(2, 8)):
+            operation = chance.choice(["convert", "convert", "remove", "offload", "adapt", "copy", "checkpoint"])
+            if operation == "convert":
+                block = chance.choice([2, 3, 4])
+                subject.case.convert(subject.case.model, block=block)
+            elif operation == "remove":
+                handle = handle_of(subject.case.model)
+                if handle:
+                    handle.remove()
+                block = 0
+            else:
+                getattr(subject, operation)()
+                getattr(twin, operation)()
+            size = chance.choice(SIZES)
+            found = subject.run(size)
+            with twin.case.convert(twin.case.model, block=block) if block else nullcontext():
+                assert torch.equal(found, twin.run(size))
+        if handle := handle_of(subject.case.model):
+            handle.remove()
+        assert torch.equal(subject.run(SIZES[0]), twin.run(SIZES[0]))
+        for one, other in zip(subject.case.model.modules(), twin.case.model.modules(), strict=True):
+            assert type(one) is type(other) and vars(one).keys() == vars(other).keys()
