@@ -23,7 +23,6 @@ from elfatt.attention import create_attention
 from elfatt.attention.base import QKVAttention
 from elfatt.attention.elfatt import ELFATT
 from elfatt.conversion.measures import NORMS, relative_error
-from elfatt.layers.lepe import LePE
 from elfatt.ops import use_backend
 from elfatt.ops.geometry import pad_to_multiple
 
@@ -295,7 +294,7 @@ def _head_widths(attention: QKVAttention) -> list[int]:
 
 def _without_lepe(attention: QKVAttention) -> QKVAttention:
     attention = copy.deepcopy(attention).double()
-    for lepe in (module for module in attention.modules() if isinstance(module, LePE)):
+    for lepe in (module for module in attention.modules() if isinstance(module, nn.Conv2d)):
         for parameter in lepe.parameters():
             nn.init.zeros_(parameter)
     return attention

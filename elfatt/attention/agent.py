@@ -9,7 +9,7 @@ from torch import nn
 
 from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, add_called, filter_of
+from elfatt.layers.lepe import add_called, filter_of, make_lepe
 from elfatt.layers.positions import resize_positions
 from elfatt.ops import add_lepe, agent_attention
 
@@ -63,7 +63,7 @@ class AgentAttention(QKVAttention):
         self.wa_bias = nn.Parameter(torch.empty(heads, 1, width, n))
         for bias in (self.an_bias, self.na_bias, self.ah_bias, self.aw_bias, self.ha_bias, self.wa_bias):
             nn.init.trunc_normal_(bias, std=0.02)
-        self.lepe = LePE(dim) if lepe else None
+        self.lepe = make_lepe(dim) if lepe else None
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""

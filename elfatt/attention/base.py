@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from elfatt.layers.lepe import LePE
+from elfatt.layers.lepe import make_lepe
 from elfatt.ops.dispatch import check_backend
 
 
@@ -68,7 +68,7 @@ class LePEAttention(QKVAttention):
 
     def __init__(self, dim: int, num_heads: int, *, lepe: bool = True, backend: str | None = None):
         super().__init__(dim, num_heads, backend=backend)
-        self.lepe = LePE(dim) if lepe else None
+        self.lepe = make_lepe(dim) if lepe else None
 
 
 def unpack(qkv: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, add_called, filter_of
+from elfatt.layers.lepe import add_called, filter_of, make_lepe
 from elfatt.ops import block_attention
 
 ROWS, COLUMNS = 1, 2  # axes of a map [B, H, W, ...]
@@ -42,7 +43,7 @@ class CSWinAttention(QKVAttention):
         if num_heads % 2:
             raise ValueError(f"num_heads={num_heads} must be even: half of them attend in vertical stripes")
         self.stripe = stripe
-        self.lepe_vertical, self.lepe_horizontal = (LePE(dim // 2) if lepe else None for _ in range(2))
+        self.lepe_vertical, self.lepe_horizontal = (make_lepe(dim // 2) if lepe else None for _ in range(2))
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``, channels [vertical, horizontal]."""
@@ -50,7 +51,7 @@ class CSWinAttention(QKVAttention):
         parts = (vertical, COLUMNS, self.lepe_vertical), (horizontal, ROWS, self.lepe_horizontal)
         return torch.cat([self._attend_stripes(*part) for part in parts], dim=-1)
 
-    def _attend_stripes(self, qkv: torch.Tensor, axis: int, lepe: LePE | None) -> torch.Tensor:
+    def _attend_stripes(self, qkv: torch.Tensor, axis: int, lepe: nn.Module | None) -> torch.Tensor:
         """Map ``[B, H, W, 3, C / 2]`` to ``[B, H, W, C / 2]`` in stripes stacked along the axis."""
         side = qkv.shape[axis]
         missing = -side % self.stripe

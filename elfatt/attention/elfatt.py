@@ -6,7 +6,7 @@ import torch
 
 from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, add_called, filter_of, is_fusible
+from elfatt.layers.lepe import add_called, filter_of, is_fusible, make_lepe
 from elfatt.ops import elfatt_attention
 
 
@@ -55,7 +55,7 @@ class ELFATT(QKVAttention):
                     f"channel_split={channel_split} of dim={dim} leaves {width} channels for {heads} heads: "
                     f"choose a split that {heads} divides"
                 )
-        self.lepe_global, self.lepe_local = (LePE(width) if lepe and width else None for width in widths)
+        self.lepe_global, self.lepe_local = (make_lepe(width) if lepe and width else None for width in widths)
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``, channels [global, local]."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from elfatt.attention.base import QKVAttention, check_positive, unpack
 from elfatt.attention.registry import register_attention
-from elfatt.layers.lepe import LePE, add_called, convolve, filter_of
+from elfatt.layers.lepe import add_called, convolve, filter_of, make_lepe
 from elfatt.layers.positions import resize_positions
 from elfatt.ops import add_lepe, focused_attention
 
@@ -47,8 +47,8 @@ class FocusedLinearAttention(QKVAttention):
         self.feat_size = (height, width)
         self.scale = nn.Parameter(torch.zeros(1, 1, dim))
         self.positional_encoding = nn.Parameter(torch.zeros(1, height * width, dim))
-        self.dwc = LePE(dim // num_heads, kernel_size)
-        self.lepe = LePE(dim) if lepe else None
+        self.dwc = make_lepe(dim // num_heads, kernel_size)
+        self.lepe = make_lepe(dim) if lepe else None
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""

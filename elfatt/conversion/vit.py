@@ -15,7 +15,7 @@ from elfatt.conversion.attention import run_plan
 from elfatt.conversion.calibrate import CANDIDATES, Attend, Calibration
 from elfatt.conversion.handle import Handle
 from elfatt.conversion.plan import Plan
-from elfatt.layers.lepe import LePE, convolve
+from elfatt.layers.lepe import convolve, make_lepe
 
 Images = torch.Tensor | Iterable[torch.Tensor]
 
@@ -32,12 +32,12 @@ class ViTHandle(Handle):
 
     def __init__(self, vit: ViT, attend: Attend, layers: Iterable[str], plan: Plan | None = None):
         super().__init__(vit.model)
-        self.attend, self.plan = attend, plan
+        self.attend, self.plan, self._width = attend, plan, vit.width
         self.layers = {name: vit.layers[name] for name in layers}
         if plan and plan.lepe:
             for layer in self.layers.values():
                 weight = next(layer.parameters())
-                layer.lepe = LePE(vit.width).to(weight.device, weight.dtype)
+                layer.lepe = make_lepe(vit.width).to(weight.device, weight.dtype)
                 for parameter in layer.lepe.parameters():
                     nn.init.zeros_(parameter)
 
@@ -67,15 +67,14 @@ class ViTHandle(Handle):
             return None
         out = self.attend(name, q, k, v, call.size, prefix=prefix, scale=scale)
         lepe = getattr(layer, "lepe", None)
-        return out if lepe is None else out + _encode(lepe, v, call.size, prefix)
+        return out if lepe is None else out + self._encode(lepe, v, call.size, prefix)
 
-
-def _encode(lepe: nn.Module, v: torch.Tensor, size: tuple[int, int], prefix: int) -> torch.Tensor:
-    """Return LePE of the map, zero-padded for the prefix and for features appended to V."""
-    heads, width = v.shape[2:]
-    channels = lepe.get_parameter("weight").shape[0] // heads
-    x = convolve(lepe, v[:, prefix:, :, :channels].flatten(2).unflatten(1, size))
-    return F.pad(x.flatten(1, 2).unflatten(-1, (heads, channels)), (0, width - channels, 0, 0, prefix, 0))
+    def _encode(self, lepe, v, size, prefix):
+        """Return LePE of the map, zero-padded for the prefix and for features appended to V."""
+        heads, width = v.shape[2:]
+        channels = self._width // heads
+        x = convolve(lepe, v[:, prefix:, :, :channels].flatten(2).unflatten(1, size))
+        return F.pad(x.flatten(1, 2).unflatten(-1, (heads, channels)), (0, width - channels, 0, 0, prefix, 0))
 
 
 @dataclass(frozen=True)

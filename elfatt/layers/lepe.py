@@ -12,8 +12,8 @@ from elfatt.ops import depthwise_conv
 from elfatt.ops.geometry import Filter, fit_block, from_blocks, to_blocks
 
 
-class LePE(nn.Conv2d):
-    """Depthwise filter of LePE, which operations apply over the map or inside each block.
+def make_lepe(channels: int, kernel_size: int = 3) -> nn.Conv2d:
+    """Return the depthwise filter of LePE, which operations apply over the map or inside each block.
 
     A filter that others have changed (hooks, offloading, adapters, quantisation) is called as a module instead.
 
@@ -21,9 +21,7 @@ class LePE(nn.Conv2d):
         channels: Channels of V.
         kernel_size: Odd filter size in tokens.
     """
-
-    def __init__(self, channels: int, kernel_size: int = 3):
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+    return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
 
 def is_fusible(conv: nn.Module | None) -> bool:

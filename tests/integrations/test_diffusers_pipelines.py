@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffu
 from elfatt.conversion import Agent, Head, agent  # noqa: E402
 from elfatt.conversion.handle import handle_of  # noqa: E402
 from elfatt.integrations import diffusers as adapter  # noqa: E402
-from tests.integrations.test_diffusers import plan_of, uniform, unet  # noqa: E402
+from tests.integrations.test_diffusers import plan_of, unet, uniform  # noqa: E402
 
 ORDERS = 10  # 25 for each of eight seeds pass, too, in two minutes
 SCHEDULERS = {
@@ -287,7 +287,9 @@ def test_random_orders_of_what_programs_do(seed):
             subject.handle.remove()
         check(subject, twin, None, done)
         for one, other in zip(subject.pipe.unet.named_modules(), twin.pipe.unet.named_modules(), strict=True):
-            assert one[0] == other[0] and type(one[1]) is type(other[1]) and vars(one[1]).keys() == vars(other[1]).keys()
+            assert (
+                one[0] == other[0] and type(one[1]) is type(other[1]) and vars(one[1]).keys() == vars(other[1]).keys()
+            )
 
 
 def check(subject, twin, plan, done):

@@ -24,7 +24,6 @@ from diffusers import DDIMScheduler  # noqa: E402
 import elfatt  # noqa: E402
 from elfatt.conversion.handle import handle_of  # noqa: E402
 from elfatt.integrations import diffusers as diffusers_adapter  # noqa: E402
-from elfatt.integrations import timm as timm_adapter  # noqa: E402
 from elfatt.integrations import transformers as transformers_adapter  # noqa: E402
 from tests.integrations import test_diffusers, test_timm, test_transformers  # noqa: E402
 
