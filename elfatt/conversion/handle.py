@@ -13,7 +13,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 from weakref import WeakKeyDictionary, ref
 
@@ -48,24 +48,25 @@ class Call:
     tokens: Tokens | None = None
 
 
-@dataclass
-class _State:
-    """A thread's state of one handle."""
+class _State(threading.local):
+    """Each thread's state of a handle.
 
-    call: Call | None = None
-    backward: int = -1  # backward pass in which the call was entered, -1 for none
-    inside: bool = False  # the model's forward
-    ran: set[str] = field(default_factory=set)
-    failed: list[str] = field(default_factory=list)  # layers whose attention was not intercepted
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of blocks whose layers merge tokens
+    Attributes:
+        call: The call whose layers run next.
+        backward: Backward pass in which it was entered, -1 for none.
+        inside: Whether the model's forward runs.
+        ran: Layers whose attention was intercepted.
+        failed: Layers whose attention was not.
+        inputs: Inputs of the blocks whose layers merge tokens.
+    """
 
-
-class _Thread(threading.local):
     def __init__(self):
-        self.states: WeakKeyDictionary[Handle, _State] = WeakKeyDictionary()
-
-
-_thread = _Thread()
+        self.call: Call | None = None
+        self.backward = -1
+        self.inside = False
+        self.ran: set[str] = set()
+        self.failed: list[str] = []
+        self.inputs: dict[str, torch.Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Handle:
     def __init__(self, model: nn.Module):
         if before := handle_of(model):
             before.remove()
-        self.model = model
+        self.model, self.state = model, _State()
         self._bound: dict[str, nn.Module] = {}
         self._hooks: list[Any] = []
         self._warned: set[str] = set()
@@ -167,11 +168,6 @@ class Handle:
 
     def _restore(self) -> None:
         """Undo what the subclass changed besides binding layers."""
-
-    @property
-    def state(self) -> _State:
-        """This thread's state."""
-        return _thread.states.setdefault(self, _State())
 
     def enter(self, call: Call) -> None:
         """Set the call whose layers this thread runs next."""
@@ -294,13 +290,16 @@ class Handle:
 
     def __deepcopy__(self, memo: dict) -> Self:
         memo[id(self)] = other = object.__new__(type(self))
-        vars(other).update(copy.deepcopy(vars(self), memo))
+        vars(other).update(copy.deepcopy(self.__getstate__(), memo), state=_State())
         if handle_of(self.model) is self:
             _applied[other.model] = ref(other)
         return other
 
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "state"}
+
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
+        vars(self).update(state, state=_State())
         _applied[self.model] = ref(self)  # of a pickled model
 
 

@@ -208,6 +208,8 @@ def test_a_recomputation_of_an_unknown_call_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrapper", "in place"])
 def test_conversion_reaches_a_model_compiled_before(case, how):
+    if case.name in ("eva", "unet"):  # the same ways, slowly
+        pytest.skip("as timm and pixart")
     torch._dynamo.reset()
     x = case.inputs((32, 32))
     before = case.run(x)

@@ -239,3 +239,68 @@ def test_other_models_are_refused():
         adapter.convert(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="the plan was made for ViTModel-32-2, not for CLIPVision"):
         adapter.convert(MODELS["CLIP"](), plan_of(ViTForImageClassification(ViTConfig(**VISION)), Head()))
+
+
+def test_a_shared_config_is_not_changed():
+    config = ViTConfig(**VISION)
+    torch.manual_seed(0)
+    first, second = (ViTModel(config, add_pooling_layer=False).eval() for _ in range(2))
+    kept, implementation = config.to_dict(), config._attn_implementation
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        wanted = [model(images)[0] for model in (first, second)]
+        one = adapter.convert(first, block=2)
+        assert torch.equal(second(images)[0], wanted[1]) and not torch.equal(first(images)[0], wanted[0])
+        two = adapter.convert(second, block=2)
+        one.remove()
+        assert torch.equal(first(images)[0], wanted[0]) and not torch.equal(second(images)[0], wanted[1])
+        two.remove()
+        assert torch.equal(second(images)[0], wanted[1])
+    assert config.to_dict() == kept and config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_any_implementation_is_converted(built, implementation):
+    model, run = built
+    with adapter.convert(model, block=2):
+        wanted = run()
+    model.set_attn_implementation(implementation)
+    before = run()
+    with adapter.convert(model, block=2):
+        assert torch.equal(run(), wanted)
+        assert model.config._attn_implementation == implementation
+    assert torch.equal(run(), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["convert", "implementation"])
+def test_compiled_and_exported_without_a_mask(built, how):
+    """transformers makes a mask while it traces, which no caller passed."""
+    model, run = built
+    if how == "implementation" and run.name not in ("ViT", "DINOv3"):
+        pytest.skip("as ViT")
+    images, options = torch.randn(1, 3, 32, 32), {"interpolate_pos_encoding": True} if run.name in INTERPOLATE else {}
+    if how == "convert":
+        adapter.convert(model, block=2)
+    else:
+        model.set_attn_implementation("elfatt")
+
+    class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            out = self.model(pixel_values=x, **options)[0]
+            return out[-1] if isinstance(out, tuple) else out
+
+    features = Features()
+    with torch.no_grad():
+        wanted = features(images)
+        torch._dynamo.reset()
+        compiled = torch.compile(features, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images), wanted, rtol=1e-4, atol=1e-5)
+        exported = torch.export.export(features, (images,), strict=False).module()
+        torch.testing.assert_close(exported(images), wanted, rtol=1e-4, atol=1e-5)
+        traced = torch.jit.trace(features, (images,))
+        torch.testing.assert_close(traced(images), wanted, rtol=1e-4, atol=1e-5)
