@@ -86,6 +86,8 @@ class ConvertedLayer:
         call = super().__call__  # type: ignore[misc]  # the layer's
         if binding is None:
             return call(*args, **kwargs)
+        if args and isinstance(args[0], torch.fx.Proxy):
+            raise TypeError(f"torch.fx cannot trace the converted {binding.name}: use torch.export or torch.compile")
         binding.handle._carry(self, args, kwargs)
         return binding.handle.run(binding.name, self, call, args, kwargs)
 
@@ -250,8 +252,8 @@ class Handle:
         if state.failed:
             self._raise_failed()
         if runs and not self._complete and not torch.compiler.is_compiling():
-            missing = [name for name in self.promised if name not in state.ran]
-            if missing:
+            there = {name for name, _ in self.model.named_modules()}  # others may have cut off layers
+            if missing := [name for name in self.promised if name in there and name not in state.ran]:
                 raise RuntimeError(
                     f"{', '.join(missing)} did not run in the model's forward, so their plan has no effect: "
                     "remove() the conversion and leave these layers out of the plan"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -90,6 +91,7 @@ class ViT:
         linear: Whether linear heads are supported; false with rotary embeddings or relative position biases.
         features: Maps a batch of images to features.
         handle: The adapter's handle class.
+        unsupported: Names of the blocks whose attention cannot be converted.
     """
 
     model: nn.Module
@@ -100,12 +102,16 @@ class ViT:
     linear: bool
     features: Callable[[torch.Tensor], torch.Tensor]
     handle: type[ViTHandle]
+    unsupported: tuple[str, ...] = ()
 
 
 def convert(
     vit: ViT, plan: Plan | None, *, images: Images | None, budget: float, block: int, min_tokens: int
 ) -> ViTHandle:
     """Implement ``elfatt.convert``."""
+    if plan is None and vit.unsupported:
+        names = ", ".join(vit.unsupported)
+        warnings.warn(f"no attention in {names} of {vit.name} can be converted: it stays as it is", stacklevel=3)
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan={plan!r} must be a Plan: read a file with Plan.from_json")
     if plan is not None and images is not None:

@@ -296,7 +296,8 @@ def denoiser(pipe_or_model: object) -> nn.Module:
     Raises:
         TypeError: The model is not supported; the message says why.
     """
-    model = getattr(pipe_or_model, "unet", None) or getattr(pipe_or_model, "transformer", None) or pipe_or_model
+    parts = (getattr(pipe_or_model, name, None) for name in ("unet", "transformer"))
+    model = next((part for part in parts if part is not None), pipe_or_model)
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile
     if not isinstance(model, MODELS):
         reason = "it must be a UNet or transformer with separate self-attention, not joint attention with text"

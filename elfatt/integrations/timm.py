@@ -116,6 +116,7 @@ def vit_of(model: nn.Module) -> vit.ViT:
         linear=not is_sam and getattr(encoder, "rope", None) is None,
         features=encoder.forward_features,
         handle=_Handle,
+        unsupported=() if is_sam else _without_layers(encoder, layers),
     )
 
 
@@ -212,6 +213,12 @@ class _Handle(vit.ViTHandle):
 
 def _plain_layers(encoder):
     return {name: module for name, module in encoder.named_modules() if isinstance(module, LAYERS)}
+
+
+def _without_layers(encoder, layers):
+    """Return the names of the blocks that have none of the layers."""
+    blocks = (f"blocks.{name}" for name, _ in encoder.get_submodule("blocks").named_children())
+    return tuple(name for name in blocks if not any(f"{layer}.".startswith(f"{name}.") for layer in layers))
 
 
 def _relative_layers(encoder):

@@ -22,6 +22,7 @@ from torch import nn
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+    from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionEmbeddings
     from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Embeddings
     from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
@@ -168,7 +169,14 @@ def vit_of(model: nn.Module) -> vit.ViT:
         linear=attention_class not in ROTARY,
         features=partial(_features, encoder),
         handle=_Handle,
+        unsupported=_without_layers(encoder, layers),
     )
+
+
+def _without_layers(encoder, layers):
+    """Return the names of the blocks that have none of the layers."""
+    blocks = [name for name, module in encoder.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    return tuple(name for name in blocks if not any(layer.startswith(f"{name}.") for layer in layers))
 
 
 def _features(encoder, images):

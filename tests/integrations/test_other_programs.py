@@ -432,3 +432,38 @@ def test_random_orders_of_what_programs_do(build):
         assert torch.equal(subject.run(SIZES[0]), twin.run(SIZES[0]))
         for one, other in zip(subject.case.model.modules(), twin.case.model.modules(), strict=True):
             assert type(one) is type(other) and vars(one).keys() == vars(other).keys()
+
+
+class Other(nn.Module):
+    """Attention that no adapter knows."""
+
+    def forward(self, x, *args, **kwargs):
+        return (x, None) if args or kwargs.keys() >= {"attention_mask"} else x
+
+
+@pytest.mark.parametrize("build", [timm_case, transformers_case])
+def test_blocks_that_cannot_be_converted_are_named(build):
+    case = build()
+    block = case.blocks[1]
+    name = "attn" if hasattr(block, "attn") else "attention"
+    setattr(block, name, Other())
+    with pytest.warns(UserWarning, match=r"no attention in \w+.1 of \w+-32-1 can be converted: it stays as it is"):
+        case.convert(case.model)
+    case.run(case.inputs(SIZES[0]))
+
+
+def test_symbolic_tracing_is_refused():
+    model = test_timm.vit(dynamic_img_size=False).eval()
+    torch.fx.symbolic_trace(model)
+    with (
+        elfatt.convert(model),
+        pytest.raises(TypeError, match="torch.fx cannot trace the converted blocks.0.attn: use torch.export"),
+    ):
+        torch.fx.symbolic_trace(model)
+
+
+def test_layers_that_others_cut_off_are_not_missed():
+    case = timm_case()
+    elfatt.convert(case.model, block=2)
+    case.model.prune_intermediate_layers([0])
+    case.run(case.inputs(SIZES[0]))
