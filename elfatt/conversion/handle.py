@@ -100,7 +100,8 @@ class ConvertedLayer:
 
 def binding_of(layer: object) -> Binding | None:
     """Return a layer's binding, or None if it is not converted."""
-    return layer.__dict__.get(_BINDING)
+    binding = layer.__dict__.get(_BINDING)
+    return binding if binding is not None and binding.handle.active else None
 
 
 @functools.cache
@@ -131,6 +132,7 @@ class Handle:
         self._hooks: list[Any] = []
         self._warned: set[str] = set()
         self._complete = False  # every layer ran its plan in some call
+        self.active = True
         _applied[model] = ref(self)
 
     def bind(self, layers: Mapping[str, nn.Module], mixin: type = ConvertedLayer) -> None:
@@ -153,12 +155,13 @@ class Handle:
 
     def remove(self) -> None:
         """Restore the model. Safe to call twice."""
+        self.active = False  # for copies of single layers
         for hook in self._hooks:
             hook.remove()
         layer: Any
         for layer in self._bound.values():
-            binding = binding_of(layer)
-            if binding and binding.handle is self:
+            binding = layer.__dict__.get(_BINDING)
+            if binding is not None and binding.handle is self:
                 delattr(layer, _BINDING)
                 bases = type(layer).__bases__
                 if len(bases) == 2 and type(layer) is _converted(*bases):  # not subclassed since
@@ -291,6 +294,8 @@ class Handle:
         self.remove()
 
     def __deepcopy__(self, memo: dict) -> Self:
+        if id(self.model) not in memo:  # a copy of some layers, for the same model
+            return self
         memo[id(self)] = other = object.__new__(type(self))
         vars(other).update(copy.deepcopy(self.__getstate__(), memo), state=_State())
         if handle_of(self.model) is self:

@@ -314,11 +314,14 @@ def denoiser(pipe_or_model: object) -> nn.Module:
 
 
 def self_attention_layers(model: nn.Module) -> dict[str, Attention]:
-    """Return the self-attention layers of a model by name."""
+    """Return the self-attention layers of a model by name, without those that see grounding tokens (GLIGEN's fusers)."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Attention) and not module.is_cross_attention and module.added_kv_proj_dim is None
+        if isinstance(module, Attention)
+        and not module.is_cross_attention
+        and module.added_kv_proj_dim is None
+        and "fuser" not in name.split(".")
     }
 
 

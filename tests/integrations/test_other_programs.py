@@ -284,6 +284,20 @@ def test_a_pickled_model_stays_converted(case):
     assert [type(m) for m in other.modules()] == [type(m) for m in case.model.modules()]
 
 
+def test_copies_of_single_layers_stay_with_the_model(case):
+    """As peft makes them for modules that are trained in full."""
+    x = case.inputs(SIZES[0])
+    before = case.run(x)
+    handle = case.convert(case.model)
+    wanted = case.run(x)
+    for layer in layers_of(case.model):
+        parent, _, child = layer._elfatt_binding.name.rpartition(".")
+        case.model.get_submodule(parent)._modules[child] = copy.deepcopy(layer)
+    assert torch.equal(case.run(x), wanted)
+    handle.remove()
+    assert torch.equal(case.run(x), before)
+
+
 def explicit(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
     return torch.softmax(q @ k.mT * (scale or q.shape[-1] ** -0.5), dim=-1) @ v
 
