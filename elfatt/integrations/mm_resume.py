@@ -12,7 +12,9 @@ place within an epoch. Here
 
 from __future__ import annotations
 
+import pickle
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count, islice
@@ -151,7 +153,7 @@ def seekable(loop: dict) -> dict:
     if "type" not in loop and "by_epoch" in loop:
         loop["type"] = "EpochBasedTrainLoop" if loop.pop("by_epoch") else "IterBasedTrainLoop"
     kind = loop.get("type")
-    name = getattr(kind, "__name__", kind)
+    name = getattr(kind, "__name__", str(kind)).rpartition(".")[2]
     return {**loop, "type": SEEKABLE[name]} if name in SEEKABLE else loop
 
 
@@ -315,12 +317,12 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         UserError: It cannot be read.
     """
-    load = partial(torch.load, path, map_location="cpu", mmap=True)
     try:
+        load = partial(torch.load, path, map_location="cpu", mmap=zipfile.is_zipfile(path))
         try:
             with torch.serialization.safe_globals(get_torch_safe_globals()):
                 return load(weights_only=True)
-        except torch.serialization.pickle.UnpicklingError:  # objects of custom hooks, which mmengine loads as well
+        except pickle.UnpicklingError:  # objects of custom hooks, which mmengine loads as well
             return load(weights_only=False)
     except Exception as error:  # truncated or foreign files fail in many ways
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -352,9 +354,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
             warn(f"{fault}; skipped")
         return max(found)[-1]
     if damaged:
-        raise UserError(
-            f"no checkpoint in {folder} can be read, e.g. {damaged[-1]}, or start over in another --work-dir"
-        )
+        raise UserError(f"{folder} has no complete checkpoint: {damaged[-1]}, or start over in another --work-dir")
     pointer = Path(folder, "last_checkpoint")
     name = pointer.read_text().strip() if pointer.is_file() else ""
     if name and not Path(name).is_file():

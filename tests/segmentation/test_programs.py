@@ -45,34 +45,6 @@ def test_trains_and_resumes(data, tmp_path, capfd, backends_run):
     assert list(run.glob("*/vis_data/events*"))
 
 
-# mmengine keeps no states of random generators: an equal run has no augmentation, no dropout, and a seed
-DETERMINISTIC_EMA = """
-train_pipeline[3:7] = [dict(type="Resize", scale=(64, 64))]
-train_dataloader.update(dataset=dict(pipeline=train_pipeline))
-model["decode_head"].update(dropout_ratio=0.0)
-model["auxiliary_head"].update(dropout_ratio=0.0)
-randomness = dict(seed=0)
-param_scheduler = [dict(type="LinearLR", start_factor=0.1, by_epoch=False, end=4)]
-custom_hooks = [dict(type="EMAHook", momentum=0.1)]
-"""
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_continues_its_averaged_weights(data, tmp_path, capfd):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.main(options(segmentation_config(tmp_path, 4, DETERMINISTIC_EMA), data, whole))
-    train.main(options(segmentation_config(tmp_path, 2, DETERMINISTIC_EMA), data, parts))
-    train.main(options(segmentation_config(tmp_path, 4, DETERMINISTIC_EMA), data, parts, "--resume", "auto"))
-    assert "resumed epoch: 0, iter: 2" in "".join(capfd.readouterr())
-    expected, found = (torch.load(run / "iter_4.pth", weights_only=False) for run in (whole, parts))
-    averaged, raw = found["state_dict"], found["ema_state_dict"]  # mmengine's names for them once they are saved
-    assert raw["steps"] == 4
-    assert not torch.equal(averaged["decode_head.conv_seg.weight"], raw["module.decode_head.conv_seg.weight"])
-    for part in ("state_dict", "ema_state_dict", "optimizer"):
-        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
-    assert found["param_schedulers"] == expected["param_schedulers"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "backend"), [(1, "auto"), (2, "sdpa")])
 def test_the_scripts_train_and_evaluate(data, tmp_path, processes, backend):
