@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from elfatt.data import UserError
 from elfatt.integrations.mm_datasets import warn
+from elfatt.preemption import Preempted
 from elfatt.randomness import rng_state, seeded, set_rng_state
 
 RESUME = "resume"  # our part of a checkpoint
@@ -199,10 +200,18 @@ class ExactCheckpointHook(CheckpointHook):
                 runner.val_loop.run()
         self.loaded = None
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """See ``CheckpointHook``."""
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Save at the interval, or when a signal stops the run.
+
+        Raises:
+            Preempted: A signal has stopped the run.
+        """
         self.batch = batch_idx + 1
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        if runner.preemption.agreed(next(runner.model.parameters()).device):
+            if self.saved != runner.iter + 1:
+                self._save_recovery(runner, runner.iter + 1)
+            self._stop()
 
     def after_train_epoch(self, runner: Runner) -> None:
         """See ``CheckpointHook``."""
@@ -214,10 +223,23 @@ class ExactCheckpointHook(CheckpointHook):
         if self.saved not in (None, runner.iter):
             self._save_recovery(runner, runner.iter)
 
+    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Stop if a signal asks for it; the state is saved already.
+
+        Raises:
+            Preempted: A signal has stopped the run.
+        """
+        if self.saved is not None and runner.preemption.requested:
+            self._stop()
+
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         """See ``CheckpointHook``."""
         self.validated = runner.iter
         super().after_val_epoch(runner, metrics)
+
+    def _stop(self) -> None:
+        warn(f"stopped by a signal, iteration {self.saved} is saved in {self.out_dir}: continue with --resume auto")
+        raise Preempted
 
     def _save_recovery(self, runner: Runner, iteration: int) -> None:
         meta = {"epoch": runner.epoch, "iter": iteration}

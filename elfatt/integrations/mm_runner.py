@@ -43,6 +43,7 @@ from elfatt.integrations.mm_resume import (
 )
 from elfatt.layers import align_gradients
 from elfatt.ops import BACKENDS, active_backend, set_default_backend
+from elfatt.preemption import Preemption
 from elfatt.processes import start_worker
 
 # mmengine's safe globals lack the float32 arrays of its own loss history, and it falls back to unrestricted unpickling
@@ -155,8 +156,9 @@ class CheckedRunner(Runner):
 
         Raises:
             UserError: The disk is full.
+            Preempted: A signal has stopped the run, after saving its state.
         """
-        with enough_space(self.work_dir):
+        with enough_space(self.work_dir), Preemption() as self.preemption:
             return super().train()
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
