@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import re
+import signal
 from contextlib import contextmanager
 from itertools import islice
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from elfatt.integrations.mm_resume import (
     seed_batches,
     seekable,
 )
+from elfatt.preemption import SIGNALS, Preempted
 from tests.integrations.miniature import (
     detection_config,
     in_two_processes,
@@ -44,19 +46,23 @@ class Killed(BaseException):
 
 
 @contextmanager
-def killed(name, times):
-    """Kill the run within when it calls a hook for the n-th time."""
+def interrupted(name, times, number=None):
+    """Kill the run within, or send it a signal, when it calls a hook for the n-th time."""
     call_hook, left = Runner.call_hook, [times]
 
     def call(runner, fn_name, **kwargs):
         left[0] -= fn_name == name
         if fn_name == name and not left[0]:
-            raise Killed
+            if number is None:
+                raise Killed
+            os.kill(os.getpid(), number)
         call_hook(runner, fn_name, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted if number else Killed):
         patch.setattr(Runner, "call_hook", call)
         yield
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def compare(found, expected):
@@ -84,16 +90,25 @@ SEED = "\nrandomness = dict(seed=5)\n"
 
 
 @pytest.mark.slow
-def test_a_segmentation_run(tmp_path):
+def test_a_segmentation_run(tmp_path, capfd):
     data = write_ade20k(tmp_path / "data", train=3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    segmentation.train.main(options(segmentation_config(tmp_path, 5, SEGMENTATION + SEED), data, whole))
-    with killed("before_train_iter", 4):
-        segmentation.train.main(options(segmentation_config(tmp_path, 5, SEGMENTATION + SEED), data, parts))
+    config = segmentation_config(tmp_path, 5, SEGMENTATION + SEED)
+    segmentation.train.main(options(config, data, whole))
+    with interrupted("before_train_iter", 4):
+        segmentation.train.main(options(config, data, parts))
+    capfd.readouterr()
+    with interrupted("before_train_iter", 1, SIGNALS[-1]):
+        segmentation.train.main(options(config, data, parts, "--resume", "auto"))
+    lines = [line for line in "".join(capfd.readouterr()).splitlines() if "stopped by a signal" in line]
+    assert len(lines) == 1 and lines[0].endswith(f"iteration 3 is saved in {parts}: continue with --resume auto")
     # the seed is the checkpoint's, and the number of workers is free
     more = SEGMENTATION + "train_dataloader.update(num_workers=2, persistent_workers=True)\n"
-    segmentation.train.main(options(segmentation_config(tmp_path, 5, more), data, parts, "--resume", "auto"))
+    config = segmentation_config(tmp_path, 5, more)
+    assert (parts / "recovery.pth").is_file()
+    segmentation.train.main(options(config, data, parts, "--resume", "auto"))
     compare(parts / "iter_5.pth", whole / "iter_5.pth")
+    assert not (parts / "recovery.pth").exists()
 
 
 # batches grouped by aspect ratio, gradients over two batches, checkpoints within epochs of three batches
@@ -112,9 +127,9 @@ def test_a_detection_run(tmp_path, capfd):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     config = detection_config(tmp_path, 2, DETECTION)
     detection.train.main(options(config, data, whole))
-    with killed("before_train_iter", 2):  # in the middle of an epoch, with gradients of half an update
+    with interrupted("before_train_iter", 2):  # in the middle of an epoch, with gradients of half an update
         detection.train.main(options(config, data, parts))
-    with killed("before_val_iter", 1):
+    with interrupted("before_val_iter", 1, signal.SIGTERM):
         detection.train.main(options(config, data, parts, "--resume", "auto"))
     capfd.readouterr()
     detection.train.main(options(config, data, parts, "--resume", "auto"))
