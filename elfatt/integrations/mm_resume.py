@@ -15,7 +15,7 @@ from __future__ import annotations
 import pickle
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import get_torch_safe_globals
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from elfatt.data import UserError
 from elfatt.integrations.mm_datasets import warn
@@ -101,8 +101,8 @@ class SeededBatches:
 
 
 def seed_batches(loader: DataLoader, seed: int) -> None:
-    """Make every sample of a loader a function of the seed and the sample's place in the run."""
-    if loader.batch_sampler is None:
+    """Make every sample of a loader a function of the seed and the sample's place in the run; not of a stream."""
+    if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         return
     vars(loader)["batch_sampler"] = SeededBatches(loader.batch_sampler, seed)  # DataLoader forbids the assignment
     loader.generator = torch.Generator()  # a new iterator would draw from the global one
@@ -145,7 +145,8 @@ class SeekableIterLoop(IterBasedTrainLoop):
             self.dataloader_iterator.skip_iter = partial(_seek, self.dataloader, 0)
 
 
-SEEKABLE = {"EpochBasedTrainLoop": SeekableEpochLoop.__name__, "IterBasedTrainLoop": SeekableIterLoop.__name__}
+SEEKABLE = SeekableEpochLoop, SeekableIterLoop
+REPLACEMENTS = {"EpochBasedTrainLoop": SeekableEpochLoop.__name__, "IterBasedTrainLoop": SeekableIterLoop.__name__}
 
 
 def seekable(loop: dict) -> dict:
@@ -155,7 +156,7 @@ def seekable(loop: dict) -> dict:
         loop["type"] = "EpochBasedTrainLoop" if loop.pop("by_epoch") else "IterBasedTrainLoop"
     kind = loop.get("type")
     name = getattr(kind, "__name__", str(kind)).rpartition(".")[2]
-    return {**loop, "type": SEEKABLE[name]} if name in SEEKABLE else loop
+    return {**loop, "type": REPLACEMENTS[name]} if name in REPLACEMENTS else loop
 
 
 @HOOKS.register_module()
@@ -298,31 +299,32 @@ class ExactCheckpointHook(CheckpointHook):
     def _restore(self, runner: Runner, state: dict) -> bool:
         """Restore our part of a checkpoint and return whether a validation is due."""
         loop, before, now = runner.train_loop, state["layout"], _layout(runner.train_loop)
-        within = isinstance(loop, SeekableEpochLoop) and state["batch"]
-        if before != now:
-            changes = ", ".join(
-                f"{now[name]} {name} instead of {before[name]}" for name in now if now[name] != before[name]
-            )
-            if within:
-                fault = f"is of the middle of an epoch, but there are {changes}"
-                raise UserError("the checkpoint", fault, "resume with the same, or from the end of an epoch")
+        self.batch = state["batch"]
+        within = isinstance(loop, SeekableEpochLoop) and self.batch > 0
+        changes = ", ".join(f"{now[key]} {key} instead of {before[key]}" for key in now if now[key] != before[key])
+        if changes and within:
+            fault = f"is of the middle of an epoch, but there are {changes}"
+            raise UserError("the checkpoint", fault, "resume with the same, or from the end of an epoch")
+        if changes:
             warn(f"{changes}: the run continues, but not bit for bit")
         else:
             mine, parameters = state["processes"][get_rank()], dict(runner.model.named_parameters())
             set_rng_state(mine["rng"], next(iter(parameters.values())).device)
             for name, gradient in mine["gradients"].items():
                 parameters[name].grad = gradient.to(parameters[name])
-        self.batch = state["batch"]
-        if within:
-            loop.start = state["batch"]
-        return not within and _validation_is_due(loop)
+        if not (isinstance(loop, SEEKABLE) and isinstance(loop.dataloader.batch_sampler, SeededBatches)):
+            warn("the train loop or dataset cannot start at a given batch: the run continues, but not bit for bit")
+        elif within:
+            loop.start = self.batch
+        return isinstance(loop, SEEKABLE) and not within and _validation_is_due(loop)
 
 
 def _layout(loop: BaseLoop) -> dict[str, int | None]:
     """Return what must not change within an epoch."""
     loader = loop.dataloader
     batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    return {"processes": get_world_size(), "images per batch": batch_size, "training images": len(loader.dataset)}
+    images = len(loader.dataset) if isinstance(loader.dataset, Sized) else None  # a stream may have no length
+    return {"processes": get_world_size(), "images per batch": batch_size, "training images": images}
 
 
 def _validation_is_due(loop: EpochBasedTrainLoop | IterBasedTrainLoop) -> bool:

@@ -183,6 +183,27 @@ def test_a_changed_run_does_not_resume_exactly(monkeypatch, loop, name, changes)
     assert lines == [f"{changes}: the run continues, but not bit for bit"]
 
 
+def test_what_cannot_be_sought_is_said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(mm_resume, "warn", lines.append)
+    monkeypatch.setattr(mm_resume, "set_rng_state", lambda *args: None)
+    for kind, dataset in ((EpochBasedTrainLoop, Numbers()), (SeekableEpochLoop, Stream())):
+        loop = kind.__new__(kind)
+        loop.dataloader = DataLoader(dataset, batch_size=2)
+        seed_batches(loop.dataloader, 3)
+        state = {"layout": mm_resume._layout(loop), "batch": 2, "processes": [{"rng": {}, "gradients": {}}]}
+        runner = SimpleNamespace(train_loop=loop, model=torch.nn.Linear(1, 1))
+        assert not ExactCheckpointHook()._restore(runner, state) and not getattr(loop, "start", 0)
+    assert (
+        lines == ["the train loop or dataset cannot start at a given batch: the run continues, but not bit for bit"] * 2
+    )
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from range(9)
+
+
 class Numbers(torch.utils.data.Dataset):
     """Each item is its index and random numbers of all sources."""
 
