@@ -10,12 +10,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
@@ -25,6 +23,7 @@ from classification.runtime import World
 from elfatt.data import UserError
 from elfatt.data.classes import mismatch
 from elfatt.data.resources import exhausted
+from elfatt.randomness import rng_state, set_rng_state
 
 LOGGER = logging.getLogger("classification")
 RECOVERY = "recovery.pth.tar"
@@ -62,29 +61,6 @@ def rename(source: str | Path, target: str | Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """Return this process's RNG states of Python, NumPy, PyTorch and the GPU."""
-    name, keys, *rest = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore the states returned by ``rng_state``."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 @dataclass

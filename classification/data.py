@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import random
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 from classification.runtime import World
 from elfatt.data import UserError, check_shape, read_image, standard_image
 from elfatt.processes import start_worker
+from elfatt.randomness import seeded
 
 LOGGER = logging.getLogger("classification")
 IMAGE_MODES = {3: "RGB", 1: "L"}  # by the model's input channels
@@ -73,22 +72,6 @@ class BrokenImages:
                     f"repair or remove it, or skip up to N such images with --max-broken-images N"
                 )
             LOGGER.warning("skipped broken image %d: %s (%s)", len(self.paths), image.path, image.reason)
-
-
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Seed the CPU RNGs of Python, NumPy and PyTorch with ``key``, and restore their states on exit."""
-    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = [int(word) for word in np.random.SeedSequence(key).generate_state(3)]
-    random.seed(words[0])
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(words[2])  # torch.manual_seed would seed the GPU as well
-    try:
-        yield
-    finally:
-        random.setstate(saved[0])
-        np.random.set_state(saved[1])
-        torch.set_rng_state(saved[2])
 
 
 class Samples(Dataset):

@@ -1,5 +1,7 @@
 """Before any test, and around each."""
 
+import sys
+
 import pytest
 import torch
 
@@ -43,3 +45,10 @@ def backends_run(monkeypatch):
     for module in ("agent", "block", "depthwise", "efficient", "elfatt", "scan", "softmax"):
         monkeypatch.setattr(f"elfatt.ops.{module}.resolve", resolve)
     return names
+
+
+@pytest.fixture(autouse=True)
+def plain_configs(monkeypatch):
+    """mmengine formats the config with yapf for each log and checkpoint, which takes most of a small run."""
+    if "mmengine.config" in sys.modules:
+        monkeypatch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **options: (text, True))

@@ -314,7 +314,7 @@ def denoiser(pipe_or_model: object) -> nn.Module:
 
 
 def self_attention_layers(model: nn.Module) -> dict[str, Attention]:
-    """Return the self-attention layers of a model by name, without those that see grounding tokens (GLIGEN's fusers)."""
+    """Return the self-attention layers of a model by name, without GLIGEN's fusers, which see grounding tokens."""
     return {
         name: module
         for name, module in model.named_modules()

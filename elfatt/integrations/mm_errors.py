@@ -12,6 +12,7 @@ from pathlib import Path
 import elfatt
 from elfatt.data import UserError
 from elfatt.data.resources import exhausted
+from elfatt.preemption import EXIT_CODE, Preempted
 from elfatt.processes import leave_process_group
 
 NO_WORKERS = "--cfg-options " + " ".join(f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test"))
@@ -21,6 +22,9 @@ def run(main: Callable[[], object]) -> None:
     """Run a program; user errors are reported in one line, other errors keep their traceback."""
     try:
         main()
+    except Preempted:
+        leave_process_group()
+        raise SystemExit(EXIT_CODE) from None
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         ours = isinstance(error, UserError) or _is_ours(error)
         message = _line(error) if ours else exhausted(error, workers=NO_WORKERS)

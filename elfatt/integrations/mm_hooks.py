@@ -8,36 +8,11 @@ import cv2
 import numpy as np
 import torch
 from mmengine.dist import all_reduce, is_main_process
-from mmengine.hooks import CheckpointHook, Hook
-from mmengine.registry import HOOKS
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from elfatt.data import read_image
 from elfatt.integrations.mm_datasets import warn
-
-
-@HOOKS.register_module()
-class SaveFirstCheckpointHook(CheckpointHook):
-    """``CheckpointHook`` that removes the oldest checkpoint after saving the newest, not before."""
-
-    max_keep_ckpts: int
-
-    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        kept = self.max_keep_ckpts
-        if kept <= 0 or step in self.keep_ckpt_ids:
-            return super()._save_checkpoint_with_step(runner, step, meta)
-        oldest = self.keep_ckpt_ids[0] if len(self.keep_ckpt_ids) == kept else None
-        self.keep_ckpt_ids.append(step)  # at most `kept` long: drops the oldest
-        runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
-        self.max_keep_ckpts = 0
-        try:
-            super()._save_checkpoint_with_step(runner, step, meta)
-        finally:
-            self.max_keep_ckpts = kept
-        if oldest is not None and is_main_process():
-            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(oldest))
-            if self.file_backend.isfile(path):
-                self.file_backend.remove(path)
 
 
 class DrawImages(Hook):

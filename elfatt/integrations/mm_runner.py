@@ -15,8 +15,9 @@ import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
-from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint, load_checkpoint
+from mmengine.runner import BaseLoop, Runner, load_checkpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -32,9 +33,17 @@ from elfatt.integrations.mm_datasets import (
     warn,
 )
 from elfatt.integrations.mm_errors import as_user_error, enough_space
-from elfatt.integrations.mm_hooks import DrawImages, NameUnseenClasses, SaveFirstCheckpointHook
+from elfatt.integrations.mm_hooks import DrawImages, NameUnseenClasses
+from elfatt.integrations.mm_resume import (
+    ExactCheckpointHook,
+    newest_checkpoint,
+    read_checkpoint,
+    seed_batches,
+    seekable,
+)
 from elfatt.layers import align_gradients
 from elfatt.ops import BACKENDS, active_backend, set_default_backend
+from elfatt.preemption import Preemption
 from elfatt.processes import start_worker
 
 # mmengine's safe globals lack the float32 arrays of its own loss history, and it falls back to unrestricted unpickling
@@ -46,7 +55,9 @@ class CheckedRunner(Runner):
     """mmengine's ``Runner`` with checks before the first step and one-line errors."""
 
     @staticmethod
-    def build_dataloader(dataloader: DataLoader | dict, *args, **kwargs) -> DataLoader:
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
         """See ``Runner``.
 
         Raises:
@@ -54,8 +65,10 @@ class CheckedRunner(Runner):
         """
         if isinstance(dataloader, dict) and isinstance(dataloader["dataset"], dict):
             dataloader = {**dataloader, "dataset": open_dataset(dataloader["dataset"])}
-        loader = Runner.build_dataloader(dataloader, *args, **kwargs)
+        loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+        if seed is not None:
+            seed_batches(loader, seed)
         return loader
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
@@ -73,7 +86,7 @@ class CheckedRunner(Runner):
         Raises:
             UserError: Masks with fewer than two classes, or batch norm over single values.
         """
-        loop = super().build_train_loop(loop)
+        loop = super().build_train_loop(seekable(loop) if isinstance(loop, dict) else loop)
         check_training_masks(loop.dataloader.dataset)
         check_batch_norm(self.model, loop.dataloader.batch_size)
         return loop
@@ -107,17 +120,20 @@ class CheckedRunner(Runner):
         """See ``Runner``; missing or unexpected tensors are errors.
 
         Raises:
-            UserError: No checkpoint, or one of another model (the message names the tensors) or, when resuming or
-                evaluating, of other classes.
+            UserError: No checkpoint, or one of another model (the message names the tensors), of other classes (when
+                resuming or evaluating), or without optimizer state (when resuming).
         """
         with as_user_error(f"checkpoint {filename}", Exception):
             checkpoint = super().load_checkpoint(filename, map_location, strict, **kwargs)
         if self._resume or not isinstance(self._train_loop, BaseLoop):
             _check_trained_classes(filename, checkpoint, self.visualizer.dataset_meta)
+        if self._resume and "optimizer" not in checkpoint:
+            remedy = f"resume another, or start from its weights with --cfg-options load_from={filename}"
+            raise UserError(f"checkpoint {filename}", "has no optimizer state", remedy)
         return checkpoint
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """See ``Runner``; the write is atomic.
+        """See ``Runner``; the write is atomic, and on the disk before it replaces an older file.
 
         Raises:
             UserError: The disk is full.
@@ -128,6 +144,8 @@ class CheckedRunner(Runner):
             try:
                 super().save_checkpoint(out_dir, part.name, *args, **kwargs)
                 if writes:
+                    with open(part, "rb") as file:
+                        os.fsync(file.fileno())
                     part.replace(whole)
             finally:
                 if writes:
@@ -138,8 +156,9 @@ class CheckedRunner(Runner):
 
         Raises:
             UserError: The disk is full.
+            Preempted: A signal has stopped the run, after saving its state.
         """
-        with enough_space(self.work_dir):
+        with enough_space(self.work_dir), Preemption() as self.preemption:
             return super().train()
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
@@ -203,18 +222,38 @@ def parse_inference(argv: list[str] | None, task: str) -> argparse.Namespace:
 def train(args: argparse.Namespace, task: str) -> Runner:
     """Train with the parsed options and return the runner."""
     config = _config(args, task)
-    resumed = find_latest_checkpoint(config.work_dir) if args.resume == "auto" else args.resume
+    resumed = newest_checkpoint(_checkpoint_folder(config)) if args.resume == "auto" else args.resume
     if resumed:
         _check_file(args, "resume", resumed)
-        config.resume, config.load_from = True, resumed
+        config.resume, config.load_from = True, str(resumed)
         config.model.backbone.pretrained = None  # the checkpoint has the backbone's weights
-    elif args.pretrained:
+        _resume_seed(config)
+    elif args.resume:
+        print_log(f"no checkpoint in {_checkpoint_folder(config)}: training starts from the beginning", "current")
+    if not resumed and args.pretrained:
         _check_file(args, "pretrained", args.pretrained)
         config.model.backbone.pretrained = args.pretrained
     _choose_precision(config.optim_wrapper, args.amp)
     runner = _build_runner(config)
     runner.train()
     return runner
+
+
+def _checkpoint_folder(config: Config) -> Path:
+    """Return the folder that mmengine's ``CheckpointHook`` writes to."""
+    folder = os.path.abspath(config.work_dir)
+    out_dir = (config.get("default_hooks", {}).get("checkpoint") or {}).get("out_dir")
+    return Path(folder) if out_dir in (None, folder) else Path(out_dir, os.path.basename(folder))
+
+
+def _resume_seed(config: Config) -> None:
+    """Set the resumed run's seed before the samplers are built; mmengine sets it after."""
+    seed = read_checkpoint(config.load_from).get("meta", {}).get("seed")
+    randomness = config.get("randomness") or ConfigDict()
+    if randomness.get("seed") not in (None, seed):
+        warn(f"randomness.seed={randomness.seed} has no effect: the resumed run's seed is {seed}")
+    if seed is not None:
+        config.randomness = {**randomness, "seed": seed}
 
 
 def test(args: argparse.Namespace, task: str) -> dict[str, float]:
@@ -302,7 +341,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None, *files: str)
     return args
 
 
-def _check_file(args: argparse.Namespace, name: str, path: str) -> None:
+def _check_file(args: argparse.Namespace, name: str, path: str | Path) -> None:
     if not Path(path).is_file():
         _stop(args, f"{name} {path} is not a file")
 
@@ -339,7 +378,7 @@ def _config(args: argparse.Namespace, task: str) -> Config:
     check_channels(config)
     saver = config.get("default_hooks", {}).get("checkpoint") or ConfigDict()
     if saver.get("type") == CheckpointHook.__name__:
-        saver.type = SaveFirstCheckpointHook.__name__
+        saver.type = ExactCheckpointHook.__name__
     config.work_dir = args.work_dir or config.get("work_dir") or f"runs/{task}/{Path(args.config).stem}"
     config.launcher = args.launcher
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
-from mmengine.runner import find_latest_checkpoint
 from PIL import Image
 
 import detection.test
 import segmentation.test
+from elfatt.integrations.mm_resume import newest_checkpoint
 from scripts.quickstart.material import NAMES
 from scripts.quickstart.pictures import Instances, draw_instances, draw_semantic
 
@@ -31,12 +31,12 @@ def evaluate(task: str, run: Path, scenes: Path) -> tuple[Path, dict[str, float]
     Raises:
         FileNotFoundError: The run has no checkpoint.
     """
-    checkpoint = find_latest_checkpoint(str(run))
+    checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         raise FileNotFoundError(f"{run} contains no checkpoint: run {task}/train.py first")
     program = {"segmentation": segmentation.test, "detection": detection.test}[task]
-    arguments = [str(_config(task)), checkpoint, "--data-dir", str(scenes), "--work-dir", str(run / "test")]
-    return Path(checkpoint), program.main(arguments)
+    arguments = [str(_config(task)), str(checkpoint), "--data-dir", str(scenes), "--work-dir", str(run / "test")]
+    return checkpoint, program.main(arguments)
 
 
 def draw_segmentation(checkpoint: Path, scenes: Path, path: Path) -> None:

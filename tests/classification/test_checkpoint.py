@@ -2,10 +2,8 @@
 
 import errno
 import os
-import random
 import signal
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -13,18 +11,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from classification import checkpoint
-from classification.checkpoint import AtomicSaver, find_newest, load, rng_state, set_rng_state
+from classification.checkpoint import AtomicSaver, find_newest, load
 from elfatt.data import UserError
 
 CPU = torch.device("cpu")
-
-
-def test_random_numbers_go_through_a_file(tmp_path):
-    random.gauss(0, 1), np.random.randn(), torch.randn(3)  # each leaves half of a pair behind
-    torch.save(rng_state(CPU), tmp_path / "rng.pt")
-    expected = random.gauss(0, 1), np.random.randn(), torch.randn(3).tolist()
-    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True), CPU)
-    assert (random.gauss(0, 1), np.random.randn(), torch.randn(3).tolist()) == expected
 
 
 def save(saver, epoch, metric):

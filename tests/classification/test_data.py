@@ -1,6 +1,5 @@
 """Order, augmentation, broken images, and what is refused before the first image is read."""
 
-import random
 import shutil
 import tarfile
 
@@ -20,7 +19,6 @@ from classification.data import (
     Samples,
     StreamTransform,
     data_config,
-    seeded,
 )
 from classification.runtime import World, build_model
 from classification.splits import open_split
@@ -35,25 +33,6 @@ def loader_of(options, train=True, limit=0):
     dataset = open_split(args, train)
     config = data_config(args, build_model(args))
     return Loader(dataset, args, config, World(CPU), BrokenImages(limit), train)
-
-
-def draw():
-    return random.random(), np.random.rand(), torch.rand(()).item()
-
-
-def test_seeded_repeats_and_leaves_the_callers_numbers_alone():
-    with seeded(1, 2, 3):
-        first = draw()
-    with seeded(1, 2, 3):
-        assert draw() == first
-    with seeded(1, 2, 4):
-        assert all(a != b for a, b in zip(draw(), first, strict=True))
-    torch.manual_seed(0), random.seed(0), np.random.seed(0)
-    expected = draw()
-    torch.manual_seed(0), random.seed(0), np.random.seed(0)
-    with seeded(5):
-        draw()
-    assert draw() == expected
 
 
 def test_training_order_is_a_dealt_permutation_that_can_start_anywhere():

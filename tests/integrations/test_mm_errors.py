@@ -15,6 +15,7 @@ from elfatt.integrations import mm_errors
 from elfatt.integrations.mm_checks import check_batch_norm, check_channels
 from elfatt.integrations.mm_runner import CheckedRunner
 from elfatt.ops import get_backend
+from elfatt.preemption import Preempted
 from elfatt.processes import start_worker
 
 
@@ -47,6 +48,16 @@ def build():
 
 def ask():
     get_backend("fast")
+
+
+def preempted():
+    raise Preempted
+
+
+def test_a_run_stopped_by_a_signal_ends_like_one_killed_by_it():
+    with pytest.raises(SystemExit) as stop:
+        mm_errors.run(preempted)
+    assert stop.value.code == 143
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,12 @@
 """What is said after an evaluation, and what is drawn."""
 
-import logging
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from mmengine.logging import MessageHub
 from PIL import Image
 
-from elfatt.data import UserError
 from elfatt.integrations import mm_hooks
 
 
@@ -52,35 +49,3 @@ def test_what_is_drawn_is_what_the_model_saw(tmp_path):
     mm_hooks.DrawImages("out").after_test_iter(SimpleNamespace(visualizer=draw), 0, {}, outputs)
     np.testing.assert_array_equal(drawn["out/a.png"], np.stack([np.rot90(pixels // 257, -1)] * 3, -1))
     assert drawn.keys() == {"out/a.png", "out/b.jp2"}
-
-
-@pytest.mark.parametrize("kept", [1, 2])
-def test_the_oldest_checkpoint_goes_when_the_newest_is_complete(tmp_path, kept):
-    hub = MessageHub.get_instance("checkpoints")
-    full = False
-
-    def save(out_dir, filename, *args, **kwargs):
-        if full:
-            raise UserError("the disk is full")
-        (tmp_path / filename).touch()
-
-    runner = SimpleNamespace(
-        message_hub=hub, save_checkpoint=save, work_dir=str(tmp_path), epoch=0, iter=0, logger=logging.getLogger("test")
-    )
-    hook = mm_hooks.SaveFirstCheckpointHook(interval=1, max_keep_ckpts=kept, out_dir=str(tmp_path))
-    hub.update_info("keep_ckpt_ids", [])
-    hook.before_train(runner)
-    hook.out_dir = str(tmp_path)
-
-    def names():
-        return sorted(path.stem for path in tmp_path.glob("*.pth"))
-
-    for epoch in range(4):
-        runner.epoch = epoch
-        hook._save_checkpoint(runner)
-        assert names() == [f"epoch_{e + 1}" for e in range(max(0, epoch + 1 - kept), epoch + 1)]
-    before, full, runner.epoch = names(), True, 4
-    with pytest.raises(UserError):
-        hook._save_checkpoint(runner)
-    assert names() == before and (tmp_path / "last_checkpoint").read_text().endswith("epoch_4.pth")
-    assert hook.max_keep_ckpts == kept

@@ -1,11 +1,13 @@
 """What the dense programs do before and around mmengine's Runner, without a training run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 
 from elfatt.data import UserError
 from elfatt.integrations import mm_models, mm_runner
@@ -191,3 +193,36 @@ def test_a_step_in_mixed_precision(tmp_path):
     wrapper = runner.optim_wrapper
     assert type(wrapper).__name__ == "AmpOptimWrapper" and wrapper.loss_scaler.get_scale() > 1
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in runner.model.parameters())
+
+
+def test_a_checkpoint_without_optimizer_is_not_resumed(monkeypatch):
+    runner = object.__new__(mm_runner.CheckedRunner)
+    runner._resume, runner._train_loop, runner.visualizer = True, {}, SimpleNamespace(dataset_meta=None)
+    monkeypatch.setattr(Runner, "load_checkpoint", lambda *args, **kwargs: {"state_dict": {}})
+    with pytest.raises(UserError, match=r"best\.pth has no optimizer state: .* --cfg-options load_from=best\.pth"):
+        runner.load_checkpoint("best.pth")
+    runner._resume = False
+    assert runner.load_checkpoint("best.pth") == {"state_dict": {}}
+
+
+@pytest.mark.parametrize("given", [None, 3, 4])
+def test_the_seed_is_the_resumed_runs(tmp_path, monkeypatch, given):
+    lines, path = [], tmp_path / "iter_1.pth"
+    monkeypatch.setattr(mm_runner, "warn", lines.append)
+    torch.save({"meta": {"seed": 3}}, path)
+    config = Config(
+        {"load_from": str(path)} | ({"randomness": {"seed": given, "deterministic": True}} if given else {})
+    )
+    mm_runner._resume_seed(config)
+    assert config.randomness == {"seed": 3} | ({"deterministic": True} if given else {})
+    assert lines == (["randomness.seed=4 has no effect: the resumed run's seed is 3"] if given == 4 else [])
+
+
+@pytest.mark.parametrize(
+    ("out_dir", "folder"), [(None, "runs/a"), ("elsewhere", "elsewhere/a"), ("WORK_DIR", "runs/a")]
+)
+def test_checkpoints_are_sought_where_mmengine_writes_them(tmp_path, monkeypatch, out_dir, folder):
+    monkeypatch.chdir(tmp_path)
+    out_dir = str(tmp_path / "runs/a") if out_dir == "WORK_DIR" else out_dir
+    config = Config({"work_dir": "runs/a/", "default_hooks": {"checkpoint": {"out_dir": out_dir}}})
+    assert mm_runner._checkpoint_folder(config).resolve() == tmp_path / folder

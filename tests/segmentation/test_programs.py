@@ -1,5 +1,7 @@
 """UperNet through the programs, on a miniature of ADE20K."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,7 @@ def test_trains_and_resumes(data, tmp_path, capfd, backends_run):
     runner = train.main(options(config, data, run, *extra))
     log = "".join(capfd.readouterr())
     assert "resumed epoch: 0, iter: 2" in log and "Could not safely load" not in log
-    assert backends_run == {"reference"} and "\nbackend = 'reference'\n" in log
+    assert backends_run == {"reference"} and re.search(r"^backend ?= ?'reference'$", log, re.MULTILINE)
     assert Config.fromfile(run / config.name).backend == "reference"
     second = torch.load(run / "iter_3.pth", weights_only=False)
     assert (first["meta"]["iter"], second["meta"]["iter"], runner.iter) == (2, 3, 3)
@@ -43,34 +45,6 @@ def test_trains_and_resumes(data, tmp_path, capfd, backends_run):
     assert steps == [{2}, {3}]
     assert [c["param_schedulers"][0]["last_step"] for c in (first, second)] == [2, 3]
     assert list(run.glob("*/vis_data/events*"))
-
-
-# mmengine keeps no states of random generators: an equal run has no augmentation, no dropout, and a seed
-DETERMINISTIC_EMA = """
-train_pipeline[3:7] = [dict(type="Resize", scale=(64, 64))]
-train_dataloader.update(dataset=dict(pipeline=train_pipeline))
-model["decode_head"].update(dropout_ratio=0.0)
-model["auxiliary_head"].update(dropout_ratio=0.0)
-randomness = dict(seed=0)
-param_scheduler = [dict(type="LinearLR", start_factor=0.1, by_epoch=False, end=4)]
-custom_hooks = [dict(type="EMAHook", momentum=0.1)]
-"""
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_continues_its_averaged_weights(data, tmp_path, capfd):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.main(options(segmentation_config(tmp_path, 4, DETERMINISTIC_EMA), data, whole))
-    train.main(options(segmentation_config(tmp_path, 2, DETERMINISTIC_EMA), data, parts))
-    train.main(options(segmentation_config(tmp_path, 4, DETERMINISTIC_EMA), data, parts, "--resume", "auto"))
-    assert "resumed epoch: 0, iter: 2" in "".join(capfd.readouterr())
-    expected, found = (torch.load(run / "iter_4.pth", weights_only=False) for run in (whole, parts))
-    averaged, raw = found["state_dict"], found["ema_state_dict"]  # mmengine's names for them once they are saved
-    assert raw["steps"] == 4
-    assert not torch.equal(averaged["decode_head.conv_seg.weight"], raw["module.decode_head.conv_seg.weight"])
-    for part in ("state_dict", "ema_state_dict", "optimizer"):
-        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
-    assert found["param_schedulers"] == expected["param_schedulers"]
 
 
 @pytest.mark.slow
