@@ -7,6 +7,7 @@ on the step, such as Agent, are measured in each phase and averaged by the phase
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -186,11 +187,11 @@ def measure(
     parts = {"step": (source, 1)}
     if args.layers:
         parts = {
-            f"{tokens} tokens, {width} channels, {heads} heads": (
-                replace(source, layer=names[0], tokens=tokens),
+            f"{math.prod(map)} tokens, {width} channels, {heads} heads": (
+                replace(source, layer=names[0], map=map),
                 len(names),
             )
-            for (tokens, width, heads), names in source.kinds().items()
+            for (map, width, heads), names in source.kinds().items()
         }
     for part, (one, count) in parts.items():
         print(f"{what}: {part}", file=sys.stderr)
@@ -204,7 +205,7 @@ def measure_part(source: Source, plan: Plan | None, args: argparse.Namespace) ->
 
     how = RunSpec(args.device, args.precision, compile=args.compile, cuda_graph=args.cuda_graphs)
     empty = source.build("meta")
-    shape = (args.batch_size, empty.config.in_channels, *source.latent)
+    shape = source.shape(args.batch_size, empty)
     weights = count_parameters(empty) * source.dtype.itemsize
     needed = weights + count_memory(Step(empty, text=source.text), shape, how.backend, how.dtype)
     free = available_bytes(args.device)

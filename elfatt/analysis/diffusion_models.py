@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -116,19 +117,25 @@ class Source:
         size: Height and width of the images in pixels.
         dtype: Dtype of the weights.
         layer: Name of a self-attention layer to run on its own.
-        tokens: Number of tokens of that layer.
+        map: Height and width of that layer's map in tokens.
     """
 
     name: str
     size: tuple[int, int]
     dtype: torch.dtype
     layer: str | None = None
-    tokens: int = 0
+    map: tuple[int, int] | None = None
 
     @property
     def latent(self) -> tuple[int, int]:
         """Height and width of the latent."""
         return self.size[0] // PATCH, self.size[1] // PATCH
+
+    def shape(self, batch: int, model: ModelMixin) -> tuple[int, ...]:
+        """Return the shape of the latents of a batch; for a layer on its own, they have its map."""
+        patch = model.config.get("patch_size") or 1
+        height, width = (side * patch for side in self.map) if self.map else self.latent
+        return batch, model.config.in_channels, height, width
 
     @property
     def text(self) -> int:
@@ -173,21 +180,25 @@ class Source:
                 module._buffers[name] = torch.zeros(0, device=device)
             if module in kept and isinstance(module, nn.Linear):
                 module.reset_parameters()
-        tokens = torch.randn(1, self.tokens, layer.query_dim, dtype=self.dtype, device=device)
+        tokens = torch.randn(1, math.prod(self.map), layer.query_dim, dtype=self.dtype, device=device)
         block.register_buffer("tokens", tokens)
         block.forward = partial(_run_layer, layer)
         model.forward = partial(_run_block, block)
         return model
 
-    def kinds(self) -> dict[tuple[int, int, int], list[str]]:
-        """Return the names of the self-attention layers by (tokens, channels, heads)."""
+    def kinds(self) -> dict[tuple[tuple[int, int], int, int], list[str]]:
+        """Return the names of the self-attention layers by (map, channels, heads)."""
         from elfatt.integrations.diffusers import self_attention_layers
 
         model = self.build("meta")
-        found: dict[tuple[int, int, int], list[str]] = {}
+        found: dict[tuple[tuple[int, int], int, int], list[str]] = {}
+        patch = model.config.get("patch_size") or 1
 
         def look(name, layer, args):
-            found.setdefault((args[0].shape[1], layer.query_dim, layer.heads), []).append(name)
+            height, width = (side // patch for side in self.latent)
+            while height * width > args[0].shape[1]:
+                height, width = math.ceil(height / 2), math.ceil(width / 2)
+            found.setdefault(((height, width), layer.query_dim, layer.heads), []).append(name)
 
         for name, layer in self_attention_layers(model).items():
             layer.register_forward_pre_hook(partial(look, name))
@@ -224,18 +235,25 @@ def share_weights(model: Model) -> Model:
 
 
 class Meter:
-    """Record a quantity before and after each call of the given layers.
+    """Record a quantity before and after each call of the given layers, with the merging of their tokens.
 
     Args:
-        layers: Layers to measure.
+        layers: Layers to measure; their classes are replaced, as their hooks see merged tokens only.
         read: Returns a number or a recorded CUDA event.
     """
 
     def __init__(self, layers: Iterable[nn.Module], read: Callable[[], Any]):
         self.spans: list[list[Any]] = []
+
+        def call(layer, *args, kind, **kwargs):
+            start = read()
+            out = kind.__call__(layer, *args, **kwargs)
+            self.spans.append([start, read()])
+            return out
+
         for layer in layers:
-            layer.register_forward_pre_hook(lambda *_: self.spans.append([read()]))
-            layer.register_forward_hook(lambda *_: self.spans[-1].append(read()))
+            kind = type(layer)
+            layer.__class__ = type(kind.__name__, (kind,), {"__call__": partialmethod(call, kind=kind)})
 
     def take(self) -> list[list[Any]]:
         """Return the spans so far and reset."""

@@ -57,6 +57,7 @@ class _State(threading.local):
         inside: Whether the model's forward runs.
         ran: Layers whose attention was intercepted.
         failed: Layers whose attention was not.
+        visited: Modules around converted layers that were called.
         inputs: Inputs of the blocks whose layers merge tokens.
     """
 
@@ -66,6 +67,7 @@ class _State(threading.local):
         self.inside = False
         self.ran: set[str] = set()
         self.failed: list[str] = []
+        self.visited: set[nn.Module] = set()
         self.inputs: dict[str, torch.Tensor] = {}
 
 
@@ -244,10 +246,11 @@ class Handle:
         state.inside, state.call = True, None
         state.ran.clear()
         state.failed.clear()
+        state.visited.clear()
         state.inputs.clear()
 
     def _end(self, model, args, out):
-        """After the model's forward: check that all layers ran their plan, the first time."""
+        """After the model's forward: check that the layers ran their plan; the first time, that they ran at all."""
         state = self.state
         runs, state.inside, state.call = state.call is None or state.call.runs, False, None
         if out is None:  # an exception
@@ -255,13 +258,19 @@ class Handle:
         if state.failed:
             self._raise_failed()
         if runs and not self._complete and not torch.compiler.is_compiling():
-            there = {name for name, _ in self.model.named_modules()}  # others may have cut off layers
-            if missing := [name for name in self.promised if name in there and name not in state.ran]:
+            modules = dict(self.model.named_modules())
+            missing = [  # although the module around it did: others may skip or cut off whole blocks
+                name
+                for name in self.promised
+                if name not in state.ran and modules.get(name.rpartition(".")[0]) in state.visited
+            ]
+            if missing:
                 raise RuntimeError(
                     f"{', '.join(missing)} did not run in the model's forward, so their plan has no effect: "
                     "remove() the conversion and leave these layers out of the plan"
                 )
             self._complete = True
+            state.visited.clear()
 
     @property
     def promised(self) -> list[str]:
@@ -273,6 +282,8 @@ class Handle:
         x = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
         if torch.compiler.is_compiling() or x is None:
             return
+        if not self._complete:
+            self.state.visited.add(module)
         recomputed = _backward() >= 0
         if not (recomputed or x.requires_grad or torch.is_grad_enabled()):
             return
