@@ -182,10 +182,18 @@ class Handle:
 
     def run(self, name: str, layer: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a converted layer, with its attention intercepted."""
-        self.state.ran.discard(name)
         with InterceptAttention(functools.partial(self._replace, name, layer)):
-            out = call(*args, **kwargs)
-        self._check_ran(name)
+            return self.run_checked(name, call, args, kwargs)
+
+    def run_checked(self, name: str, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a converted layer and check that its plan ran, which whoever runs it adds to ``state.ran``."""
+        state = self.state
+        state.ran.discard(name)
+        out = call(*args, **kwargs)
+        if name not in state.ran:
+            state.failed.append(name)
+            if not state.inside:
+                self._raise_failed()
         return out
 
     def attention(
@@ -223,14 +231,6 @@ class Handle:
             self.warn(name, f"it has {refusal}", "conversion supports plain self-attention only")
             return None
         return self.attention(name, layer, q, k, v, scale)
-
-    def _check_ran(self, name: str) -> None:
-        state = self.state
-        if name in state.ran:
-            return
-        state.failed.append(name)
-        if not state.inside:
-            self._raise_failed()
 
     def _raise_failed(self):
         state = self.state

@@ -8,7 +8,7 @@ LePE is kept. State dicts do not change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -159,6 +159,10 @@ class _OwnHandle(vit.ViTHandle):
             raise ValueError(f"{found.name} has its own LePE: use a plan without it")
         super().__init__(found, attend, layers, plan)
         self.bind(self.layers, _OwnLayer)
+
+    def run(self, name: str, layer: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a converted layer; its attention is replaced in ``attend``."""
+        return self.run_checked(name, call, args, kwargs)
 
     def attend_map(self, name: str, layer: _OwnLayer, qkv: torch.Tensor) -> torch.Tensor:
         """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""

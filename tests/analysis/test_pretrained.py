@@ -8,6 +8,7 @@ import torch
 from elfatt.analysis import pretrained
 from elfatt.analysis.__main__ import main
 from elfatt.analysis.results import load_runs
+from elfatt.conversion.handle import Call, handle_of
 
 TINY = ["--models", "vit_tiny_patch16_224", "--repeats", "1", "--warm-up", "0"]
 
@@ -55,6 +56,7 @@ def test_no_attention_leaves_the_values():
     layer = model.blocks[0].attn
     x = torch.randn(1, 5, 192)
     pretrained.convert(model, "no attention", None, 8)
+    handle_of(model).enter(Call((2, 2), 1))
     with torch.no_grad():
         values = layer.qkv(x)[..., -192:]
         torch.testing.assert_close(layer(x), layer.proj(values))

@@ -10,6 +10,7 @@ from classification import calibrate, distill, publish, train, validate
 from classification.checkpoint import load
 from classification.distill import Distiller
 from elfatt.conversion import Plan
+from elfatt.conversion.handle import Call, handle_of
 
 SMALL = ["patch_size=4", "embed_dim=32", "depth=2", "num_heads=4", "reg_tokens=2"]
 VIT = ["--model", "vit_tiny_patch16_224", "--model-kwargs", *SMALL]
@@ -116,6 +117,7 @@ def test_the_loss_is_that_of_attention_then_of_logits(options, teacher, plan):
         with torch.no_grad():
             exact(images)
             ((x, target),) = seen
+            handle_of(run.model).enter(Call((8, 8), 3))
             squares.append(((ours.attn(x) - target).norm() / target.norm()) ** 2)
         handle.remove()
     assert first.item() == pytest.approx((sum(squares) / 2).item(), rel=1e-4) and first > 0
