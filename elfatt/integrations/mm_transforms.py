@@ -32,6 +32,8 @@ class LoadImage:
         path = results["img_path"]
         try:
             pixels = np.asarray(read_image(path, self.mode))
+        except UserError:
+            raise
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         height, width = pixels.shape[:2]
