@@ -201,6 +201,7 @@ def check_annotations(
     lost: Counter[str] = Counter()
     first: dict[str, int] = {}
     outside: list[int] = []
+    beyond: list[int] = []
     shortened: list[int] = []
     unlike: list[tuple[int, list, list]] = []
     for annotation in content["annotations"]:
@@ -226,6 +227,7 @@ def check_annotations(
         compared += 1
         if extent is None or _differs(annotation["bbox"], extent, image):
             unlike.append((annotation["id"], annotation["bbox"], extent))
+        beyond += [annotation["id"]] * (extent is not None and _reaches_outside(_as_box(extent), image))
         shortened += [annotation["id"]] * (isinstance(shape, list) and len(_polygons(shape)) < len(shape))
     if len(unlike) > MANY * compared:
         number, box, extent = unlike[0]
@@ -237,6 +239,7 @@ def check_annotations(
         lost["is a crowd (iscrowd 1)"] = crowds
     found = (
         (outside, "boxes reach outside their image", f": {BOX}"),
+        (beyond, "masks reach outside their image", ""),
         ([number for number, _, _ in unlike], f"of {compared:,} boxes contradict their masks", ""),
         (shortened, "annotations lose polygons of fewer than three points", ""),
     )

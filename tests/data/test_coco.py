@@ -324,6 +324,9 @@ def test_boxes_drawn_loosely_pass(change):
 
 
 def test_what_a_mask_loses_is_counted():
+    far = [[10, 10, 50, 10, 50, 40, 10, 40, 30, -3]]
+    note = check_annotations("f.json", content({}, {"segmentation": far}), NAMES)
+    assert note == "f.json: 1 masks reach outside their image, the first with id 2"
     first = [*POLYGON, [1, 2, 3, 4]]
     note = check_annotations("f.json", content({}, {"segmentation": first}), NAMES)
     assert note == "f.json: 1 annotations lose polygons of fewer than three points, the first with id 2"
