@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -203,7 +203,7 @@ def check_annotations(
     outside: list[int] = []
     beyond: list[int] = []
     shortened: list[int] = []
-    unlike: list[tuple[int, list, list]] = []
+    unlike: list[tuple[int, list, list[float] | None]] = []
     for annotation in content["annotations"]:
         for fault, remedy, stops in annotation_faults(annotation, images, listed, masks):
             if stops:
@@ -309,8 +309,8 @@ def annotation_faults(
         yield f"has the iscrowd {annotation['iscrowd']!r}", "write 0 or 1, without quotes", True
     if not masks:
         return
-    if fault := segmentation_fault(annotation["segmentation"], image):
-        yield *fault, True
+    if found := segmentation_fault(annotation["segmentation"], image):
+        yield *found, True
 
 
 def segmentation_fault(shape: Any, image: dict[str, Any]) -> tuple[str, str] | None:
@@ -418,7 +418,7 @@ def _extent(shape: list[list] | dict[str, Any]) -> list[float] | None:
         edges = [function(map(function, values)) for function in (min, max) for values in (columns, rows) if polygons]
         return edges if polygons and edges[0] < edges[2] and edges[1] < edges[3] else None
     height = shape["size"][0]
-    runs = _runs(shape["counts"])
+    runs = cast(np.ndarray, _runs(shape["counts"]))
     ends = runs.cumsum()[1::2]
     starts = ends - runs[1::2]
     starts, last = starts[ends > starts], ends[ends > starts] - 1

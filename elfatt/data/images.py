@@ -63,7 +63,7 @@ def opened(file: str | os.PathLike | IO[bytes]) -> Iterator[Image.Image]:
 
 def _read_jp2_metadata(image: Image.Image) -> None:
     """Add the EXIF or XMP data of a JPEG 2000 file, which Pillow skips, to ``image.info``."""
-    stream = image.fp
+    stream = getattr(image, "fp", None)
     if image.format != "JPEG2000" or stream is None or "exif" in image.info:
         return
     start, offset = stream.tell(), 0
