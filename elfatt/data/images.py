@@ -46,8 +46,12 @@ def is_hidden(path: Iterable[str]) -> bool:
 
 
 @contextmanager
-def opened(file: str | os.PathLike | IO[bytes]) -> Iterator[Image.Image]:
+def opened(file: str | os.PathLike | IO[bytes], name: str | os.PathLike | None = None) -> Iterator[Image.Image]:
     """Open an image file with Pillow, as ``Image.open``.
+
+    Args:
+        file: Path or binary file.
+        name: Path for the message, if ``file`` is a binary file.
 
     Raises:
         UserError: More pixels than Pillow reads.
@@ -56,9 +60,9 @@ def opened(file: str | os.PathLike | IO[bytes]) -> Iterator[Image.Image]:
         with Image.open(file) as image:
             yield image
     except Image.DecompressionBombError as error:
-        path = getattr(file, "name", "the image") if hasattr(file, "read") else os.fspath(cast(str, file))
         fault = f"has more than {2 * cast(int, Image.MAX_IMAGE_PIXELS):,} pixels, Pillow's limit"
-        raise UserError(path, fault, "cut it into tiles, or scale it down") from error
+        where = name or (file if isinstance(file, str | os.PathLike) else "it")
+        raise UserError(where, fault, "cut it into tiles, or scale it down") from error
 
 
 def _read_jp2_metadata(image: Image.Image) -> None:
@@ -203,8 +207,9 @@ def read_image(file: str | os.PathLike | IO[bytes], mode: str = "RGB") -> Image.
         ValueError: Its 32-bit pixels have no known range.
     """
     # not by path: Pillow 13 memory-maps uncompressed TIFFs that EXIF turns with their sides swapped
+    name = file if isinstance(file, str | os.PathLike) else None
     source = open(file, "rb") if isinstance(file, str | os.PathLike) else nullcontext(file)
-    with source as stream, opened(stream) as image:
+    with source as stream, opened(stream, name) as image:
         _read_jp2_metadata(image)  # before load() lets go of the file
         image.load()
         return standard_image(image, mode)

@@ -275,4 +275,4 @@ def test_a_picture_over_pillows_limit_counts_as_broken(write_images, options, tm
     for extra in ([], ["--train-split", "train.tar"]):
         args = parse_args(options(*extra, data=root), True)
         reason = Samples(open_split(args, True), np.asarray, seed=0)[0, 0].reason
-        assert "0.png has more than 20 pixels, Pillow's limit: cut it into tiles" in reason
+        assert reason.startswith("it has more than 20 pixels, Pillow's limit: cut it into tiles")
