@@ -117,7 +117,8 @@ class Samples(Dataset):
             image, label = self._read(index)
             check_shape("it", image.size)
         except Exception as error:  # Pillow raises almost anything on a broken file
-            return Broken(self._name(index), f"{type(error).__name__}: {error}")
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            return Broken(self._name(index), f"{kind}{error}")
         with seeded(self.seed, epoch, index):
             return self.transform(image), label
 

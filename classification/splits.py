@@ -7,28 +7,30 @@ outside them or in hidden folders are skipped and counted.
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
+import posixpath
 import tarfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from timm.data import ImageDataset, create_dataset
-from timm.data.readers import set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar, TarState
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from elfatt.data import EXTENSIONS, UserError, is_image
+from elfatt.data import UserError, is_hidden, is_image
+from elfatt.data.archives import compression_of
 from elfatt.data.classes import differences, mismatch, read_class_map, renumbered, shown
 from elfatt.data.images import walk
+from elfatt.suggest import form_clash
 
 LOGGER = logging.getLogger("classification")
 SYNONYMS = [("train", "training"), ("val", "valid", "validation", "eval", "evaluation")]
-set_img_extensions(sorted(EXTENSIONS))  # that timm reads from tar files
 
 
 class FolderReader(ReaderImageFolder):
@@ -43,6 +45,31 @@ class FolderReader(ReaderImageFolder):
     def __init__(self, root: Path, samples: list[tuple[str, int]], class_to_idx: dict[str, int]) -> None:
         super(ReaderImageFolder, self).__init__()
         self.root, self.samples, self.class_to_idx = str(root), samples, class_to_idx
+
+
+Member = tuple[tarfile.TarInfo, None, tarfile.TarInfo | None]  # as timm has it: member, its tar file's name, nested tar
+
+
+class TarReader(ReaderImageInTar):
+    """timm's ``ReaderImageInTar`` over given members.
+
+    Args:
+        root: Tar file.
+        samples: Member and label of each image.
+        class_to_idx: Label of each class.
+    """
+
+    def __init__(self, root: Path, samples: list[tuple[Member, int]], class_to_idx: dict[str, int]) -> None:
+        super(ReaderImageInTar, self).__init__()
+        self.root, self.class_to_idx = str(root), class_to_idx
+        self.samples = np.empty(len(samples), object)
+        self.samples[:] = [member for member, _ in samples]
+        self.targets = np.array([label for _, label in samples])
+        self.root_is_tar = self.cache_tarfiles = True
+        self.tar_state = TarState()
+        for _, _, archive in self.samples:
+            if archive and archive.name not in self.tar_state.children:
+                self.tar_state.children[archive.name] = TarState(ti=archive)
 
 
 def open_split(args: argparse.Namespace, train: bool, trained: Mapping[str, int] | None = None) -> Dataset:
@@ -70,8 +97,12 @@ def open_split(args: argparse.Namespace, train: bool, trained: Mapping[str, int]
         root = _find_split(Path(args.data_dir), split, "--train-split" if train else "--val-split")
         dataset = _open_images(root, split, class_map, trained)
     classes = class_names(dataset) or {}
-    if hidden := [name for name in classes if name.startswith(".")]:
+    if hidden := [name for name in classes if is_hidden([name])]:
         raise UserError(f"split '{split}' has the hidden folder {shown(hidden)} as a class: remove it")
+    if root := getattr(dataset, "root", None):  # torchvision's, whose lists of images are not ours
+        listed = (os.path.relpath(sample[0], root) for sample in getattr(dataset, "samples", ()))
+        if hidden := [path for path in listed if is_hidden(path.split(os.sep))]:
+            raise UserError(f"split '{split}' has {len(hidden):,} hidden images, e.g. {hidden[0]}: remove them")
     if trained and classes:
         _compare_with_checkpoint(split, classes, trained, mapped=class_map is not None)
     return dataset
@@ -151,22 +182,31 @@ def _open_images(
     root: Path, split: str, class_map: dict[str, int] | None, trained: Mapping[str, int] | None
 ) -> ImageDataset:
     """Open the images of a folder or tar file."""
-    tar = None if root.is_dir() else _open_tar(root)
-    paths, others = _list_folder(root) if tar is None else _list_tar(tar)
-    names = [path[0] if len(path) > 1 and not _is_hidden(path) else None for path in paths]
-    others += [os.path.join(*path) for path, name in zip(paths, names, strict=True) if name is None]
+    files = _list_folder(root) if root.is_dir() else _list_tar(root)
+    images = {
+        path: source
+        for path, source in files.items()
+        if source and len(path) > 1 and is_image(path[-1]) and not is_hidden(path)
+    }
+    others = [
+        "/".join(path) + " (a link to nothing)" * (source is None)
+        for path, source in files.items()
+        if path not in images and (is_image(path[-1]) or not is_hidden(path))
+    ]
     if others:
         kinds = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in others)
         kinds = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
         LOGGER.warning("split '%s': skipped %d file(s) (%s), e.g. %s", split, len(others), kinds, others[0])
 
     # the name breaks ties of natural_key, such as A and a or 1 and 01
-    found = dict.fromkeys(sorted(set(names) - {None}, key=lambda name: (natural_key(name), name)))
+    found = dict.fromkeys(sorted({path[0] for path in images}, key=lambda name: (natural_key(name), name)))
+    if clash := form_clash(found):
+        raise UserError(f"split '{split}' has the class folder {clash}")
     labels = class_map or {name: label for label, name in enumerate(found)}
     if trained and not class_map and all(name in trained for name in found):
         labels = dict(trained)
-    if tar is None:
-        for entry in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    if root.is_dir():
+        for entry in sorted(path for path in root.iterdir() if path.is_dir() and not is_hidden([path.name])):
             if entry.name not in found and not class_map:
                 raise UserError(
                     f"class folder {entry} contains no images: fill it, remove it, or list the classes with --class-map"
@@ -178,54 +218,76 @@ def _open_images(
             raise UserError(f"split '{split}' has different classes from --class-map: {difference}")
         LOGGER.warning("split '%s': folders and classes differ: %s", split, difference)
 
-    chosen = [index for index, name in enumerate(names) if name in labels]
-    if tar is not None:
-        tar.samples, tar.class_to_idx = tar.samples[chosen], labels
-        tar.targets = np.array([labels[names[index]] for index in chosen])
-        return ImageDataset(str(root), reader=tar)
-    samples = [(os.path.join(root, *paths[index]), labels[names[index]]) for index in chosen]
-    samples.sort(key=lambda sample: natural_key(sample[0]))
-    return ImageDataset(str(root), reader=FolderReader(root, samples, labels))
+    samples = [(source, labels[path[0]]) for path, source in images.items() if path[0] in labels]
+    reader = FolderReader(root, samples, labels) if root.is_dir() else TarReader(root, samples, labels)
+    return ImageDataset(str(root), reader=reader)
 
 
-def _list_folder(root: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Return a folder's images as path parts, and its other visible files."""
-    images, others = [], []
-    for folder, files in walk(root):
+def _list_folder(root: Path) -> dict[tuple[str, ...], str]:
+    """Return the files of a folder by the parts of their relative paths, in natural order."""
+    files = {}
+    for folder, names in walk(root):
         parts = Path(folder).relative_to(root).parts
-        for file in files:
-            if is_image(file):
-                images.append((*parts, file))
-            elif not _is_hidden((*parts, file)):
-                others.append(os.path.join(*parts, file))
-    return images, others
+        files |= {(*parts, name): os.path.join(folder, name) for name in names}
+    return dict(sorted(files.items(), key=lambda item: natural_key(item[1])))
 
 
-def _open_tar(path: Path) -> ReaderImageInTar:
+def _list_tar(path: Path) -> dict[tuple[str, ...], Member | None]:
+    """Return the files of a tar file by the parts of their paths, without the leading folders that all images share.
+
+    A nested tar file counts as a folder, a link as the file it leads to, or as None if there is none.
+
+    Raises:
+        UserError: A compressed, truncated or unreadable file.
+    """
+    if kind := compression_of(path):
+        raise UserError(f"{path} is compressed ({kind}), but images are read in random order: unpack it")
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 1024))
         if file.read().strip(b"\0") and tarfile.is_tarfile(path):
             raise UserError(f"{path} is truncated (no end-of-archive marker): copy or pack it again")
     try:
-        return ReaderImageInTar(str(path))
-    except (AssertionError, OSError, ValueError, tarfile.TarError) as error:  # timm asserts the extension
+        with tarfile.open(path, "r:") as archive:
+            files = dict(_members(archive))
+    except (OSError, ValueError, tarfile.TarError) as error:
         raise UserError(f"{path} is not a tar file of images: correct --data-dir or the split's name") from error
+    files = dict(sorted(files.items(), key=lambda item: natural_key(item[1][0].name if item[1] else item[0][-1])))
+    folders = [parts[:-1] for parts in files if is_image(parts[-1]) and not is_hidden(parts)]
+    shared = os.path.commonprefix(folders)
+    if all(folder == shared for folder in folders):  # a single class
+        shared = shared[:-1]
+    length = len(shared)
+    return {parts[length:] if parts[:length] == shared else parts: member for parts, member in files.items()}
 
 
-def _list_tar(reader: ReaderImageInTar) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Return a tar file's images as path parts, without the leading folders that all of them share."""
-    paths = []
-    for sample, _, archive in reader.samples:  # a nested archive counts as a folder
-        parent = (os.path.splitext(archive.name)[0],) if archive else ()
-        paths.append(tuple(part for name in (*parent, sample.path) for part in name.split("/") if part != "."))
-    folders = [path[:-1] for path in paths if not _is_hidden(path)]
-    shared = len(os.path.commonprefix(folders))
-    shared -= all(len(folder) == shared for folder in folders)  # a single class
-    return [path if _is_hidden(path) else path[max(shared, 0) :] for path in paths], []
+def _members(archive: tarfile.TarFile, nested: tarfile.TarInfo | None = None) -> Iterator[tuple[tuple, Member | None]]:
+    """Yield the parts of a path and the member of each file and link; of two with one path, the later counts."""
+    above = os.path.splitext(nested.name)[0].split("/") if nested else ()
+    found = {}
+    for member in archive:
+        if member.isfile() and member.name.lower().endswith(".tar") and not nested:
+            with tarfile.open(fileobj=archive.extractfile(member)) as inner:
+                yield from _members(inner, member)
+        elif not member.isdir():
+            found[posixpath.normpath(member.name)] = member
+    for name, member in found.items():
+        parts = tuple(part for part in (*above, *name.split("/")) if part not in ("", "."))
+        target = _follow(member, found)
+        if target and target is not member:
+            target = copy.copy(target)
+            target.name = member.name
+        yield parts, target and (target, None, nested)
 
 
-def _is_hidden(path: tuple[str, ...]) -> bool:
-    return any(part.startswith(".") for part in path)
+def _follow(member: tarfile.TarInfo, files: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """Return the file that a member is or links to, or None if it is not in the tar file."""
+    target: tarfile.TarInfo | None = member
+    for _ in files:  # at most, so that a circle of links ends
+        if target is None or not (target.islnk() or target.issym()):
+            break
+        folder = posixpath.dirname(target.name) if target.issym() else ""
+        target = files.get(posixpath.normpath(posixpath.join(folder, target.linkname)))
+    return target if target and target.isfile() else None
 
 
 def _open_reader(args: argparse.Namespace, train: bool, split: str, class_map: dict[str, int] | None) -> Dataset:

@@ -19,20 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from elfatt.data import UserError, check_shape, check_size, list_images, read_image
+from elfatt.data import UserError, check_shape, check_size, is_image, list_images, opened, read_image
 from elfatt.data.coco import (
     FIELDS,
+    SMALL,
     annotation_faults,
     check_annotations,
     check_categories,
-    check_ids,
+    check_evaluated,
+    dropped_images,
     form_faults,
     load_coco,
 )
 from elfatt.data.masks import check_classes, check_labels, check_mask
+from elfatt.suggest import other_form
 
 ADE20K_IMAGES = {"training": 20_210, "validation": 2_000}
 COCO_IMAGES = {"train2017": 118_287, "val2017": 5_000}
@@ -107,11 +109,10 @@ def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Fou
     if content is None:
         return
     yield from _check_instances(path, content, split, args)
-    if split == "val2017":
-        yield from _compare_categories(path, content)
+    yield from _check_categories(path, content)
     if not folder.is_dir():
         return
-    files = {file.name for file in folder.iterdir() if not file.name.startswith(".")}
+    files = {file.name for file in folder.iterdir() if is_image(file)}
     yield from _check_count(folder, len(files), COCO_IMAGES[split], args)
     present, turned = [], []
     for image in content["images"]:
@@ -119,7 +120,8 @@ def check_coco(root: Path, split: str, args: argparse.Namespace) -> Iterator[Fou
         if image["file_name"] in files or file.is_file():  # is_file for names with a folder
             present.append(image)
         else:
-            yield UserError(file, f"is listed in {path.name} but missing", "add it, or unpack the images again")
+            hint = other_form(image["file_name"], files)
+            yield UserError(file, f"is listed in {path.name} but missing{hint}", "add it, or unpack the images again")
     for image in _sample(present, f"{split} images", args.full):
         file = folder / image["file_name"]
         if not (yield from _caught(_open, file)):
@@ -149,31 +151,36 @@ def _check_instances(path: Path, content: dict[str, Any], split: str, args: argp
     categories = {category["id"] for category in content["categories"]}
     if len(categories) != COCO_CATEGORIES and not args.any_size:
         yield UserError(path, f"has {len(categories)} categories, expected {COCO_CATEGORIES}", DOWNLOAD)
-    if split.startswith("val"):
-        yield from _caught(check_ids, path, content)
+    classes = {category["name"] for category in content["categories"]}
     readable = True
     for annotation in tqdm(content["annotations"], f"{split} annotations", disable=None, leave=False):
         for fault, remedy, stops in annotation_faults(annotation, images, categories, not args.no_masks):
             yield UserError(path, f"has the annotation {annotation['id']}, which {fault}", remedy)
             readable &= not stops
-    if readable:
-        classes = {category["name"] for category in content["categories"]}
-        lost = yield from _caught(check_annotations, path, content, classes, not args.no_masks)
-        if lost:
-            yield lost
+    if not readable:
+        return
+    lost = yield from _caught(check_annotations, path, content, classes, not args.no_masks)
+    if lost:
+        yield lost
+    if split.startswith("val"):
+        yield from _caught(check_evaluated, path, content, not args.no_masks)
+    elif dropped := dropped_images(content, classes, SMALL):
+        yield f"{path}: {dropped}"
 
 
-def _compare_categories(path: Path, content: dict[str, Any]) -> Iterator[UserError]:
-    """Check that the training annotations, if readable, have the same categories in the same order."""
-    other = path.with_name("instances_train2017.json")
-    try:
-        classes = [category["name"] for category in load_coco(other)["categories"]]
-    except (UserError, LookupError, TypeError):
-        return  # reported by its own check
-    extra = [category["name"] for category in content["categories"] if category["name"] not in classes]
+def _check_categories(path: Path, content: dict[str, Any]) -> Iterator[UserError]:
+    """Check that no category is listed twice, and that the order is that of the training annotations, if readable."""
+    own = [category["name"] for category in content["categories"]]
+    other, classes = path.with_name("instances_train2017.json"), own
+    if path != other:
+        try:
+            classes = [category["name"] for category in load_coco(other)["categories"]]
+        except (UserError, LookupError, TypeError):
+            pass  # reported by its own check
+    extra = [name for name in own if name not in classes]
     if extra:
         yield UserError(path, f"has the category {extra[0]}, missing in {other.name}", "list the same in both files")
-    yield from _caught(check_categories, path, content, classes)
+    yield from _caught(check_categories, path, content, list(dict.fromkeys(classes)))
 
 
 def _caught(rule: Callable, path: Path, *others) -> Generator[UserError, None, Any]:
@@ -193,7 +200,7 @@ def _open(path: Path) -> bool:
 
 
 def _read_labels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with opened(path) as image:
         return np.asarray(image).astype(np.uint8)
 
 

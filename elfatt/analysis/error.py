@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import timm
 import torch
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import elfatt  # noqa: F401  registers the models with timm
@@ -19,6 +18,7 @@ from elfatt.analysis.results import save_rows, to_markdown
 from elfatt.attention.base import QKVAttention
 from elfatt.backbones.zoo import list_models
 from elfatt.checkpoints import load_checkpoint
+from elfatt.data import read_image
 from elfatt.keywords import Keywords
 from elfatt.suggest import did_you_mean
 
@@ -129,7 +129,7 @@ def _load_layer(args: argparse.Namespace) -> tuple[QKVAttention, tuple[torch.Ten
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, allow=("head.",))  # the classifier is not needed
     config = resolve_model_data_config(model) | {"input_size": (3, args.img_size, args.img_size)}
-    image = create_transform(**config)(Image.open(args.image).convert("RGB"))[None]
+    image = create_transform(**config)(read_image(args.image))[None]
     qkv = layer_qkv(model, args.layer, image)
     return cast(QKVAttention, model.get_submodule(args.layer)), qkv
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from elfatt.suggest import closest
+from elfatt.suggest import closest, form_clash, other_form
 
 SHOWN = 5  # maximum names in a message
 
@@ -31,6 +31,8 @@ def read_class_map(path: str | Path) -> dict[str, int]:
         if name in labels:
             raise ValueError(f"class map {path}: '{name}' is on lines {labels[name] + 1} and {number + 1}")
         labels[name] = number
+    if clash := form_clash(labels):
+        raise ValueError(f"class map {path} contains {clash}")
     return labels
 
 
@@ -41,6 +43,8 @@ def differences(found: Iterable[str], expected: Iterable[str]) -> str:
     missing = [name for name in expected if name not in found]
     parts = [f"{len(surplus)} surplus ({shown(surplus)})"] * bool(surplus)
     parts += [f"{len(missing)} missing ({shown(missing)})"] * bool(missing)
+    if surplus and (hint := other_form(surplus[0], missing)):
+        return ", ".join(parts) + hint
     close = closest(surplus[0], missing) if surplus else None
     return ", ".join(parts) + (f"; is '{surplus[0]}' the same as '{close}'?" if close else "")
 

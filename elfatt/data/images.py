@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, cast
 
@@ -16,6 +16,14 @@ from elfatt.data.errors import UserError
 
 _NOT_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}  # known to Pillow, but most need a plugin
 _16_BITS = {"JPEG2000", "PNG", "PPM"}  # formats whose mode "I" is 16-bit data
+_SERVICE_FOLDERS = {  # of file servers, system tools and archives: thumbnails, deleted and saved files; in lower case
+    *("@eadir", "@recycle", "@tmp", "@sharesnap", "@recently-snapshot", "#recycle", "#snapshot"),
+    *("$recycle.bin", "system volume information", "lost+found", "__macosx"),
+}
+_JP2_METADATA = {  # content of a uuid box, by the uuid, and what Pillow calls it
+    b"JpgTiffExif->JP2": ("exif", b"Exif\0\0"),
+    bytes.fromhex("be7acfcb97a942e89c71999491e3afac"): ("xmp", b""),
+}
 FLATTEST = 100  # maximum aspect ratio: still a pixel wide at 128 pixels, the shortest long side of a recipe
 
 Image.init()
@@ -32,9 +40,55 @@ def is_image(path: str | os.PathLike) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
+def is_hidden(path: Iterable[str]) -> bool:
+    """Return whether a part of a path is hidden, or a folder in which file servers keep thumbnails or deleted files."""
+    return any(part.startswith(".") or part.lower() in _SERVICE_FOLDERS for part in path)
+
+
+@contextmanager
+def opened(file: str | os.PathLike | IO[bytes], name: str | os.PathLike | None = None) -> Iterator[Image.Image]:
+    """Open an image file with Pillow, as ``Image.open``.
+
+    Args:
+        file: Path or binary file.
+        name: Path for the message, if ``file`` is a binary file.
+
+    Raises:
+        UserError: More pixels than Pillow reads.
+    """
+    try:
+        with Image.open(file) as image:
+            yield image
+    except Image.DecompressionBombError as error:
+        fault = f"has more than {2 * cast(int, Image.MAX_IMAGE_PIXELS):,} pixels, Pillow's limit"
+        where = name or (file if isinstance(file, str | os.PathLike) else "it")
+        raise UserError(where, fault, "cut it into tiles, or scale it down") from error
+
+
+def _read_jp2_metadata(image: Image.Image) -> None:
+    """Add the EXIF or XMP data of a JPEG 2000 file, which Pillow skips, to ``image.info``."""
+    stream = getattr(image, "fp", None)
+    if image.format != "JPEG2000" or stream is None or "exif" in image.info:
+        return
+    start, offset = stream.tell(), 0
+    while True:
+        stream.seek(offset)
+        size, kind = int.from_bytes(stream.read(4), "big"), stream.read(4)
+        head = 8
+        if size == 1:
+            size, head = int.from_bytes(stream.read(8), "big"), 16
+        if kind == b"uuid" and (name := _JP2_METADATA.get(stream.read(16))):
+            image.info[name[0]] = name[1] + stream.read(max(0, size - head - 16) if size else -1)
+        if size < head:  # the end, the last box, or a bare codestream
+            break
+        offset += size
+    stream.seek(start)
+
+
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation: 1 upright, 2 to 4 flipped or rotated by 180°, 5 to 8 with sides swapped."""
     try:
+        _read_jp2_metadata(image)
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF data raises almost anything, while the pixels may be fine
         return 1
@@ -64,7 +118,8 @@ def list_images(folder: str | os.PathLike, suffix: str = "") -> tuple[dict[str, 
             the extension decides between images of the same name.
 
     Returns:
-        Images by relative path without suffix, sorted, and the ignored files: non-images and images in hidden folders.
+        Images by relative path without suffix, sorted, and the ignored files: non-images and images in hidden folders
+        (see ``is_hidden``).
 
     Raises:
         UserError: No such folder, or two images of the same name.
@@ -79,7 +134,7 @@ def list_images(folder: str | os.PathLike, suffix: str = "") -> tuple[dict[str, 
     images: dict[str, Path] = {}
     others = []
     for path in sorted(path for path in paths if not path.name.startswith(".")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        hidden = is_hidden(path.relative_to(folder).parts)
         if hidden or not is_image(path) or not path.stem.endswith(ending):
             others += [path] * (is_image(path) or not hidden)
             continue
@@ -119,7 +174,7 @@ def check_size(image: str | os.PathLike, size: tuple[int, int], owner: str | os.
     Raises:
         UserError: The size differs, or is that of the stored, not the upright, image.
     """
-    with Image.open(image) as file:
+    with opened(image) as file:
         orientation, stored = orientation_of(file), file.size
         if file.format == "TIFF":
             tags = cast(TiffImageFile, file).tag_v2
@@ -148,11 +203,14 @@ def read_image(file: str | os.PathLike | IO[bytes], mode: str = "RGB") -> Image.
 
     Raises:
         OSError, SyntaxError, ValueError: The file is missing, damaged or not an image; Pillow raises all three.
+        UserError: More pixels than Pillow reads.
         ValueError: Its 32-bit pixels have no known range.
     """
     # not by path: Pillow 13 memory-maps uncompressed TIFFs that EXIF turns with their sides swapped
-    opened = open(file, "rb") if isinstance(file, str | os.PathLike) else nullcontext(file)
-    with opened as stream, Image.open(stream) as image:
+    name = file if isinstance(file, str | os.PathLike) else None
+    source = open(file, "rb") if isinstance(file, str | os.PathLike) else nullcontext(file)
+    with source as stream, opened(stream, name) as image:
+        _read_jp2_metadata(image)  # before load() lets go of the file
         image.load()
         return standard_image(image, mode)
 

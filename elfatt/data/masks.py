@@ -6,10 +6,9 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from elfatt.data.errors import UserError
-from elfatt.data.images import orientation_of
+from elfatt.data.images import opened, orientation_of
 
 IGNORED = 255  # label excluded from training and evaluation
 
@@ -21,8 +20,10 @@ def check_mask(path: str | os.PathLike) -> tuple[int, int]:
         UserError: Not an image, several channels, more than 8 bits, lossy compression, or an EXIF orientation.
     """
     try:
-        with Image.open(path) as file:
+        with opened(path) as file:
             mode, kind, orientation, size = file.mode, file.format, orientation_of(file), file.size
+    except UserError:
+        raise
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(path, f"cannot be read ({error})", "restore the file") from error
     if mode not in ("L", "P", "1"):

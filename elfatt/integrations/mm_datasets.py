@@ -12,13 +12,21 @@ import numpy as np
 from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from elfatt.data import UserError, check_size, is_image, list_images
 from elfatt.data.classes import mismatch
-from elfatt.data.coco import check_annotations, check_categories, check_ids, form_faults, load_coco
+from elfatt.data.coco import (
+    check_annotations,
+    check_categories,
+    check_evaluated,
+    dropped_images,
+    form_faults,
+    load_coco,
+)
 from elfatt.data.masks import check_classes, check_mask
 from elfatt.integrations.mm_transforms import CheckMask
+from elfatt.suggest import other_form
 
 SAMPLE = 100  # images or masks per dataset to open before the first step
 LOADS_MASKS = "LoadAnnotations"
@@ -86,8 +94,31 @@ def check_training_masks(dataset: BaseDataset) -> None:
     check_classes(parts[0][0].data_prefix["seg_map_path"], pixels, names, masks - len(sample))
 
 
+def check_scored(evaluator: dict | list[dict]) -> None:
+    """Check the annotation files of mmdet's ``CocoMetric`` before it reads them.
+
+    Args:
+        evaluator: Config of the evaluator.
+
+    Raises:
+        UserError: COCO's evaluation could not read a file, or would not end.
+    """
+    for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+        kind = metric.get("type") if isinstance(metric, dict) else None
+        if getattr(kind, "__name__", str(kind)).split(".")[-1] != "CocoMetric" or not metric.get("ann_file"):
+            continue
+        wanted = metric.get("metric", "bbox")
+        masks = "segm" in ([wanted] if isinstance(wanted, str) else wanted)
+        path, content = metric["ann_file"], load_coco(metric["ann_file"])
+        if metric.get("format_only"):
+            content.setdefault("annotations", [])  # COCO's test sets have none
+        _check_form(path, content, masks)
+        check_annotations(path, content, {category["name"] for category in content["categories"]}, masks)
+        check_evaluated(path, content, masks)
+
+
 def check_evaluator(evaluator, source: str, classes: tuple[str, ...]) -> None:
-    """Check that annotation files of mmdet's ``CocoMetric`` are scored, and under the right class names.
+    """Check that annotation files of mmdet's ``CocoMetric`` are scored under the right class names.
 
     Args:
         evaluator: mmengine evaluator.
@@ -95,12 +126,13 @@ def check_evaluator(evaluator, source: str, classes: tuple[str, ...]) -> None:
         classes: Classes of the dataset.
 
     Raises:
-        UserError: See ``check_categories`` and ``check_ids``.
+        UserError: See ``check_categories``.
     """
     for metric in evaluator.metrics:
-        if getattr(metric, "_coco_api", None):
-            check_categories(source, metric._coco_api.dataset, classes)
-            check_ids(source, metric._coco_api.dataset)
+        if coco := getattr(metric, "_coco_api", None):
+            check_categories(source, coco.dataset, classes)
+            for annotation in coco.dataset.get("annotations", ()):
+                annotation.setdefault("iscrowd", 0)  # optional for us, not for pycocotools
 
 
 def check_same_classes(where: str, classes: Sequence[str], trained: Sequence[str]) -> None:
@@ -159,7 +191,7 @@ def _open(dataset: BaseDataset) -> None:
 def _load_mask(load: Callable[[dict], None], results: dict) -> None:
     try:
         load(results)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of them
         raise UserError(f"mask {results['seg_map_path']} cannot be read: {error}") from error
 
 
@@ -230,14 +262,21 @@ def _list_pairs(dataset) -> list[dict]:
         warn(f"{folders[0]}: {len(others):,} files are skipped, first {others[0]}")
     names = list(images)
     if dataset.ann_file:
-        names = [line.strip() for line in Path(dataset.ann_file).read_text().splitlines() if line.strip()]
+        try:
+            lines = Path(dataset.ann_file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            remedy = "write one image per line, in UTF-8"
+            raise UserError(dataset.ann_file, f"cannot be read as a list of images ({error})", remedy) from error
+        names = [line.strip() for line in lines if line.strip()]
         absent = [name for name in names if name not in images]
         if absent:
             fault = f"names {len(absent):,} images that are not in {folders[0]}, first {absent[0]}"
+            fault += other_form(absent[0], images)
             raise UserError(dataset.ann_file, fault, "each line must be an image's path there, without extension")
     bare = [name for name in names if name not in masks]
     if bare:
         fault = f"contains {len(bare):,} of {len(names):,} images without a mask, first {images[bare[0]]}"
+        fault += other_form(bare[0], masks)
         raise UserError(folders[0], fault, f"add masks with the same names to {folders[1]}, or remove the images")
     idle = [name for name in masks if name not in images]
     if idle:
@@ -263,14 +302,23 @@ def _read_coco(dataset, path: str):
     if dataset.test_mode:
         content.setdefault("annotations", [])  # COCO's test sets have none
     masks = any(getattr(step, "with_mask", False) for step in dataset.pipeline.transforms)
-    for fault, remedy in form_faults(content, masks):
-        raise UserError(path, fault, f"{remedy}; scripts/prepare_coco.sh checks the whole file")
-    check_categories(path, content, dataset.metainfo["classes"])
-    loss = check_annotations(path, content, dataset.metainfo["classes"], masks, training=not dataset.test_mode)
-    if loss:
-        warn(loss)
+    _check_form(path, content, masks)
+    classes = dataset.metainfo["classes"]
+    check_categories(path, content, classes)
+    notes = [check_annotations(path, content, classes, masks, training=not dataset.test_mode)]
+    if not dataset.test_mode:
+        rules = dataset.filter_cfg or {}
+        note = dropped_images(content, classes, rules.get("min_size", 0), rules.get("filter_empty_gt", False))
+        notes.append(note and f"{path}: {note} (filter_cfg)")
+    for note in filter(None, notes):
+        warn(note)
     coco = type(dataset).COCOAPI()
     coco.dataset = content
     coco.createIndex()
     coco.img_ann_map, coco.cat_img_map = coco.imgToAnns, coco.catToImgs
     return coco
+
+
+def _check_form(path: str, content: dict, masks: bool) -> None:
+    for fault, remedy in form_faults(content, masks):
+        raise UserError(path, fault, f"{remedy}; scripts/prepare_coco.sh checks the whole file")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
@@ -27,6 +28,7 @@ from elfatt.integrations.mm_checks import check_batch_norm, check_channels
 from elfatt.integrations.mm_datasets import (
     check_evaluator,
     check_same_classes,
+    check_scored,
     check_training_masks,
     lazy,
     open_dataset,
@@ -102,6 +104,15 @@ class CheckedRunner(Runner):
     def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """See ``build_val_loop``."""
         return self._checked(super().build_test_loop(loop), "test_evaluator")
+
+    def build_evaluator(self, evaluator: dict | list[dict] | Evaluator) -> Evaluator:
+        """See ``Runner``.
+
+        Raises:
+            UserError: COCO's evaluation could not read the annotation file, or would not end.
+        """
+        check_scored(evaluator)
+        return super().build_evaluator(evaluator)
 
     def _checked(self, loop: BaseLoop, name: str) -> BaseLoop:
         settings = self.cfg.get(name)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import cv2
 import numpy as np
 from mmengine.registry import TRANSFORMS
 
 from elfatt.data import UserError, check_shape, check_size, read_image
 from elfatt.data.masks import check_labels, check_mask
+from elfatt.suggest import other_form
 
 
 @TRANSFORMS.register_module()
@@ -32,8 +35,14 @@ class LoadImage:
         path = results["img_path"]
         try:
             pixels = np.asarray(read_image(path, self.mode))
+        except UserError:
+            raise
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            fault = getattr(error, "strerror", None) or str(error)
+            folder, name = os.path.split(path)
+            if isinstance(error, FileNotFoundError) and os.path.isdir(folder):
+                fault += other_form(name, os.listdir(folder))
+            raise UserError(f"image {path} cannot be read: {fault}") from error
         height, width = pixels.shape[:2]
         check_shape(f"image {path}", (width, height))
         # many times faster than a copy of pixels[..., ::-1]

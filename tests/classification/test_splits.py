@@ -1,5 +1,6 @@
 """Which files are images of which class, and what is refused before the first one is read."""
 
+import os
 import shutil
 import tarfile
 
@@ -47,13 +48,17 @@ def test_classes_are_the_visible_folders_of_the_first_level(copy, opened, caplog
     draw(copy / "train/cat/lying/deep/8.png")  # a pose is no class
     for stray in (".ipynb_checkpoints/0-checkpoint.png", "cat/.ipynb_checkpoints/0.png", "dog/._0.png", "logo.png"):
         draw(copy / "train" / stray)
+    for stray in ("cat/@eaDir/0.png/SYNOPHOTO_THUMB_XL.png", "@eaDir/0.png", "dog/#recycle/0.png", "__MACOSX/0.png"):
+        draw(copy / "train" / stray)  # of file servers
     (copy / "train/dog/notes.txt").touch()
+    (copy / "train/dog/@eaDir").mkdir()
+    (copy / "train/dog/@eaDir/Thumbs.db").touch()
     after = opened(copy, *(pack(copy, arcname=arcname) if arcname else ()))
     assert [label for _, label in after] == sorted([*(label for _, label in before), 0])
-    assert not any("checkpoint" in name or "logo" in name or "._0" in name for name, _ in after)
-    passed = {None: "skipped 4 file(s) (3 .png, 1 .txt)"}.get(arcname, "skipped 4 file(s) (4 .png)")
+    strays = ("checkpoint", "logo", "._0", "@eaDir", "#", "MACOSX")
+    assert not any(stray in name for name, _ in after for stray in strays)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert passed in warning
+    assert "skipped 8 file(s) (7 .png, 1 .txt), e.g. " in warning  # in a tar file as in a folder
 
 
 def test_hidden_files_beside_the_split_of_a_tar_file_change_no_class(copy, opened):
@@ -64,6 +69,57 @@ def test_hidden_files_beside_the_split_of_a_tar_file_change_no_class(copy, opene
         for name in ("._train/0.png", ".cache/a/b/0.png", "__MACOSX/train/cat/._0.png"):
             file.add(copy / "x.png", arcname=name)
     assert opened(copy, *extra) == before
+
+
+def test_links_in_a_tar_file_are_what_they_lead_to(copy, options, opened, caplog):
+    before = opened(copy)
+    cat = copy / "train/cat"
+    os.link(sorted(cat.iterdir())[0], cat / "hard.png")
+    (cat / "soft.png").symlink_to("hard.png")
+    (copy / "train/dog/other.png").symlink_to("../cat/soft.png")
+    folder = opened(copy)
+    assert len(folder) == len(before) + 3
+    extra = pack(copy)
+    packed = opened(copy, *extra)
+    assert [(name.removeprefix("train/"), label) for name, label in packed] == folder and not caplog.records
+    reader = open_split(parse_args(options(*extra, data=copy), train=True), train=True).reader
+    for (name, _), (file, _) in zip(folder, reader, strict=True):
+        assert file.read() == (copy / "train" / name).read_bytes()
+    (cat / "lost.png").symlink_to("nothing.png")
+    (cat / "circle.png").symlink_to("circle.png")
+    assert opened(copy, *pack(copy)) == packed
+    assert "skipped 2 file(s) (2 .png (a link to nothing)), e.g. cat/circle.png" in caplog.text
+
+
+def test_a_file_packed_twice_counts_once(copy, opened):
+    before = opened(copy, *pack(copy))
+    with tarfile.open(copy / "train.tar", "a") as file:
+        file.add(copy / "train" / "cat", arcname="train/cat")
+    assert opened(copy, "--train-split", "train.tar") == before
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "kind"), [("gz", "tar.gz", "gzip"), ("xz", "tar", "xz"), ("bz2", "x", "bzip2")]
+)
+def test_a_compressed_tar_file_is_named(copy, opened, mode, suffix, kind):
+    with tarfile.open(copy / f"train.{suffix}", f"w:{mode}") as file:
+        file.add(copy / "train", arcname="train")
+    with pytest.raises(UserError, match=rf"train\.{suffix} is compressed \({kind}\), .* random order: unpack it"):
+        opened(copy, "--train-split", f"train.{suffix}")
+
+
+def test_names_of_two_unicode_forms(copy, options, opened, fails, tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (copy / "train/cat").rename(copy / "train" / composed)
+    (copy / "val/cat").rename(copy / "val" / decomposed)
+    line = fails(train, options(data=copy))
+    hint = f"'{composed}' looks the same, but is in Unicode form NFC, not NFD: rename one"
+    assert f"1 surplus ('{decomposed}'), 1 missing ('{composed}'); {hint}" in line
+    (tmp_path / "map.txt").write_text(f"{composed}\ndog\n{decomposed}\n", encoding="utf-8")
+    assert f"contains '{decomposed}'; {hint}" in fails(train, options("--class-map", tmp_path / "map.txt", data=copy))
+    draw(copy / "train" / decomposed / "0.png")
+    with pytest.raises(UserError, match=r"has the class folder '.*looks the same, but is in Unicode form"):
+        opened(copy)
 
 
 def test_names_that_differ_in_case_or_zeros_have_one_order(opened, write_images, tmp_path):
@@ -141,6 +197,10 @@ def test_a_hidden_folder_is_no_class_of_torchvisions_reader(options, copy, fails
     draw(copy / "train/.ipynb_checkpoints/0.png")
     line = fails(train, options("--dataset", "torch/image_folder", data=copy))
     assert "has the hidden folder '.ipynb_checkpoints' as a class: remove it" in line
+    shutil.rmtree(copy / "train/.ipynb_checkpoints")
+    draw(copy / "train/cat/@eaDir/0.png/SYNOPHOTO_THUMB_XL.png")
+    line = fails(train, options("--dataset", "torch/image_folder", data=copy))
+    assert "split 'train' has 1 hidden images, e.g. cat/@eaDir/0.png/SYNOPHOTO_THUMB_XL.png: remove them" in line
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

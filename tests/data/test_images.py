@@ -1,13 +1,16 @@
 """Image files of every bit depth and orientation give the right values."""
 
 import io
+import struct
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from elfatt.data import UserError, check_shape, check_size, is_image, list_images, orientation_of, read_image
+from elfatt.data.masks import check_mask
 
 RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 0, 257 … 65535: exactly 0 … 255 in 8 bits
 
@@ -91,6 +94,45 @@ def test_images_are_turned_upright(orientation, upright, kind):
     np.testing.assert_array_equal(np.asarray(read_image(file)), upright(stored))
 
 
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+XMP_UUID = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("uuid", [b"JpgTiffExif->JP2", XMP_UUID], ids=["exif", "xmp"])
+def test_a_jp2_file_is_turned_upright(tmp_path, uuid, place):
+    """Pillow skips the boxes in which JPEG 2000 keeps its tags."""
+    stored = np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tags = XMP if uuid == XMP_UUID else exif.tobytes().removeprefix(b"Exif\0\0")
+    box = struct.pack(">I", 24 + len(tags)) + b"uuid" + uuid + tags
+    data = encode(Image.fromarray(stored), "JPEG2000").getvalue()
+    start = data.index(b"jp2c") - 4 if place == "before" else len(data)
+    path = tmp_path / "a.jp2"
+    path.write_bytes(data[:start] + box + data[start:])
+    np.testing.assert_array_equal(np.asarray(read_image(path, "L")), np.rot90(stored, -1))
+    assert not check_size(path, (40, 60), "mask")
+    for damaged in (data, data + box[:20], data + b"\0\0\0\7uuid"):
+        path.write_bytes(damaged)
+        with Image.open(path) as image:
+            assert orientation_of(image) == 1
+
+
+def test_a_picture_of_too_many_pixels_is_a_users_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    path = tmp_path / "a.png"
+    Image.new("L", (7, 3)).save(path)
+    for read in (
+        read_image,
+        check_mask,
+        partial(check_size, size=(7, 3), owner="mask"),
+        lambda path: read_image(io.BytesIO(path.read_bytes())),
+    ):
+        with pytest.raises(UserError, match=r"^(.*a\.png|it) has more than 20 pixels, .*: cut it into tiles"):
+            read(path)
+
+
 def test_damaged_exif_data_leaves_the_pixels():
     file = encode(Image.new("RGB", (3, 2), (255, 0, 0)), "PNG", exif=b"Exif\0\0XX*\0garbage")
     with warnings.catch_warnings():
@@ -134,6 +176,10 @@ def test_images_are_listed_by_name_whatever_their_extension(tmp_path):
         ("deep/a", tmp_path / "deep" / "a.webp"),
     ]
     assert others == [tmp_path / "notes.txt"]
+    for name in ("@eaDir/b.JPG/SYNOFILE_THUMB_M.png", "#recycle/d.png", "lost+found/1.png"):  # of file servers
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    assert list_images(tmp_path)[0] == images and len(list_images(tmp_path)[1]) == 4
     (tmp_path / "b.png").touch()
     with pytest.raises(UserError, match=r"b\.png has the same name as b\.JPG: keep one"):
         list_images(tmp_path)

@@ -220,21 +220,105 @@ def test_classes_in_another_order_stop(tmp_path):
 
 def test_an_evaluated_file_has_the_classes_and_no_id_0(tmp_path):
     root = write_coco(tmp_path / "data")
+    file = str(root / "annotations" / "instances_val2017.json")
     open_instances(root)
     from mmdet.evaluation import CocoMetric
 
     class Evaluator:
         metrics = []
 
-    def check():
-        file = str(root / "annotations" / "instances_val2017.json")
-        Evaluator.metrics = [CocoMetric(ann_file=file)]
+    def check(**options):
+        settings = {"ann_file": file, "metric": ["bbox", "segm"], **options}
+        mm_datasets.check_scored({"type": "CocoMetric", **settings})
+        mm_datasets.check_scored([{"type": CocoMetric, **settings}])
+        Evaluator.metrics = [CocoMetric(**settings)]
         mm_datasets.check_evaluator(Evaluator, file, DATASETS.get("mmdet.CocoDataset").METAINFO["classes"])
+        return Evaluator.metrics[0]._coco_api
 
-    check()
-    edit(root, lambda content: content["annotations"][1].update(id=0), "val2017")
+    def damage(**values):
+        edit(root, lambda content: content["annotations"][1].update(values), "val2017")
+
+    edit(root, lambda content: content["annotations"][0].pop("iscrowd"), "val2017")
+    assert [annotation["iscrowd"] for annotation in check().anns.values()] == [0] * 4
+    damage(segmentation=[[50, 12, 90, 12]])
+    check(metric="bbox")
+    with pytest.raises(UserError, match=r"the annotation 2, whose first polygon has fewer than three points: remove"):
+        check()
+    damage(segmentation={"size": [64, 96], "counts": "`"})
+    with pytest.raises(UserError, match=r"the annotation 2, which has run lengths that are neither whole numbers"):
+        check()
+    damage(segmentation=[[50, 12, 90, 12, 90, 56, 50, 56]], id=0)
     with pytest.raises(UserError, match=r"val2017\.json has an annotation of id 0"):
         check()
+    edit(root, lambda content: content["annotations"][1].pop("area"), "val2017")
+    with pytest.raises(UserError, match=r"has no valid 'area' in annotations\[1\]"):
+        check()
+    edit(root, lambda content: content.pop("annotations"), "val2017")
+    check(format_only=True, outfile_prefix=str(tmp_path / "out"))
     edit(root, lambda content: content["categories"].reverse(), "val2017")
     with pytest.raises(UserError, match=r"val2017\.json lists its categories in a different order"):
-        check()
+        check(format_only=True, outfile_prefix=str(tmp_path / "out"))
+
+
+def test_dropped_images_are_counted(tmp_path, warnings):
+    root = write_coco(tmp_path / "data")
+    Image.new("RGB", (96, 31)).save(root / "train2017" / "1.jpg")
+    edit(root, lambda content: content["images"][1].update(height=31))
+
+    def clip(content):
+        for annotation in content["annotations"][2:4]:
+            annotation.update(bbox=[4, 4, 36, 20], segmentation=[[4, 4, 40, 4, 40, 24, 4, 24]])
+
+    edit(root, clip)
+    assert len(open_instances(root)) == 4 and not warnings
+    assert len(open_instances(root, filter_cfg={"min_size": 32, "filter_empty_gt": True})) == 2
+    (line,) = warnings
+    assert line.endswith(
+        "training drops 2 of 4 images: 1 with a side under 32 pixels, e.g. 1.jpg, 1 without objects of the classes "
+        "(filter_cfg)"
+    )
+    assert len(open_instances(root, filter_cfg={"min_size": 32})) == 3
+    assert "training drops 1 of 4 images: 1 with a side under 32 pixels" in warnings[1]
+    assert len(open_instances(root, filter_cfg={"min_size": 32}, test_mode=True)) == 4 and len(warnings) == 2
+
+
+def test_names_of_two_unicode_forms(masks, tmp_path, warnings):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (masks / "images" / "training" / "1.jpg").rename(masks / "images" / "training" / f"{composed}.jpg")
+    (masks / "annotations" / "training" / "1.png").rename(masks / "annotations" / "training" / f"{decomposed}.png")
+    with pytest.raises(
+        UserError, match=f"without a mask, .*; '{decomposed}' looks the same, but is in Unicode form NFD"
+    ):
+        open_masks(masks)
+    (masks / "train.txt").write_text(f"{decomposed}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"not in .*, first {decomposed}; '{composed}' looks the same"):
+        open_masks(masks, ann_file="train.txt")
+    root = write_coco(tmp_path / "coco")
+    (root / "train2017" / "0.jpg").rename(root / "train2017" / f"{decomposed}.jpg")
+    edit(root, lambda content: content["images"][0].update(file_name=f"{composed}.jpg"))
+    dataset = open_instances(root, pipeline=[{"type": "LoadImage"}])
+    with pytest.raises(UserError, match=f"No such file or directory; '{decomposed}.jpg' looks the same"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("data", [None, b"\xff\xfe1\0", b""], ids=["missing", "utf-16", "empty"])
+def test_a_list_of_names_that_cannot_be_read(masks, data):
+    (masks / "train.txt").write_bytes(data or b"")
+    if data is None:
+        (masks / "train.txt").unlink()
+    with pytest.raises(UserError, match=r"train\.txt (cannot be read as a list of images|contains no usable images)"):
+        open_masks(masks, ann_file="train.txt")
+
+
+def test_pictures_and_masks_over_pillows_limit(masks, monkeypatch):
+    dataset = open_masks(masks)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(
+        UserError, match=r"training/0\.jpg has more than 2,000 pixels, Pillow's limit: cut it into tiles"
+    ):
+        dataset[0]
+    mask = masks / "annotations" / "training" / "0.png"
+    with pytest.raises(UserError, match=r"mask .*0\.png cannot be read: .*exceeds limit"):
+        dataset.pipeline.transforms[1]._load_seg_map({"seg_map_path": str(mask), "reduce_zero_label": False})
+    with pytest.raises(UserError, match=r"0\.\w+ has more than 2,000 pixels"):
+        open_masks(masks)

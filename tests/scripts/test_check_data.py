@@ -242,6 +242,87 @@ def test_polygons_of_another_nesting(capsys, folder, shape):
     assert "has the annotation 1, which has no valid segmentation, polygons are lists of numbers in one list" in line
 
 
+def test_masks_that_pycocotools_would_misread_or_never_finish(capsys, folder):
+    for counts, words in (("0", "has run lengths of 0 pixels, its image has 16,384"), ([-1], "neither whole numbers")):
+        change("annotations", 0, segmentation={"size": [128, 128], "counts": counts})(folder)
+        (line,) = check(capsys, folder, *COCO)
+        assert f"{JSON} has the annotation 1, which has" in line and words in line
+    change("annotations", 0, segmentation=[[1, 1, 9, 9], [1, 1, 9, 1, 9, 9]], bbox=[1, 1, 8, 8])(folder)
+    (note,) = check(capsys, folder, *COCO, notes=True)
+    assert "1 annotations lose polygons of fewer than three points, the first with id 1" in note
+
+
+def test_boxes_that_contradict_their_masks(capsys, folder, monkeypatch):
+    monkeypatch.setattr(check_data, "SHOWN", 1000)
+
+    def to_corners(content):
+        for annotation in content["annotations"]:
+            x, y, w, h = annotation["bbox"]
+            annotation["bbox"] = [x, y, x + w, y + h]
+
+    change("annotations", 0, bbox=[1, 1, 2, 2])(folder)
+    (note,) = check(capsys, folder, *COCO, notes=True)
+    assert "boxes contradict their masks, the first with id 1" in note
+    edit(folder, to_corners)
+    assert any(
+        "boxes that contradict their masks, e.g. of annotation 1: its box is" in line
+        for line in check(capsys, folder, *COCO)
+    )
+
+
+def test_small_images_and_files_under_several_ids_are_notes(capsys, folder):
+    def damage(content):
+        content["images"].append({**content["images"][0], "id": 99})
+        content["annotations"].append({**content["annotations"][0], "id": 999, "image_id": 99})
+        content["images"].append({"id": 100, "file_name": "small.png", "width": 31, "height": 128})
+
+    edit(folder, damage)
+    Image.new("RGB", (31, 128)).save(folder / "train2017" / "small.png")
+    several, dropped = check(capsys, folder, *COCO, notes=True)
+    assert "1 files are listed under several ids" in several and "e.g. train_00001.jpg under [1, 99]" in several
+    assert "training drops 1 of 14 images: 1 without objects of the classes" in dropped
+    edit(
+        folder,
+        lambda content: content["annotations"][-1].update(
+            image_id=100, bbox=[1, 1, 5, 5], segmentation=[[1, 1, 6, 1, 6, 6]]
+        ),
+    )
+    dropped = check(capsys, folder, *COCO, notes=True)[-1]
+    assert "1 with a side under 32 pixels, e.g. small.png, 1 without objects of the classes" in dropped
+
+
+def test_files_of_servers_and_systems_are_no_images(capsys, folder):
+    for name in ("Thumbs.db", "@eaDir/train_00001.jpg/SYNOPHOTO_THUMB_XL.jpg"):
+        for place in ("train2017", "images/training"):
+            (folder / place / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(folder / place / name, "JPEG")
+    lines = check(capsys, folder, "coco", "--splits", "train2017")
+    assert len(lines) == 2 and "has 12 images, expected 118,287" in lines[1]
+    assert check(capsys, folder, *ADE20K) == []
+    (note,) = check(capsys, folder, *ADE20K, notes=True)
+    assert "2 files are skipped, first" in note
+
+
+def test_a_picture_over_pillows_limit(capsys, folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8000)
+    for dataset in ((*ADE20K, "--splits", "validation"), (*COCO, "--splits", "val2017")):
+        lines = check(capsys, folder, *dataset)
+        assert any("has more than 16,000 pixels, Pillow's limit: cut it into tiles" in line for line in lines)
+
+
+def test_a_category_listed_twice(capsys, folder):
+    edit(folder, lambda content: content["categories"].append({"id": 99, "name": "zero"}))
+    (line,) = check(capsys, folder, *COCO, "--splits", "train2017")
+    assert "lists the category [zero] more than once" in line
+
+
+def test_a_file_name_of_another_unicode_form(capsys, folder):
+    (folder / "train2017" / "train_00001.jpg").rename(folder / "train2017" / "cafe\u0301.jpg")
+    change("images", 0, file_name="caf\u00e9.jpg")(folder)
+    (line,) = check(capsys, folder, *COCO)
+    assert "missing; 'cafe\u0301.jpg' looks the same, but is in Unicode form NFD, not NFC: rename one" in line
+
+
 def test_both_files_have_the_same_categories(capsys, folder):
     edit(folder, lambda content: content["categories"].reverse())
     (line,) = check(capsys, folder, *COCO)
