@@ -9,16 +9,20 @@ from multiprocessing.queues import Queue
 import torch.distributed as dist
 from torch._utils import ExceptionWrapper
 
+from elfatt.preemption import ignore_signals
+
 
 def start_worker(prepare: Callable[[int], None] | None, worker: int) -> None:
     """Initialise a DataLoader worker so that batches it cannot send raise in the main process.
 
-    By default, Python prints the error in the worker, and the main process waits for the batch forever.
+    By default, Python prints the error in the worker, and the main process waits for the batch forever. The worker
+    also outlives the signals of ``elfatt.preemption``, which often go to the whole process group.
 
     Args:
         prepare: The DataLoader's own ``worker_init_fn``.
         worker: Worker id.
     """
+    ignore_signals()
     Queue._on_queue_feeder_error = _hand_over  # type: ignore[attr-defined]  # private
     if prepare:
         prepare(worker)

@@ -15,7 +15,18 @@ import elfatt
 from elfatt.analysis import accuracy
 
 PACKAGE = Path(elfatt.__file__).parent
-ORDER = ["suggest", "keywords", "data", "processes", "ops", "layers", "attention", "backbones", "checkpoints"]
+ORDER = [
+    "suggest",
+    "keywords",
+    "data",
+    "preemption",
+    "processes",
+    "ops",
+    "layers",
+    "attention",
+    "backbones",
+    "checkpoints",
+]
 ORDER += ["conversion", "integrations", "hub", "export", "analysis"]
 OPTIONAL = {
     "mmengine",

@@ -1,0 +1,56 @@
+"""Stop at the next step when the machine is taken away.
+
+Slurm, Kubernetes and spot machines send SIGTERM some seconds before SIGKILL; torchrun passes it on to its processes.
+SIGUSR1 is Slurm's early warning (``--signal=USR1@SECONDS``).
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+EXIT_CODE = 128 + signal.SIGTERM  # as a shell reports it
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+
+
+class Preempted(Exception):
+    """The run has saved its state and stops, with ``EXIT_CODE``."""
+
+
+class Preemption:
+    """Context in which SIGTERM and SIGUSR1 are noted instead of ending the process; for the main thread.
+
+    Attributes:
+        requested: Whether this process has received one.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Preemption:
+        self._replaced = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def agreed(self, device: torch.device) -> bool:
+        """Return whether any process has received one; a collective call on ``device``, the same answer for all."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.requested
+        flag = torch.full((1,), float(self.requested), device=device)  # a kernel: a copy would synchronise twice
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+def ignore_signals() -> None:
+    """Ignore the signals in a DataLoader worker: they often go to the whole process group."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
