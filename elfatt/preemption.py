@@ -6,7 +6,10 @@ SIGUSR1 is Slurm's early warning (``--signal=USR1@SECONDS``).
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from types import FrameType
 
 import torch
@@ -51,6 +54,20 @@ class Preemption:
 
 
 def ignore_signals() -> None:
-    """Ignore the signals in a DataLoader worker: they often go to the whole process group."""
+    """Ignore the signals in a DataLoader worker: they often go to the whole process group.
+
+    SIGTERM still ends the worker if its parent sends it; without, the parent would wait for it when it exits.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent and hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(parent.pid,), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

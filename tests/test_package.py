@@ -20,6 +20,7 @@ ORDER = [
     "keywords",
     "data",
     "preemption",
+    "randomness",
     "processes",
     "ops",
     "layers",

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -60,5 +62,25 @@ def test_workers_outlive_the_signals():
     batches = iter(loader)
     worker = next(batches).item()
     for number in SIGNALS:
-        os.kill(worker, number)
+        subprocess.run(["kill", f"-{number.value}", str(worker)], check=True)  # from another process than its parent
     assert [batch.item() for batch in batches] == [worker] * 3
+
+
+ENDLESS = """
+from functools import partial
+from torch.utils.data import DataLoader
+from elfatt.processes import start_worker
+
+class Run:
+    pass
+
+run = Run()
+run.itself = run  # freed after multiprocessing ends its processes
+loader = DataLoader(range(9), num_workers=1, persistent_workers=True, worker_init_fn=partial(start_worker, None))
+run.batches = iter(loader)
+next(run.batches)
+"""
+
+
+def test_a_program_does_not_wait_for_its_workers():
+    subprocess.run([sys.executable, "-c", ENDLESS], check=True, timeout=60)
