@@ -43,6 +43,7 @@ from elfatt.conversion import Plan
 from elfatt.data import UserError
 from elfatt.data.classes import mismatch
 from elfatt.layers import align_gradients
+from elfatt.preemption import Preempted, Preemption
 
 
 class Trainer:
@@ -76,6 +77,7 @@ class Trainer:
         scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == "float16" else None
         self.state = TrainState(self.model, optimizer, scheduler, scaler, ema, args, world, classes)
         self.erase, self.mixup, self.loss = self._create_loss()
+        self.preemption, self.preempted = Preemption(), False
         self._open_folder()
 
     def _open_data(self) -> dict[str, int] | None:
@@ -192,7 +194,25 @@ class Trainer:
             LOGGER.info("%s cannot seek: checkpoints at the end of each epoch only", args.dataset)
 
     def fit(self) -> float | None:
-        """Train to the end and return the best top-1 accuracy in percent (on rank 0)."""
+        """Train to the end and return the best top-1 accuracy in percent (on rank 0).
+
+        Raises:
+            Preempted: Any process received SIGTERM or SIGUSR1; the state is saved.
+        """
+        with self.preemption:
+            try:
+                return self._fit()
+            except Preempted:
+                state, resume = self.state, "resume with --resume auto"
+                if not self._can_save:
+                    resume = f"{self.args.dataset} cannot seek: --resume auto repeats the epoch"
+                LOGGER.info("preempted at epoch %d, batch %d; %s", state.epoch, state.batch, resume)
+                raise
+            finally:
+                if self.saver:
+                    self.board.close()
+
+    def _fit(self):
         args, state = self.args, self.state
         LOGGER.info(
             "%s: %.2f M parameters, %d epochs of %d updates, global batch %d, %s, backend %s, output in %s",
@@ -223,8 +243,6 @@ class Trainer:
                 top1 = results["ema/top1" if state.ema else "raw/top1"]
                 best = self.saver.save_epoch(content, epoch, top1)
                 LOGGER.info("epoch %d: train_loss %.4g, %s, best %.4g", epoch, train_loss, _line(flat), best)
-        if self.saver:
-            self.board.close()
         return best
 
     def train_epoch(self) -> float:
@@ -260,13 +278,19 @@ class Trainer:
             if done % args.log_interval == 0 or state.batch == total:
                 self._log_step(bar, loss, seen / (ready - since), data_s / (ready - since))
                 seen, data_s, since = 0, 0.0, ready
+            if self.preempted:
+                break
             interval = args.recovery_interval
-            if loader.seekable and interval and done % interval == 0 and state.batch < total:
+            if self._can_save and interval and done % interval == 0 and state.batch < total:
                 self.save_recovery()
+        else:
+            state.batch = total
         bar.close()
         state.optimizer.zero_grad()
-        state.batch = total
-        self.save_recovery()
+        if self._can_save:
+            self.save_recovery()
+        if self.preempted:
+            raise Preempted
         totals = torch.tensor([state.loss_sum, state.images], dtype=torch.float64, device=world.device)
         if world.distributed:
             dist.all_reduce(totals)
@@ -316,6 +340,8 @@ class Trainer:
             value = loss.item()
             if not math.isfinite(value):
                 self._stop(value, images, labels)
+            if update:  # here, as item() has just waited for the GPU
+                self.preempted = self.preemption.agreed(self.world.device)
             loss = loss / args.grad_accum_steps
             if state.scaler:
                 state.scaler(loss, state.optimizer, args.clip_grad, parameters=self.parameters, need_update=update)
@@ -348,6 +374,11 @@ class Trainer:
             f"resume with --amp-dtype bfloat16 or --clip-grad, or start a new run with a lower --lr"
         )
 
+    @property
+    def _can_save(self) -> bool:
+        """Whether a run could resume here: an iterable reader has no positions inside an epoch."""
+        return self.train_loader.seekable or self.state.batch == len(self.train_loader)
+
     def save_recovery(self) -> None:
         """Save the mid-epoch state; every process must call it."""
         content = self.state.state_dict()
@@ -361,7 +392,9 @@ class Trainer:
             if self.world.distributed:
                 distribute_bn(model, self.world.size)  # batch norm statistics differ between processes
             self.val_loader.seek(0)
-            scores = evaluate(model, self.val_loader, self.world, self.autocast, self.args.channels_last, name=name)
+            scores = evaluate(
+                *(model, self.val_loader, self.world, self.autocast, self.args.channels_last, name, self.preemption)
+            )
             results |= {f"{name}/{key}": scores[key] for key in ("top1", "top5", "loss")}
         return results
 

@@ -20,6 +20,7 @@ ORDER = [
     "keywords",
     "data",
     "preemption",
+    "launch",
     "randomness",
     "processes",
     "ops",

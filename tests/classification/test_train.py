@@ -73,6 +73,45 @@ def test_a_killed_and_resumed_run_ends_bit_identical(options, command, tmp_path,
     assert rows[0] == rows[1] and len(rows[0].splitlines()) == 4
 
 
+STEPS = {"accumulating": (1, 1), "last": (1, 6)}
+
+
+@pytest.mark.parametrize("moment", [*STEPS, "validating"])
+def test_a_preempted_run_saves_its_next_update_and_resumes_bit_identical(
+    options, tmp_path, monkeypatch, capsys, moment
+):
+    extra = [*RANDOM, "--batch-size", 4, "--grad-accum-steps", 2, "--model-ema", "--model-ema-decay", 0.9]
+    number = signal.SIGUSR1 if moment == "accumulating" else signal.SIGTERM
+    assert main(options(*extra, experiment="whole")) == 0
+
+    step, evaluate = Trainer.train_step, program.evaluate
+
+    def train_step(self, *args):
+        if (self.state.epoch, self.state.batch + 1) == STEPS.get(moment):
+            os.kill(os.getpid(), number)
+        return step(self, *args)
+
+    def interrupted(*args):
+        if moment == "validating":
+            os.kill(os.getpid(), number)
+        return evaluate(*args)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        patch.setattr(program, "evaluate", interrupted)
+        capsys.readouterr()
+        assert main(options(*extra, experiment="stopped")) == 128 + signal.SIGTERM
+    assert signal.getsignal(number) is before
+    place = {"accumulating": "1, batch 2", "last": "1, batch 6", "validating": "0, batch 6"}
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.endswith(f"preempted at epoch {place[moment]}; resume with --resume auto")
+    assert main(options(*extra, "--resume", "auto", experiment="stopped")) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+    rows = [(tmp_path / name / "summary.csv").read_text() for name in ("whole", "stopped")]
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["validate", "save_epoch"])
 def test_a_run_stopped_between_an_epochs_end_and_its_checkpoint_goes_on(options, tmp_path, monkeypatch, moment):
@@ -377,6 +416,24 @@ class TestIterable:
             return IterableImageDataset(root, reader=Stream(f"{root}/{split}"))
 
         monkeypatch.setattr("classification.splits.create_dataset", create)
+
+    @pytest.mark.slow
+    def test_a_preempted_epoch_is_repeated(self, options, tmp_path, monkeypatch, capsys):
+        extra = ["--dataset", "wds/", *RANDOM, "--workers", 1]
+        assert main(options(*extra, experiment="whole")) == 0
+        step = Trainer.train_step
+
+        def train_step(self, *args):
+            if self.state.epoch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", train_step)
+            assert main(options(*extra, experiment="stopped")) == 128 + signal.SIGTERM
+        assert "epoch 1, batch 1; wds/ cannot seek: --resume auto repeats the epoch" in capsys.readouterr().out
+        assert main(options(*extra, "--resume", "auto", experiment="stopped")) == 0
+        assert_same_end(tmp_path / "whole", tmp_path / "stopped")
 
     @pytest.mark.slow
     def test_epochs_resume_exactly(self, options, tmp_path, capsys):
