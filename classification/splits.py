@@ -79,7 +79,7 @@ def open_split(args: argparse.Namespace, train: bool, trained: Mapping[str, int]
 
 def _compare_with_checkpoint(split: str, classes: dict[str, int], trained: Mapping[str, int], mapped: bool) -> None:
     shared = classes.keys() & trained.keys()
-    if mapped and not shared and len(classes) == len(trained):
+    if mapped and len(shared) < len(classes) == len(trained) and not renumbered(classes, trained):
         LOGGER.warning(
             "split '%s': --class-map renames the checkpoint's classes, which are matched by index",
             split,

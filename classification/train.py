@@ -43,7 +43,7 @@ from elfatt.conversion import Plan
 from elfatt.data import UserError
 from elfatt.data.classes import mismatch
 from elfatt.layers import align_gradients
-from elfatt.preemption import Preempted, Preemption
+from elfatt.preemption import Preempted, Preemption, any_process
 
 
 class Trainer:
@@ -338,10 +338,11 @@ class Trainer:
             with self.autocast:
                 loss = self.compute_loss(images.contiguous(memory_format=self.memory_format), labels)
             value = loss.item()
-            if not math.isfinite(value):
+            # here, as item() has just waited for the GPU
+            flags = not math.isfinite(value), update and self.preemption.requested
+            failed, self.preempted = any_process(self.world.device, *flags)
+            if failed:
                 self._stop(value, images, labels)
-            if update:  # here, as item() has just waited for the GPU
-                self.preempted = self.preemption.agreed(self.world.device)
             loss = loss / args.grad_accum_steps
             if state.scaler:
                 state.scaler(loss, state.optimizer, args.clip_grad, parameters=self.parameters, need_update=update)
@@ -362,16 +363,25 @@ class Trainer:
         return self.loss(self.net(images), labels)
 
     def _stop(self, loss: float, images: Tensor, labels: Tensor) -> None:
-        """Save the state and the batch with a non-finite loss, and stop the run."""
-        state = self.state
-        path = self.folder / f"nan-rank{self.world.rank}.pth.tar"
-        batch = {"images": images.detach(), "labels": labels}
-        write({**state.state_dict(gather=False), "bad_batch": batch}, path)
+        """Save the state and each batch with a non-finite loss, and stop the run; every process must call it."""
+        args, state, rank = self.args, self.state, self.world.rank
+        place = f"epoch {state.epoch}, batch {state.batch}, update {state.updates}"
+        state.batch -= state.batch % args.grad_accum_steps  # the gradients of the others are not saved
+        path, content = self.folder / "nan.pth.tar", state.state_dict()
+        if self.saver:
+            self.saver.save_as(content, state.epoch, path)
+        if math.isfinite(loss):
+            raise UserError(f"the loss of another process is not finite at {place}")
+        write({"images": images.detach(), "labels": labels}, self.folder / f"nan-batch-rank{rank}.pth.tar")
         lr = state.optimizer.param_groups[0]["lr"]
+        remedy = "start a new run (--experiment) with a lower --lr"
+        if self.train_loader.seekable and all(parameter.isfinite().all() for parameter in self.parameters):
+            options = ["--clip-grad 1" if args.clip_grad is None else f"a --clip-grad below {args.clip_grad}"]
+            options = ["--amp-dtype bfloat16", *options] if state.scaler else options
+            remedy = f"pass --resume {path} with {' or '.join(options)}, or {remedy}"
         raise UserError(
-            f"the loss is {loss} at epoch {state.epoch}, batch {state.batch}, update {state.updates}, "
-            f"learning rate {lr:.3g}; the weights before it and the batch were saved to {path}: "
-            f"resume with --amp-dtype bfloat16 or --clip-grad, or start a new run with a lower --lr"
+            f"the loss is {loss} at {place}, learning rate {lr:.3g}; the state before it was saved to {path}, the "
+            f"batch to nan-batch-rank{rank}.pth.tar: {remedy}"
         )
 
     @property
