@@ -133,6 +133,39 @@ def check_class_count(dataset: Dataset, num_classes: int) -> None:
         )
 
 
+def check_labels(train: Dataset, val: Dataset) -> None:
+    """Check the labels of the images, where the readers list them.
+
+    Raises:
+        UserError: All training images have the same label, so any model has no loss and is always right.
+    """
+    labels = _labels(train)
+    if len(labels) == 1:
+        raise UserError(
+            f"all training images are of one class{_names(train, labels)}, so there is nothing to learn: "
+            "correct --data-dir, which needs one folder of images per class"
+        )
+    if lacking := labels - (_labels(val) or labels):
+        LOGGER.warning(
+            "the validation split has no images of %d of the %d training classes%s: the accuracy does not cover them",
+            *(len(lacking), len(labels), _names(train, lacking)),
+        )
+
+
+def _labels(dataset: Dataset) -> set[int]:
+    """Return the labels of a dataset's images; empty if only reading them would tell."""
+    for holder in (getattr(dataset, "reader", None), dataset):
+        for labels in (getattr(holder, "targets", None), [s[1] for s in getattr(holder, "samples", ()) if s[1:]]):
+            if labels is not None and len(labels):
+                return {int(label) for label in labels}
+    return set()
+
+
+def _names(dataset: Dataset, labels: set[int]) -> str:
+    names = [name for name, label in (class_names(dataset) or {}).items() if label in labels]
+    return f" ({shown(names)})" if names else ""
+
+
 def _find_split(root: Path, split: str, option: str) -> Path:
     """Return the folder or tar file of a split, trying synonyms of its name."""
     if not root.exists():

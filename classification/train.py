@@ -37,7 +37,7 @@ from classification.config import parse_args, save_yaml
 from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, peak_memory_mib, run_main
-from classification.splits import check_class_count, check_same_classes, class_names, open_split
+from classification.splits import check_class_count, check_labels, check_same_classes, class_names, open_split
 from elfatt.checkpoints import LoadReport
 from elfatt.conversion import Plan
 from elfatt.data import UserError
@@ -86,6 +86,7 @@ class Trainer:
         config = data_config(args, self.model)
         train, val = (open_split(args, is_train) for is_train in (True, False))
         check_same_classes(train, val)
+        check_labels(train, val)
         check_class_count(train, self.model.num_classes)
         self.broken = BrokenImages(args.max_broken_images)
         self.train_loader = Loader(train, args, config, world, self.broken, train=True)
