@@ -20,6 +20,7 @@ from torch import nn
 
 import elfatt
 from elfatt.checkpoints import LoadReport, load_checkpoint
+from elfatt.console import replace_unprintable
 from elfatt.conversion import Plan
 from elfatt.data import UserError
 from elfatt.data.resources import exhausted
@@ -169,6 +170,7 @@ def run_main(program: str, run: Callable[[], None]) -> int:
 
     A preempted run has exit code 143.
     """
+    replace_unprintable()
     code = 0
     try:
         run()

@@ -155,9 +155,11 @@ def check_labels(train: Dataset, val: Dataset) -> None:
 def _labels(dataset: Dataset) -> set[int]:
     """Return the labels of a dataset's images; empty if only reading them would tell."""
     for holder in (getattr(dataset, "reader", None), dataset):
-        for labels in (getattr(holder, "targets", None), [s[1] for s in getattr(holder, "samples", ()) if s[1:]]):
-            if labels is not None and len(labels):
-                return {int(label) for label in labels}
+        labels = getattr(holder, "targets", None)  # of tar files and torchvision
+        if labels is None:
+            labels = [label for _, label in getattr(holder, "samples", ())]
+        if len(labels):
+            return {int(label) for label in labels}
     return set()
 
 

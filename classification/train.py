@@ -14,6 +14,7 @@ import time
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,6 @@ from timm.utils.summary import update_summary
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import elfatt  # noqa: F401  registers the models with timm
@@ -44,6 +44,9 @@ from elfatt.data import UserError
 from elfatt.data.classes import mismatch
 from elfatt.layers import align_gradients
 from elfatt.preemption import Preempted, Preemption, any_process
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Trainer:
@@ -78,6 +81,7 @@ class Trainer:
         self.state = TrainState(self.model, optimizer, scheduler, scaler, ema, args, world, classes)
         self.erase, self.mixup, self.loss = self._create_loss()
         self.preemption, self.preempted = Preemption(), False
+        self.board: SummaryWriter | None = None  # of rank 0
         self._open_folder()
 
     def _open_data(self) -> dict[str, int] | None:
@@ -188,11 +192,25 @@ class Trainer:
             if args.plan:
                 Plan.from_json(args.plan).to_json(self.folder / "plan.json")
             trim_summary(str(self.folder / "summary.csv"), self.state.epoch)
-            self.board = SummaryWriter(str(self.folder), purge_step=self.state.updates)
+            self.board = self._open_board()
         if found and args.resume != "auto":
             self.save_recovery()  # must be newer than whatever an abandoned run left behind
         if not self.train_loader.seekable:
             LOGGER.info("%s cannot seek: checkpoints at the end of each epoch only", args.dataset)
+
+    def _open_board(self) -> SummaryWriter | None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            LOGGER.warning("no TensorBoard logs, only summary.csv: pip install tensorboard")
+            return None
+        return SummaryWriter(str(self.folder), purge_step=self.state.updates)
+
+    def _record(self, values: dict[str, float]) -> None:
+        """Log values to TensorBoard."""
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, self.state.updates)
 
     def fit(self) -> float | None:
         """Train to the end and return the best top-1 accuracy in percent (on rank 0).
@@ -210,7 +228,7 @@ class Trainer:
                 LOGGER.info("preempted at epoch %d, batch %d; %s", state.epoch, state.batch, resume)
                 raise
             finally:
-                if self.saver:
+                if self.board:
                     self.board.close()
 
     def _fit(self):
@@ -236,9 +254,7 @@ class Trainer:
             state.scheduler.step(state.epoch)
             content = state.state_dict()
             if self.saver:
-                for name, value in [("train/loss", train_loss), ("train/lr", lr), *results.items()]:
-                    self.board.add_scalar(name, value, state.updates)
-                self.board.flush()
+                self._record({"train/loss": train_loss, "train/lr": lr, **results})
                 flat = {name.replace("/", "_"): value for name, value in results.items()}
                 update_summary(epoch, {"loss": train_loss}, flat, str(self.folder / "summary.csv"), lr=lr)
                 top1 = results["ema/top1" if state.ema else "raw/top1"]
@@ -313,8 +329,7 @@ class Trainer:
         bar.set_postfix_str(_line(values))
         if bar.disable:
             LOGGER.info("epoch %d: batch %d/%d, %s", state.epoch, state.batch, bar.total, _line(values))
-        for key, value in values.items():
-            self.board.add_scalar(f"step/{key}", value, state.updates)
+        self._record({f"step/{key}": value for key, value in values.items()})
 
     def train_step(self, images: Tensor, labels: Tensor, update: bool) -> float:
         """Accumulate the gradients of a batch, and update the weights and their EMA if ``update``.

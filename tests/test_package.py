@@ -18,6 +18,7 @@ PACKAGE = Path(elfatt.__file__).parent
 ORDER = [
     "suggest",
     "keywords",
+    "console",
     "data",
     "preemption",
     "launch",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -15,6 +17,7 @@ import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint, load_checkpoint
 from torch import nn
@@ -233,6 +236,11 @@ def test(args: argparse.Namespace, task: str) -> dict[str, float]:
 
 
 def _build_runner(config: Config) -> CheckedRunner:
+    backends = (config.get("visualizer") or {}).get("vis_backends") or []
+    boards = [backend for backend in backends if backend["type"] == "TensorboardVisBackend"]
+    if boards and not find_spec("tensorboard"):
+        print_log("no TensorBoard logs: pip install tensorboard", "current", logging.WARNING)
+        config.visualizer.vis_backends = [backend for backend in backends if backend not in boards]
     runner = CheckedRunner.from_cfg(config)
     if config.default_scope == "mmseg":
         runner.register_hook(NameUnseenClasses())

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -385,6 +386,21 @@ def test_a_system_without_the_resource_module_trains(options, command):
     done = subprocess.run(**process, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "images_per_s" in done.stdout and "memory_mib" not in done.stdout
+
+
+def test_a_system_without_tensorboard_trains(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main(options("--epochs", 1)) == 0
+    assert "no TensorBoard logs, only summary.csv: pip install tensorboard" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("events*")) and (tmp_path / "run" / "summary.csv").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1250"])
+def test_a_console_without_every_character_shows_the_log(options, command, encoding):
+    program = command("classification.train", *options("--epochs", 1), PYTHONIOENCODING=encoding)
+    done = subprocess.run(**program, capture_output=True, encoding=encoding)
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"{'1 ? cpu' if encoding == 'ascii' else '1 × cpu'}, backend" in done.stdout
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
