@@ -90,11 +90,11 @@ class TrainState:
     loss_sum: float = 0.0
     images: int = 0
 
-    def state_dict(self, gather: bool = True) -> dict[str, Any]:
-        """Return the full state; a collective call unless ``gather`` is False."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the full state; a collective call."""
         mine = {"rng": rng_state(self.world.device), "loss_sum": self.loss_sum, "images": self.images}
         processes = [mine]
-        if gather and self.world.distributed:
+        if self.world.distributed:
             processes = [None] * self.world.size
             dist.all_gather_object(processes, mine)
         state = {
@@ -145,16 +145,17 @@ class TrainState:
                 f"--{name.replace('_', '-')} is {value}, but {before} in {path}: resume with its args.yaml, or "
                 f"start a new run from its weights with --initial-checkpoint"
             )
-        for name, wanted in (("state_dict_ema", self.ema), ("amp_scaler", self.scaler)):
-            if (name in state) != (wanted is not None):
-                option = "--model-ema" if wanted is self.ema else "--amp and --amp-dtype"
-                raise UserError(f"{path} was saved with a different {option}: resume with the options in args.yaml")
+        if ("state_dict_ema" in state) != (self.ema is not None):
+            option = "--model-ema" if self.ema is None else "--no-model-ema"
+            raise UserError(f"{path} was saved with another --model-ema: resume with {option}")
         saved = (len(state["processes"]), state["batch_size"])
         now = (self.world.size, self.args.batch_size)
         if state["position"]["batch"] and saved != now:
+            last = Path(path).with_name("last.pth.tar")
+            other = f"go back with --resume {last}" if last.exists() else "start a new run with another --experiment"
             raise UserError(
                 f"{path} is a mid-epoch checkpoint of {saved[0]} processes × {saved[1]} images: resume with the "
-                f"same, not {now[0]} × {now[1]}, or resume from last.pth.tar"
+                f"same, not {now[0]} × {now[1]}, or {other}"
             )
         try:
             self.model.load_state_dict(state["state_dict"])
@@ -164,8 +165,8 @@ class TrainState:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["state_dict_ema"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["amp_scaler"])
+        if self.scaler is not None and self.scaler.state_dict_key in state:  # else --amp-dtype has changed
+            self.scaler.load_state_dict(state[self.scaler.state_dict_key])
         for name, value in state["position"].items():
             setattr(self, name, value)
         if saved[0] == self.world.size:
@@ -213,9 +214,13 @@ class AtomicSaver(CheckpointSaver):
 
     def save_recovery(self, state: dict[str, Any], epoch: int, batch_idx: int = 0) -> None:
         """Save a mid-epoch state over the previous one."""
+        self.save_as(state, epoch, self.recovery)
+
+    def save_as(self, state: dict[str, Any], epoch: int, path: str | Path) -> None:
+        """Save a mid-epoch state to ``path``."""
         self.state = state
-        self._save(self.recovery + ".tmp", epoch)
-        self._replace(self.recovery + ".tmp", self.recovery)
+        self._save(f"{path}.tmp", epoch)
+        self._replace(f"{path}.tmp", str(path))
 
 
 def load(path: str | Path) -> dict[str, Any]:

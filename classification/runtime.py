@@ -20,10 +20,12 @@ from torch import nn
 
 import elfatt
 from elfatt.checkpoints import LoadReport, load_checkpoint
+from elfatt.console import replace_unprintable
 from elfatt.conversion import Plan
 from elfatt.data import UserError
 from elfatt.data.resources import exhausted
 from elfatt.ops import set_default_backend
+from elfatt.preemption import EXIT_CODE, Preempted
 from elfatt.processes import leave_process_group
 
 LOGGER = logging.getLogger("classification")
@@ -164,9 +166,16 @@ def load_weights(model: nn.Module, path: str, use_ema: bool, allow: Sequence[str
 
 
 def run_main(program: str, run: Callable[[], None]) -> int:
-    """Run a program; report user errors and exhausted resources in one line on stderr, with exit code 1."""
+    """Run a program; report user errors and exhausted resources in one line on stderr, with exit code 1.
+
+    A preempted run has exit code 143.
+    """
+    replace_unprintable()
+    code = 0
     try:
         run()
+    except Preempted:
+        code = EXIT_CODE
     except (UserError, OSError, RuntimeError) as error:
         message = error if isinstance(error, UserError) else exhausted(error)
         if not message:
@@ -174,4 +183,4 @@ def run_main(program: str, run: Callable[[], None]) -> int:
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         return 1
     leave_process_group()  # not after an error: other processes may be waiting in a collective
-    return 0
+    return code

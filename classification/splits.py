@@ -110,7 +110,7 @@ def open_split(args: argparse.Namespace, train: bool, trained: Mapping[str, int]
 
 def _compare_with_checkpoint(split: str, classes: dict[str, int], trained: Mapping[str, int], mapped: bool) -> None:
     shared = classes.keys() & trained.keys()
-    if mapped and not shared and len(classes) == len(trained):
+    if mapped and len(shared) < len(classes) == len(trained) and not renumbered(classes, trained):
         LOGGER.warning(
             "split '%s': --class-map renames the checkpoint's classes, which are matched by index",
             split,
@@ -162,6 +162,41 @@ def check_class_count(dataset: Dataset, num_classes: int) -> None:
             f"remove folders that are not classes, list the classes with --class-map, or build a model with "
             f"--num-classes {count}"
         )
+
+
+def check_labels(train: Dataset, val: Dataset) -> None:
+    """Check the labels of the images, where the readers list them.
+
+    Raises:
+        UserError: All training images have the same label, so any model has no loss and is always right.
+    """
+    labels = _labels(train)
+    if len(labels) == 1:
+        raise UserError(
+            f"all training images are of one class{_names(train, labels)}, so there is nothing to learn: "
+            "correct --data-dir, which needs one folder of images per class"
+        )
+    if lacking := labels - (_labels(val) or labels):
+        LOGGER.warning(
+            "the validation split has no images of %d of the %d training classes%s: the accuracy does not cover them",
+            *(len(lacking), len(labels), _names(train, lacking)),
+        )
+
+
+def _labels(dataset: Dataset) -> set[int]:
+    """Return the labels of a dataset's images; empty if only reading them would tell."""
+    for holder in (getattr(dataset, "reader", None), dataset):
+        labels = getattr(holder, "targets", None)  # of tar files and torchvision
+        if labels is None:
+            labels = [label for _, label in getattr(holder, "samples", ())]
+        if len(labels):
+            return {int(label) for label in labels}
+    return set()
+
+
+def _names(dataset: Dataset, labels: set[int]) -> str:
+    names = [name for name, label in (class_names(dataset) or {}).items() if label in labels]
+    return f" ({shown(names)})" if names else ""
 
 
 def _find_split(root: Path, split: str, option: str) -> Path:

@@ -14,6 +14,7 @@ import time
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,6 @@ from timm.utils.summary import update_summary
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import elfatt  # noqa: F401  registers the models with timm
@@ -37,12 +37,16 @@ from classification.config import parse_args, save_yaml
 from classification.data import BrokenImages, Loader, data_config
 from classification.evaluate import evaluate
 from classification.runtime import LOGGER, autocast, build_model, init_world, load_weights, peak_memory_mib, run_main
-from classification.splits import check_class_count, check_same_classes, class_names, open_split
+from classification.splits import check_class_count, check_labels, check_same_classes, class_names, open_split
 from elfatt.checkpoints import LoadReport
 from elfatt.conversion import Plan
 from elfatt.data import UserError
 from elfatt.data.classes import mismatch
 from elfatt.layers import align_gradients
+from elfatt.preemption import Preempted, Preemption, any_process
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Trainer:
@@ -76,6 +80,8 @@ class Trainer:
         scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == "float16" else None
         self.state = TrainState(self.model, optimizer, scheduler, scaler, ema, args, world, classes)
         self.erase, self.mixup, self.loss = self._create_loss()
+        self.preemption, self.preempted = Preemption(), False
+        self.board: SummaryWriter | None = None  # of rank 0
         self._open_folder()
 
     def _open_data(self) -> dict[str, int] | None:
@@ -84,6 +90,7 @@ class Trainer:
         config = data_config(args, self.model)
         train, val = (open_split(args, is_train) for is_train in (True, False))
         check_same_classes(train, val)
+        check_labels(train, val)
         check_class_count(train, self.model.num_classes)
         self.broken = BrokenImages(args.max_broken_images)
         self.train_loader = Loader(train, args, config, world, self.broken, train=True)
@@ -185,14 +192,46 @@ class Trainer:
             if args.plan:
                 Plan.from_json(args.plan).to_json(self.folder / "plan.json")
             trim_summary(str(self.folder / "summary.csv"), self.state.epoch)
-            self.board = SummaryWriter(str(self.folder), purge_step=self.state.updates)
+            self.board = self._open_board()
         if found and args.resume != "auto":
             self.save_recovery()  # must be newer than whatever an abandoned run left behind
         if not self.train_loader.seekable:
             LOGGER.info("%s cannot seek: checkpoints at the end of each epoch only", args.dataset)
 
+    def _open_board(self) -> SummaryWriter | None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            LOGGER.warning("no TensorBoard logs, only summary.csv: pip install tensorboard")
+            return None
+        return SummaryWriter(str(self.folder), purge_step=self.state.updates)
+
+    def _record(self, values: dict[str, float]) -> None:
+        """Log values to TensorBoard."""
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, self.state.updates)
+
     def fit(self) -> float | None:
-        """Train to the end and return the best top-1 accuracy in percent (on rank 0)."""
+        """Train to the end and return the best top-1 accuracy in percent (on rank 0).
+
+        Raises:
+            Preempted: Any process received SIGTERM or SIGUSR1; the state is saved.
+        """
+        with self.preemption:
+            try:
+                return self._fit()
+            except Preempted:
+                state, resume = self.state, "resume with --resume auto"
+                if not self._can_save:
+                    resume = f"{self.args.dataset} cannot seek: --resume auto repeats the epoch"
+                LOGGER.info("preempted at epoch %d, batch %d; %s", state.epoch, state.batch, resume)
+                raise
+            finally:
+                if self.board:
+                    self.board.close()
+
+    def _fit(self):
         args, state = self.args, self.state
         LOGGER.info(
             "%s: %.2f M parameters, %d epochs of %d updates, global batch %d, %s, backend %s, output in %s",
@@ -215,16 +254,12 @@ class Trainer:
             state.scheduler.step(state.epoch)
             content = state.state_dict()
             if self.saver:
-                for name, value in [("train/loss", train_loss), ("train/lr", lr), *results.items()]:
-                    self.board.add_scalar(name, value, state.updates)
-                self.board.flush()
+                self._record({"train/loss": train_loss, "train/lr": lr, **results})
                 flat = {name.replace("/", "_"): value for name, value in results.items()}
                 update_summary(epoch, {"loss": train_loss}, flat, str(self.folder / "summary.csv"), lr=lr)
                 top1 = results["ema/top1" if state.ema else "raw/top1"]
                 best = self.saver.save_epoch(content, epoch, top1)
                 LOGGER.info("epoch %d: train_loss %.4g, %s, best %.4g", epoch, train_loss, _line(flat), best)
-        if self.saver:
-            self.board.close()
         return best
 
     def train_epoch(self) -> float:
@@ -260,13 +295,19 @@ class Trainer:
             if done % args.log_interval == 0 or state.batch == total:
                 self._log_step(bar, loss, seen / (ready - since), data_s / (ready - since))
                 seen, data_s, since = 0, 0.0, ready
+            if self.preempted:
+                break
             interval = args.recovery_interval
-            if loader.seekable and interval and done % interval == 0 and state.batch < total:
+            if self._can_save and interval and done % interval == 0 and state.batch < total:
                 self.save_recovery()
+        else:
+            state.batch = total
         bar.close()
         state.optimizer.zero_grad()
-        state.batch = total
-        self.save_recovery()
+        if self._can_save:
+            self.save_recovery()
+        if self.preempted:
+            raise Preempted
         totals = torch.tensor([state.loss_sum, state.images], dtype=torch.float64, device=world.device)
         if world.distributed:
             dist.all_reduce(totals)
@@ -288,8 +329,7 @@ class Trainer:
         bar.set_postfix_str(_line(values))
         if bar.disable:
             LOGGER.info("epoch %d: batch %d/%d, %s", state.epoch, state.batch, bar.total, _line(values))
-        for key, value in values.items():
-            self.board.add_scalar(f"step/{key}", value, state.updates)
+        self._record({f"step/{key}": value for key, value in values.items()})
 
     def train_step(self, images: Tensor, labels: Tensor, update: bool) -> float:
         """Accumulate the gradients of a batch, and update the weights and their EMA if ``update``.
@@ -314,7 +354,10 @@ class Trainer:
             with self.autocast:
                 loss = self.compute_loss(images.contiguous(memory_format=self.memory_format), labels)
             value = loss.item()
-            if not math.isfinite(value):
+            # here, as item() has just waited for the GPU
+            flags = not math.isfinite(value), update and self.preemption.requested
+            failed, self.preempted = any_process(self.world.device, *flags)
+            if failed:
                 self._stop(value, images, labels)
             loss = loss / args.grad_accum_steps
             if state.scaler:
@@ -336,17 +379,31 @@ class Trainer:
         return self.loss(self.net(images), labels)
 
     def _stop(self, loss: float, images: Tensor, labels: Tensor) -> None:
-        """Save the state and the batch with a non-finite loss, and stop the run."""
-        state = self.state
-        path = self.folder / f"nan-rank{self.world.rank}.pth.tar"
-        batch = {"images": images.detach(), "labels": labels}
-        write({**state.state_dict(gather=False), "bad_batch": batch}, path)
+        """Save the state and each batch with a non-finite loss, and stop the run; every process must call it."""
+        args, state, rank = self.args, self.state, self.world.rank
+        place = f"epoch {state.epoch}, batch {state.batch}, update {state.updates}"
+        state.batch -= state.batch % args.grad_accum_steps  # the gradients of the others are not saved
+        path, content = self.folder / "nan.pth.tar", state.state_dict()
+        if self.saver:
+            self.saver.save_as(content, state.epoch, path)
+        if math.isfinite(loss):
+            raise UserError(f"the loss of another process is not finite at {place}")
+        write({"images": images.detach(), "labels": labels}, self.folder / f"nan-batch-rank{rank}.pth.tar")
         lr = state.optimizer.param_groups[0]["lr"]
+        remedy = "start a new run (--experiment) with a lower --lr"
+        if self.train_loader.seekable and all(parameter.isfinite().all() for parameter in self.parameters):
+            options = ["--clip-grad 1" if args.clip_grad is None else f"a --clip-grad below {args.clip_grad}"]
+            options = ["--amp-dtype bfloat16", *options] if state.scaler else options
+            remedy = f"pass --resume {path} with {' or '.join(options)}, or {remedy}"
         raise UserError(
-            f"the loss is {loss} at epoch {state.epoch}, batch {state.batch}, update {state.updates}, "
-            f"learning rate {lr:.3g}; the weights before it and the batch were saved to {path}: "
-            f"resume with --amp-dtype bfloat16 or --clip-grad, or start a new run with a lower --lr"
+            f"the loss is {loss} at {place}, learning rate {lr:.3g}; the state before it was saved to {path}, the "
+            f"batch to nan-batch-rank{rank}.pth.tar: {remedy}"
         )
+
+    @property
+    def _can_save(self) -> bool:
+        """Whether a run could resume here: an iterable reader has no positions inside an epoch."""
+        return self.train_loader.seekable or self.state.batch == len(self.train_loader)
 
     def save_recovery(self) -> None:
         """Save the mid-epoch state; every process must call it."""
@@ -361,7 +418,9 @@ class Trainer:
             if self.world.distributed:
                 distribute_bn(model, self.world.size)  # batch norm statistics differ between processes
             self.val_loader.seek(0)
-            scores = evaluate(model, self.val_loader, self.world, self.autocast, self.args.channels_last, name=name)
+            scores = evaluate(
+                *(model, self.val_loader, self.world, self.autocast, self.args.channels_last, name, self.preemption)
+            )
             results |= {f"{name}/{key}": scores[key] for key in ("top1", "top5", "loss")}
         return results
 

@@ -46,11 +46,16 @@ class Preemption:
 
     def agreed(self, device: torch.device) -> bool:
         """Return whether any process has received one; a collective call on ``device``, the same answer for all."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.requested
-        flag = torch.full((1,), float(self.requested), device=device)  # a kernel: a copy would synchronise twice
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        return any_process(device, self.requested)[0]
+
+
+def any_process(device: torch.device, *flags: bool) -> list[bool]:
+    """Return for each flag whether any process has set it; a collective call on ``device``."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(flags)
+    totals = torch.tensor(flags, dtype=torch.float32).to(device)
+    dist.all_reduce(totals, dist.ReduceOp.MAX)
+    return [bool(value) for value in totals.tolist()]
 
 
 def ignore_signals() -> None:

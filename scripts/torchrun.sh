@@ -40,4 +40,4 @@ if [[ $NNODES -gt 1 ]]; then
 else
     place=(--standalone)
 fi
-exec "$python" -m torch.distributed.run "${place[@]}" --nproc-per-node "$NGPUS" -m "$module" "$@"
+exec "$python" -m elfatt.launch "${place[@]}" --nproc-per-node "$NGPUS" -m "$module" "$@"

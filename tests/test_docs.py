@@ -104,7 +104,7 @@ def test_a_program_understands_each_command(line, tmp_path, monkeypatch):
 
 
 def understand(call):
-    if "torch.distributed.run" in call:
+    if "elfatt.launch" in call:
         call = call[call.index("-m", 2) :]
     if call[:1] != ["-m"]:
         return

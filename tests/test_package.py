@@ -18,8 +18,10 @@ PACKAGE = Path(elfatt.__file__).parent
 ORDER = [
     "suggest",
     "keywords",
+    "console",
     "data",
     "preemption",
+    "launch",
     "randomness",
     "processes",
     "ops",

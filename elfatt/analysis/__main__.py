@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from elfatt.analysis import diffusion, edge, error, maps, op, plots, pretrained, report, runtimes, scaling, tables
+from elfatt.console import replace_unprintable
 
 COMMANDS = {
     "tables": tables,
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit code."""
+    replace_unprintable()
     parser = build_parser()
     args = parser.parse_args(argv)
     try:

@@ -18,6 +18,7 @@ from elfatt.backbones import check_model
 from elfatt.checkpoints.loading import Checkpoint, Fit, fit_tensors, read_checkpoint
 from elfatt.checkpoints.names import CROPS, StateDict
 from elfatt.checkpoints.structure import pair_by_structure
+from elfatt.console import replace_unprintable
 from elfatt.keywords import Keywords
 
 PROGRAM = "python -m elfatt.checkpoints"
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments; by default the command line's.
     """
+    replace_unprintable()
     args = _parse(argv)
     try:
         return _run(args)

@@ -162,6 +162,6 @@ class Plan:
         width = max(map(len, self.layers), default=0)
         lines = [f"plan for {self.model}: {len(self.layers)} layers" + ", with LePE" * self.lepe]
         for name, layer in self.layers.items():
-            kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(map(str, layer.heads)).items())
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(map(str, layer.heads)).items())
             lines.append(f"  {name:<{width}}  {kinds}" + f"  from {layer.min_tokens} tokens" * (layer.min_tokens > 0))
         return "\n".join(lines)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from elfatt.backbones.zoo import check_model
 from elfatt.checkpoints import load_checkpoint
+from elfatt.console import replace_unprintable
 from elfatt.data.images import list_images, read_image
 from elfatt.export import PRECISIONS, RUNTIMES, export, size_limit
 from elfatt.export.runtimes import UNSUPPORTED
@@ -26,6 +27,7 @@ BATCH = 16  # for evaluation
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    replace_unprintable()
     parser = build_parser()
     args = parser.parse_args(argv)
     try:

@@ -33,7 +33,7 @@ def export(
     Args:
         model: A float32 model of the package on the CPU; with ``size``, any classifier.
         runtime: One of ``RUNTIMES``.
-        path: Output file; OpenVINO writes its weights next to it.
+        path: Output file; OpenVINO, and ONNX from 1.5 GiB, write the weights next to it.
         size: Fixed height and width in pixels; None for dynamic sizes from ``size_limit`` up.
         precision: One of ``PRECISIONS``.
         images: Normalised images ``[1, 3, H, W]`` for int8 calibration.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 OPSET = 20
+LARGE = 1536 << 20  # bytes of weights that an .onnx file, limited to 2 GiB, keeps in a file of their own
 TENSORRT_LARGEST = 128, 1024  # an engine reserves memory for its largest input
 TENSORRT_TUNED = 224  # pixels a side, if dynamic
 EXECUTORCH_LARGEST = 8  # as above, for its largest batch
@@ -41,7 +42,10 @@ def write_torch_export(
 def write_onnx(
     program: ExportedProgram, path: Path, precision: str = "fp32", images: Sequence = (), batch_size: int = 1
 ) -> None:
-    """Write a single ``.onnx`` file with float32 inputs and outputs; int8 uses onnxruntime's static quantisation."""
+    """Write an ``.onnx`` file with float32 inputs and outputs, and its weights to ``.onnx.data`` if they are large.
+
+    int8 uses onnxruntime's static quantisation.
+    """
     exported = torch.onnx.export(
         program,
         (),
@@ -54,22 +58,35 @@ def write_onnx(
     )
     assert exported is not None  # None only with dynamo=False
     _simplify(exported.model)
-    exported.save(path, external_data=False)
+    weights = Path(f"{path}.data")
+    large = sum(value.const_value.nbytes for value in exported.model.graph.initializers.values()) > LARGE
+    exported.save(path, external_data=large)
     if precision == "fp16":
         import onnx
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
-        onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+        half = convert_float_to_float16(str(path), keep_io_types=True)  # a path, as models in memory are limited too
+        weights.unlink(missing_ok=True)  # onnx appends
+        onnx.save(half, path, save_as_external_data=large, location=weights.name)
     elif precision == "int8":
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         with tempfile.TemporaryDirectory() as folder:
             prepared = Path(folder, "model.onnx")
-            quant_pre_process(path, prepared, skip_symbolic_shape=True)
-            types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-            reader = _CalibrationReader(images)
-            quantize_static(prepared, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, **types)
+            external = {"all_tensors_to_one_file": True, "external_data_location": f"{prepared.name}.data"}
+            quant_pre_process(path, prepared, skip_symbolic_shape=True, save_as_external_data=large, **external)
+            weights.unlink(missing_ok=True)
+            quantize_static(
+                prepared,
+                path,
+                _CalibrationReader(images),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=large,
+            )
 
 
 def _simplify(model: onnx_ir.Model) -> None:

@@ -57,7 +57,7 @@ def export_model(
             raise ValueError("CSWin's stripes support a fixed image size only: pass size (--size)")
         size = example_size(model)
         shape |= {2: Dim("height", **sides), 3: Dim("width", **sides)}
-    image = torch.zeros(3, 3, *size, device=next(model.parameters()).device)
+    image = torch.zeros(3, 3, *size, device=next(model.parameters()).device, dtype=torch.float32)
     # with symbolic shapes, looking up fake tensors costs more than computing them again
     uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     with frozen(model), use_backend("math"), uncached:
@@ -74,13 +74,16 @@ def export_model(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode without gradients, and back."""
+    """Put a model in evaluation mode without gradients and PyTorch's default dtype to float32, and back."""
     training = [module for module in model.modules() if module.training]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
         yield
     finally:
+        torch.set_default_dtype(dtype)
         for module in training:
             module.training = True
         for parameter in trained:

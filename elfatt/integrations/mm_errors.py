@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import elfatt
+from elfatt.console import replace_unprintable
 from elfatt.data import UserError
 from elfatt.data.resources import exhausted
 from elfatt.preemption import EXIT_CODE, Preempted
@@ -20,6 +21,7 @@ NO_WORKERS = "--cfg-options " + " ".join(f"{split}_dataloader.num_workers=0" for
 
 def run(main: Callable[[], object]) -> None:
     """Run a program; user errors are reported in one line, other errors keep their traceback."""
+    replace_unprintable()
     try:
         main()
     except Preempted:

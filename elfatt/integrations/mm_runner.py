@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -283,6 +285,11 @@ def test(args: argparse.Namespace, task: str) -> dict[str, float]:
 
 
 def _build_runner(config: Config) -> CheckedRunner:
+    backends = (config.get("visualizer") or {}).get("vis_backends") or []
+    boards = [backend for backend in backends if backend["type"] == "TensorboardVisBackend"]
+    if boards and not find_spec("tensorboard"):
+        print_log("no TensorBoard logs: pip install tensorboard", "current", logging.WARNING)
+        config.visualizer.vis_backends = [backend for backend in backends if backend not in boards]
     runner = CheckedRunner.from_cfg(config)
     if config.default_scope == "mmseg":
         runner.register_hook(NameUnseenClasses())

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import traceback
 import warnings
 
@@ -78,6 +79,29 @@ def test_two_killed_processes_resume_bit_identical(options, tmp_path, monkeypatc
         assert all(torch.equal(first[key][name], second[key][name]) for name in first[key])
     states = [process["rng"]["torch"] for process in first["processes"]]
     assert not torch.equal(*states)  # each process draws its own numbers
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_stops_all_processes_at_the_same_step(options, command, tmp_path, monkeypatch):
+    """SIGUSR1, which the launcher turns into torchrun's own SIGTERM."""
+    extra = ["--mixup", 0.8, "--drop-path", 0.2, "--batch-size", 2, "--workers", 1, "--recovery-interval", 0]
+    assert run_two(options(*extra, experiment="whole"), monkeypatch) == [0, 0]
+
+    argv = options(*extra, experiment="stopped")
+    run = command("scripts/torchrun.sh", "classification.train", *argv, NGPUS="2", PYTHONUNBUFFERED="1")
+    process = subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "epoch 0: batch 1/6" in line:
+            process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert sum("preempted at epoch " in line for line in lines) == 1 and "Traceback (" not in "".join(lines)
+    assert (tmp_path / "stopped" / "recovery.pth.tar").exists()
+
+    assert run_two([*argv, "--resume", "auto"], monkeypatch) == [0, 0]
+    first, second = (load(tmp_path / name / "last.pth.tar") for name in ("whole", "stopped"))
+    assert all(torch.equal(value, second["state_dict"][key]) for key, value in first["state_dict"].items())
 
 
 NARROW = ["--model-kwargs", "depths=[1,1,1,1]", "embed_dim=16"]

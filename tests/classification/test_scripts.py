@@ -46,7 +46,7 @@ def test_usage(checkout, name):
 )
 def test_all_gpus_and_further_options(checkout, name, given, command):
     lines = run(checkout, name, *given, "--lr", "1").stdout.splitlines()
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 4 -m classification."
+    launch = "-m elfatt.launch --standalone --nproc-per-node 4 -m classification."
     assert " ".join(lines) == f"{launch}{command} --lr 1"
     assert ("a b" in lines) == ("a b" in given)  # one argument
 
@@ -60,6 +60,27 @@ def test_several_nodes(checkout):
     assert result.returncode != 0 and "NNODES=2 needs NODE_RANK" in result.stderr
 
 
+def run_template(checkout, name, srun):
+    """With a scontrol that knows two nodes and names what it requeues, and a given srun."""
+    scontrol = "[[ $1 == requeue ]] && echo requeued $2 || printf 'first\\nsecond\\n'"
+    for tool, action in (("scontrol", scontrol), ("srun", srun)):
+        file = checkout / "bin" / tool
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/bash\n{action}\n")
+        file.chmod(0o755)
+    env = {"PATH": f"{checkout / 'bin'}:/usr/bin:/bin", "SLURM_NNODES": "2", "SLURM_JOB_ID": "20007"}
+    env |= {"SLURM_JOB_NODELIST": "nodes", "SLURM_CPUS_PER_TASK": "8"}
+    script = ["bash", "scripts/slurm/train.sbatch", name, "a b", "D", "--lr", "1"]
+    return subprocess.run(script, cwd=checkout, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("code", [143, 1, 0])
+def test_a_job_requeues_itself_when_its_run_was_preempted(checkout, code):
+    result = run_template(checkout, "train_imagenet.sh", f"exit {code}")
+    assert result.returncode == code
+    assert result.stdout.splitlines() == (["requeued 20007"] if code == 143 else [])
+
+
 @pytest.mark.parametrize(
     ("name", "command"),
     [
@@ -69,16 +90,8 @@ def test_several_nodes(checkout):
     ],
 )
 def test_slurm_template(checkout, name, command):
-    """With a scontrol that knows two nodes, and an srun that is the second of them."""
-    for tool, action in (("scontrol", "printf 'first\\nsecond\\n'"), ("srun", 'SLURM_NODEID=1 exec "$@"')):
-        file = checkout / "bin" / tool
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(f"#!/bin/bash\n{action}\n")
-        file.chmod(0o755)
-    env = {"PATH": f"{checkout / 'bin'}:/usr/bin:/bin", "SLURM_NNODES": "2", "SLURM_JOB_ID": "20007"}
-    env |= {"SLURM_JOB_NODELIST": "nodes", "SLURM_CPUS_PER_TASK": "8"}
-    script = ["bash", "scripts/slurm/train.sbatch", name, "a b", "D", "--lr", "1"]
-    result = subprocess.run(script, cwd=checkout, env=env, capture_output=True, text=True, check=True)
+    result = run_template(checkout, name, 'SLURM_NODEID=1 exec "$@"')
+    assert result.returncode == 0
     place = "--nnodes 2 --node-rank 1 --master-addr first --master-port 20007 --nproc-per-node 4"
-    assert " ".join(result.stdout.splitlines()) == f"-m torch.distributed.run {place} -m {command}"
+    assert " ".join(result.stdout.splitlines()) == f"-m elfatt.launch {place} -m {command}"
     assert "a b" in result.stdout.splitlines()  # one argument

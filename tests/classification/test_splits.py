@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import tarfile
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from classification.config import parse_args
 from classification.splits import class_names, open_split
+from classification.train import Trainer
 from classification.train import main as train
 from elfatt.data import UserError
 
@@ -263,3 +265,29 @@ def test_a_link_without_end_and_half_a_tar_file_stop(copy, opened):
     (copy / "train" / "cat" / "loop").symlink_to("..")
     with pytest.raises(UserError, match="cat/loop is a link to one of its parent folders"):
         opened(copy)
+
+
+@pytest.mark.parametrize("reader", ["folder", "tar", "torch/image_folder", "class-map"])
+def test_one_class_is_not_trained(options, write_images, tmp_path, fails, reader):
+    """Its loss is 0 and its accuracy 100 % from the first step."""
+    data, extra = write_images(tmp_path / "data", 4, 2, classes=("cat",)), ["--num-classes", 1]
+    if reader == "tar":
+        for split in ("train", "val"):
+            subprocess.run(["tar", "cf", f"{split}.tar", split], cwd=data, check=True)
+        extra += ["--train-split", "train.tar", "--val-split", "val.tar"]
+    elif reader == "torch/image_folder":
+        extra += ["--dataset", reader]
+    elif reader == "class-map":
+        (tmp_path / "map.txt").write_text("cat\ndog\n")
+        extra = ["--num-classes", 2, "--class-map", tmp_path / "map.txt"]
+    line = fails(train, options(*extra, data=data))
+    assert "all training images are of one class ('cat'), so there is nothing to learn: correct --data-dir" in line
+
+
+def test_classes_that_the_validation_split_lacks_are_counted(options, data_dir, tmp_path, monkeypatch, capsys):
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    shutil.rmtree(data / "val" / "dog")
+    (tmp_path / "map.txt").write_text("cat\ndog\nfish\n")
+    monkeypatch.setattr(Trainer, "fit", lambda self: None)
+    assert train(options("--class-map", tmp_path / "map.txt", data=data)) == 0
+    assert "has no images of 1 of the 3 training classes ('dog'): the accuracy" in capsys.readouterr().out

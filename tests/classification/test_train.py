@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -71,6 +72,45 @@ def test_a_killed_and_resumed_run_ends_bit_identical(options, command, tmp_path,
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
     rows = [(tmp_path / name / "summary.csv").read_text() for name in ("whole", "killed")]
     assert rows[0] == rows[1] and len(rows[0].splitlines()) == 4
+
+
+STEPS = {"accumulating": (1, 1), "last": (1, 6)}
+
+
+@pytest.mark.parametrize("moment", [*STEPS, "validating"])
+def test_a_preempted_run_saves_its_next_update_and_resumes_bit_identical(
+    options, tmp_path, monkeypatch, capsys, moment
+):
+    extra = [*RANDOM, "--batch-size", 4, "--grad-accum-steps", 2, "--model-ema", "--model-ema-decay", 0.9]
+    number = signal.SIGUSR1 if moment == "accumulating" else signal.SIGTERM
+    assert main(options(*extra, experiment="whole")) == 0
+
+    step, evaluate = Trainer.train_step, program.evaluate
+
+    def train_step(self, *args):
+        if (self.state.epoch, self.state.batch + 1) == STEPS.get(moment):
+            os.kill(os.getpid(), number)
+        return step(self, *args)
+
+    def interrupted(*args):
+        if moment == "validating":
+            os.kill(os.getpid(), number)
+        return evaluate(*args)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        patch.setattr(program, "evaluate", interrupted)
+        capsys.readouterr()
+        assert main(options(*extra, experiment="stopped")) == 128 + signal.SIGTERM
+    assert signal.getsignal(number) is before
+    place = {"accumulating": "1, batch 2", "last": "1, batch 6", "validating": "0, batch 6"}
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.endswith(f"preempted at epoch {place[moment]}; resume with --resume auto")
+    assert main(options(*extra, "--resume", "auto", experiment="stopped")) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+    rows = [(tmp_path / name / "summary.csv").read_text() for name in ("whole", "stopped")]
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.slow
@@ -252,10 +292,10 @@ def test_accumulated_gradients_are_those_of_the_joined_batch(options, monkeypatc
 def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(options, tmp_path, fails):
     line = fails(main, options("--opt", "sgd", "--lr", 1e30))
     assert "the loss is nan at epoch 0, batch 1, update 1, learning rate 1e+30" in line
-    path = tmp_path / "run" / "nan-rank0.pth.tar"
-    assert str(path) in line and "lower --lr" in line
-    state = load(path)
-    assert state["position"]["updates"] == 1 and state["bad_batch"]["images"].shape == (8, 3, 32, 32)
+    path = tmp_path / "run" / "nan.pth.tar"
+    assert str(path) in line and "start a new run (--experiment) with a lower --lr" in line
+    assert load(path)["position"]["updates"] == 1
+    assert load(path.with_name("nan-batch-rank0.pth.tar"))["images"].shape == (8, 3, 32, 32)
 
 
 def test_a_run_is_not_overwritten_and_a_wrong_resume_is_refused(options, tmp_path, fails):
@@ -265,8 +305,7 @@ def test_a_run_is_not_overwritten_and_a_wrong_resume_is_refused(options, tmp_pat
     resume = ["--resume", last]
     line = fails(main, options(*resume, "--model", "swin_nano_elfatt"))
     assert "is a checkpoint of cswin_nano_elfatt, not of swin_nano_elfatt" in line
-    assert "a different --model-ema" in fails(main, options(*resume, "--model-ema"))
-    assert "a different --amp" in fails(main, options(*resume, "--amp"))
+    assert "resume with --no-model-ema" in fails(main, options(*resume, "--model-ema"))
     assert "does not fit this model" in fails(main, options(*resume, "--model-kwargs", "mlp_ratio=3"))
     torch.save({"state_dict": load(last)["state_dict"]}, tmp_path / "weights.pth")
     assert "start from it with --initial-checkpoint" in fails(
@@ -349,6 +388,21 @@ def test_a_system_without_the_resource_module_trains(options, command):
     assert "images_per_s" in done.stdout and "memory_mib" not in done.stdout
 
 
+def test_a_system_without_tensorboard_trains(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main(options("--epochs", 1)) == 0
+    assert "no TensorBoard logs, only summary.csv: pip install tensorboard" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("events*")) and (tmp_path / "run" / "summary.csv").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1250"])
+def test_a_console_without_every_character_shows_the_log(options, command, encoding):
+    program = command("classification.train", *options("--epochs", 1), PYTHONIOENCODING=encoding)
+    done = subprocess.run(**program, capture_output=True, encoding=encoding)
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"{'1 ? cpu' if encoding == 'ascii' else '1 × cpu'}, backend" in done.stdout
+
+
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
 def test_peak_memory_is_in_mib_on_every_system(monkeypatch, platform, unit):
     monkeypatch.setattr(runtime.sys, "platform", platform)
@@ -377,6 +431,24 @@ class TestIterable:
             return IterableImageDataset(root, reader=Stream(f"{root}/{split}"))
 
         monkeypatch.setattr("classification.splits.create_dataset", create)
+
+    @pytest.mark.slow
+    def test_a_preempted_epoch_is_repeated(self, options, tmp_path, monkeypatch, capsys):
+        extra = ["--dataset", "wds/", *RANDOM, "--workers", 1]
+        assert main(options(*extra, experiment="whole")) == 0
+        step = Trainer.train_step
+
+        def train_step(self, *args):
+            if self.state.epoch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", train_step)
+            assert main(options(*extra, experiment="stopped")) == 128 + signal.SIGTERM
+        assert "epoch 1, batch 1; wds/ cannot seek: --resume auto repeats the epoch" in capsys.readouterr().out
+        assert main(options(*extra, "--resume", "auto", experiment="stopped")) == 0
+        assert_same_end(tmp_path / "whole", tmp_path / "stopped")
 
     @pytest.mark.slow
     def test_epochs_resume_exactly(self, options, tmp_path, capsys):

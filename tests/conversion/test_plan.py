@@ -24,8 +24,8 @@ def test_a_plan_goes_through_a_file(tmp_path):
 def test_a_plan_prints_as_a_table():
     assert str(PLAN).splitlines() == [
         "plan for unet: 2 layers",
-        "  down.0  1 × linear T=2, 1 × block 8 +0.1V, 1 × block 8  from 1024 tokens",
-        "  mid     2 × exact",
+        "  down.0  1 x linear T=2, 1 x block 8 +0.1V, 1 x block 8  from 1024 tokens",
+        "  mid     2 x exact",
     ]
 
 

@@ -263,3 +263,30 @@ def test_images_below_the_limit_are_refused_before_the_work(tmp_path, capsys):
     assert "images of 224 pixels are below the minimum of 433: pass --size 224 224" in capsys.readouterr().err
     assert main(["resnet18", "--to", "onnx", "--evaluate", str(data)]) == 1
     assert "ResNet supports a fixed image size only: pass size (--size)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_large_weights_lie_in_a_file_of_their_own(precision, tmp_path, monkeypatch):
+    """As those over 1.5 GiB, since an .onnx file holds up to 2 GiB."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), torch.nn.Flatten(), torch.nn.Linear(128, 2048))
+    images, path = [torch.randn(1, 3, 32, 32) for _ in range(2)], tmp_path / "model.onnx"
+    monkeypatch.setattr("elfatt.export.runtimes.LARGE", 1 << 20)
+    export(model, "onnx", path, (32, 32), precision, images)
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    held = (tmp_path / "model.onnx.data").stat().st_size / weights
+    low = {"fp32": 3.9, "fp16": 1.9, "int8": 0.9}[precision]
+    assert low < held < 1.25 * low  # each once, not beside the float32 ones
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_exports_the_same(dtype, tmp_path):
+    model = timm.create_model("cswin_nano_elfatt", num_classes=3, img_size=32, depths=(1, 1, 1, 1))
+    torch.set_default_dtype(dtype)
+    try:
+        found = export(model, "torch-export", tmp_path / "model.pt2", (64, 64))
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(difference < 1e-5 for _, difference in found)
