@@ -57,7 +57,7 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     },
 }
 TOLERANCE = 1.0  # pixels by which a box may exceed its image, as COCO rounds coordinates
-SLACK = 2.0, 0.2  # by which a box may differ from its mask: pixels, and share of the longer of the two sides
+SLACK = 2.0, 0.2  # by which a box may differ from its mask: pixels, and share of the mask's side
 MANY = 0.25  # share of boxes that differ from their masks from which a file is wrong, not some of its annotations
 SMALL = 32  # pixels: min_size of the training configs
 BOX = "a box is [left, top, width, height] in pixels"
@@ -225,7 +225,7 @@ def check_annotations(
         if extent is None and not masks:
             continue  # only boxes are used
         compared += 1
-        if extent is None or _differs(annotation["bbox"], extent, image):
+        if extent is None or _differs(annotation["bbox"], extent):
             unlike.append((annotation["id"], annotation["bbox"], extent))
         beyond += [annotation["id"]] * (extent is not None and _reaches_outside(_as_box(extent), image))
         shortened += [annotation["id"]] * (isinstance(shape, list) and len(_polygons(shape)) < len(shape))
@@ -301,12 +301,12 @@ def annotation_faults(
         return
     box, width, height = annotation["bbox"], image["width"], image["height"]
     if len(box) != 4 or not _are_numbers(box):
-        yield f"has the box {box}", BOX, True
+        yield f"has the box {str(box):.80}", BOX, True
     elif _reaches_outside(box, image):
         fault = f"has the box {box}, outside {image['file_name']} of {width}×{height} pixels"
         yield fault, f"{BOX}, inside its image", False
     if annotation.get("iscrowd", 0) not in (0, 1):
-        yield f"has the iscrowd {annotation['iscrowd']!r}", "write 0 or 1, without quotes", True
+        yield f"has the iscrowd {annotation['iscrowd']!r:.80}", "write 0 or 1, without quotes", True
     if not masks:
         return
     if found := segmentation_fault(annotation["segmentation"], image):
@@ -321,11 +321,13 @@ def segmentation_fault(shape: Any, image: dict[str, Any]) -> tuple[str, str] | N
     if isinstance(shape, list):
         if all(isinstance(part, list) and (not part or _are_numbers(part)) for part in shape):
             return None
-        return "has no valid segmentation, polygons are lists of numbers in one list", POLYGONS
+        return f"has no valid segmentation, polygons are lists of numbers in one list, up to {LARGEST:,}", POLYGONS
     if not isinstance(shape, dict):
         return "has no valid segmentation", POLYGONS
     if "counts" not in shape or shape.get("size") != size or not all(type(side) is int for side in shape["size"]):
-        fault = f"has no valid segmentation, run lengths of size {shape.get('size')}, not [height, width] = {size}"
+        fault = (
+            f"has no valid segmentation, run lengths of size {str(shape.get('size')):.80}, not [height, width] = {size}"
+        )
         return fault, "write the image's actual size and counts"
     runs = _runs(shape["counts"])
     if runs is None:
@@ -438,18 +440,16 @@ def _shown(values: Sequence[float]) -> str:
     return f"[{', '.join(f'{value:g}' for value in values)}]"
 
 
-def _differs(box: Sequence[float], extent: Sequence[float], image: dict[str, Any]) -> bool:
-    """Return whether an edge of a box is far from that of its mask, both within the image."""
+def _differs(box: Sequence[float], extent: Sequence[float]) -> bool:
+    """Return whether an edge of a box is far from that of its mask."""
     left, top, across, down = box
-    gaps = left - extent[0], top - extent[1], left + across - extent[2], top + down - extent[3]
-    if -SLACK[0] <= min(gaps) and max(gaps) <= SLACK[0]:  # nearly always
-        return False
-    for axis, side in enumerate((image["width"], image["height"])):
-        ends = box[axis], box[axis] + box[axis + 2], extent[axis], extent[axis + 2]
-        start, end, low, high = (min(max(edge, 0), side) for edge in ends)
-        if max(abs(start - low), abs(end - high)) > SLACK[0] + SLACK[1] * max(end - start, high - low):
-            return True
-    return False
+    wide, high = (SLACK[0] + SLACK[1] * (extent[axis + 2] - extent[axis]) for axis in (0, 1))
+    return (
+        abs(left - extent[0]) > wide
+        or abs(left + across - extent[2]) > wide
+        or abs(top - extent[1]) > high
+        or abs(top + down - extent[3]) > high
+    )
 
 
 def _listed_twice(images: list[dict[str, Any]]) -> dict[str, list[int]]:

@@ -64,10 +64,10 @@ def test_polygons_without_three_points_are_lost(segmentation):
 
 
 def test_boxes_that_reach_outside_their_image_are_counted():
-    corners = {"bbox": [60, 40, 90, 70], "segmentation": [[60, 40, 90, 40, 90, 70]]}  # right and bottom, not a size
-    line = check_annotations("f.json", content({}, corners, corners, {"area": 0}), NAMES)
+    hidden = {"bbox": [60, 40, 90, 70], "segmentation": [[60, 40, 150, 40, 150, 110, 60, 110]]}  # partly outside
+    line = check_annotations("f.json", content({}, hidden, hidden, {"area": 0}), NAMES)
     assert line.startswith("f.json: 2 boxes reach outside their image, the first with id 2: a box is [left, top, width")
-    assert "; 1 of 4 annotations are lost" in line
+    assert "; 2 masks reach outside their image, the first with id 2; 1 of 4 annotations are lost" in line
     whole = {"bbox": [60, 40, 40.5, 40.5], "segmentation": [[60, 40, 100, 40, 100, 80]]}
     assert check_annotations("f.json", content({}, whole), NAMES) is None
 
@@ -282,6 +282,9 @@ def of_mask(change):
 
 OTHER_MEANINGS = {
     "corners": of_box(lambda x, y, w, h: [x, y, x + w, y + h]),
+    "corners at the edge": [
+        {"bbox": [50, 12, 90, 56], "segmentation": [[50, 12, 90, 12, 90, 56, 50, 56]]} for _ in range(40)
+    ],
     "centres": of_box(lambda x, y, w, h: [x + w / 2, y + h / 2, w, h]),
     "percent": of_box(lambda x, y, w, h: [x, y / 0.8, w, h / 0.8]),
     "rows first": of_box(lambda x, y, w, h: [y, x, h, w]),
@@ -324,8 +327,8 @@ def test_boxes_drawn_loosely_pass(change):
 
 
 def test_what_a_mask_loses_is_counted():
-    far = [[10, 10, 50, 10, 50, 40, 10, 40, 30, -3]]
-    note = check_annotations("f.json", content({}, {"segmentation": far}), NAMES)
+    far = {"bbox": [10, 2, 40, 38], "segmentation": [[10, 10, 50, 10, 50, 40, 10, 40, 30, -3]]}
+    note = check_annotations("f.json", content({}, far), NAMES)
     assert note == "f.json: 1 masks reach outside their image, the first with id 2"
     first = [*POLYGON, [1, 2, 3, 4]]
     note = check_annotations("f.json", content({}, {"segmentation": first}), NAMES)
