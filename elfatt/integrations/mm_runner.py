@@ -356,7 +356,7 @@ def _config(args: argparse.Namespace, task: str) -> Config:
 
 def _check_tensorboard(config: Config) -> None:
     """Log without TensorBoard where it is not installed."""
-    visualizer = config.get("visualizer") or {}
+    visualizer = config.get("visualizer") or ConfigDict()
     others = [backend for backend in visualizer.get("vis_backends") or [] if backend["type"] != "TensorboardVisBackend"]
     if not find_spec("tensorboard") and len(others) < len(visualizer.get("vis_backends") or []):
         visualizer.vis_backends = others
