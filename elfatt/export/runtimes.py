@@ -59,7 +59,8 @@ def write_onnx(
     assert exported is not None  # None only with dynamo=False
     _simplify(exported.model)
     weights = Path(f"{path}.data")
-    large = sum(value.const_value.nbytes for value in exported.model.graph.initializers.values()) > LARGE
+    tensors = [value.const_value for value in exported.model.graph.initializers.values()]
+    large = sum(tensor.nbytes for tensor in tensors if tensor is not None) > LARGE
     exported.save(path, external_data=large)
     if precision == "fp16":
         import onnx

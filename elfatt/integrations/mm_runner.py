@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +18,6 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmengine.runner import BaseLoop, Runner, load_checkpoint
 from torch import nn
@@ -285,11 +284,6 @@ def test(args: argparse.Namespace, task: str) -> dict[str, float]:
 
 
 def _build_runner(config: Config) -> CheckedRunner:
-    backends = (config.get("visualizer") or {}).get("vis_backends") or []
-    boards = [backend for backend in backends if backend["type"] == "TensorboardVisBackend"]
-    if boards and not find_spec("tensorboard"):
-        print_log("no TensorBoard logs: pip install tensorboard", "current", logging.WARNING)
-        config.visualizer.vis_backends = [backend for backend in backends if backend not in boards]
     runner = CheckedRunner.from_cfg(config)
     if config.default_scope == "mmseg":
         runner.register_hook(NameUnseenClasses())
@@ -394,6 +388,7 @@ def _config(args: argparse.Namespace, task: str) -> Config:
         if config.get(name) and config[name].get("num_workers") == 0:
             config[name].persistent_workers = False  # PyTorch rejects it without workers
     check_channels(config)
+    _check_tensorboard(config)
     saver = config.get("default_hooks", {}).get("checkpoint") or ConfigDict()
     if saver.get("type") == CheckpointHook.__name__:
         saver.type = ExactCheckpointHook.__name__
@@ -406,6 +401,15 @@ def _config(args: argparse.Namespace, task: str) -> Config:
             torch.distributed.init_process_group("gloo")  # mmengine's own initialisation and wrapper need a GPU
             config.model_wrapper_cfg = {"device_ids": None, "broadcast_buffers": False}
     return config
+
+
+def _check_tensorboard(config: Config) -> None:
+    """Log without TensorBoard where it is not installed."""
+    visualizer = config.get("visualizer") or ConfigDict()
+    others = [backend for backend in visualizer.get("vis_backends") or [] if backend["type"] != "TensorboardVisBackend"]
+    if not find_spec("tensorboard") and len(others) < len(visualizer.get("vis_backends") or []):
+        visualizer.vis_backends = others
+        print("warning: no TensorBoard logs: pip install tensorboard", file=sys.stderr)
 
 
 def _move(node, old: str, new: str):

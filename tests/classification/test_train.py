@@ -395,12 +395,11 @@ def test_a_system_without_tensorboard_trains(options, tmp_path, monkeypatch, cap
     assert not list((tmp_path / "run").glob("events*")) and (tmp_path / "run" / "summary.csv").exists()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1250"])
-def test_a_console_without_every_character_shows_the_log(options, command, encoding):
-    program = command("classification.train", *options("--epochs", 1), PYTHONIOENCODING=encoding)
-    done = subprocess.run(**program, capture_output=True, encoding=encoding)
+def test_a_console_without_every_character_shows_the_log(options, command):
+    program = command("classification.train", *options("--epochs", 1), PYTHONIOENCODING="ascii")
+    done = subprocess.run(**program, capture_output=True, encoding="ascii")
     assert done.returncode == 0 and done.stderr == ""
-    assert f"{'1 ? cpu' if encoding == 'ascii' else '1 × cpu'}, backend" in done.stdout
+    assert "1 ? cpu, backend" in done.stdout
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])

@@ -135,6 +135,15 @@ def test_the_backend_is_the_options_or_the_configs_or_the_ambient_one(tmp_path):
     assert chosen("--backend", "reference", more="backend = 'math'") == "reference"
 
 
+def test_without_tensorboard_the_other_logs_are_written(tmp_path, monkeypatch, capsys):
+    args = mm_runner.parse_train([str(segmentation_config(tmp_path))], "segmentation")
+    assert len(mm_runner._config(args, "segmentation").visualizer.vis_backends) == 2
+    monkeypatch.setattr(mm_runner, "find_spec", lambda name: None)
+    (kept,) = mm_runner._config(args, "segmentation").visualizer.vis_backends
+    assert kept.type == "LocalVisBackend"
+    assert capsys.readouterr().err == "warning: no TensorBoard logs: pip install tensorboard\n"
+
+
 def test_resume_takes_a_value():
     with pytest.raises(SystemExit):
         train.main(["--resume"])
