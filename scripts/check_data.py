@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from elfatt.console import replace_unprintable
 from elfatt.data import UserError, check_shape, check_size, is_image, list_images, opened, read_image
 from elfatt.data.coco import (
     FIELDS,
@@ -229,6 +230,7 @@ def _sample(items: list, title: str, full: bool) -> Iterator:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the problems and their number, and return the exit code."""
+    replace_unprintable()
     checks = {"ade20k": (check_ade20k, ADE20K_IMAGES), "coco": (check_coco, COCO_IMAGES)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=checks, help="dataset layout")

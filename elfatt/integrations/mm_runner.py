@@ -18,6 +18,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmengine.runner import BaseLoop, Runner, load_checkpoint
 from torch import nn

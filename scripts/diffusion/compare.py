@@ -22,6 +22,7 @@ from tqdm import tqdm, trange
 
 from elfatt.analysis.complexity import count_true
 from elfatt.analysis.diffusion_quality import psnr
+from elfatt.console import replace_unprintable
 from elfatt.conversion import Agent, Calibration, Head, LayerPlan, Plan
 from elfatt.integrations import diffusers as adapter
 from scripts.diffusion import quality
@@ -246,6 +247,7 @@ def compare(
 
 def main(argv: list[str] | None = None) -> None:
     """Train the models unless already trained, compare the variants and write the report."""
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="folder for models, samples and report")
     root = parser.parse_args(argv).root

@@ -24,6 +24,7 @@ from elfatt.analysis.diffusion_models import share_weights
 from elfatt.analysis.results import to_markdown
 from elfatt.analysis.timing import Timing, time_in_turns
 from elfatt.checkpoints import load_checkpoint
+from elfatt.console import replace_unprintable
 from elfatt.conversion import Head, LayerPlan, Plan, multiply_adds
 from elfatt.integrations.timm import vit_of
 
@@ -147,6 +148,7 @@ def write_report(root: Path, exact: float, rows: list[Row]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Train the ViT unless already trained, convert it, align it and write the report."""
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path, help="folder with data/ written by scripts/quickstart/digits.py")
     root = parser.parse_args(argv).root

@@ -19,6 +19,7 @@ from torchvision.datasets import ImageFolder
 
 import elfatt  # noqa: F401  registers the models
 from elfatt.checkpoints import load_checkpoint
+from elfatt.console import replace_unprintable
 from scripts.quickstart import dense
 
 SAMPLES = 40
@@ -35,6 +36,7 @@ DENSE_GOALS = {  # metric: (display name, goal in %)
 
 def main() -> None:
     """Read the finished runs and write report.md and its figures."""
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path, help="folder of the quickstart's runs")
     parser.add_argument("--digits", type=Path, required=True, help="folder written by digits.py")
