@@ -54,16 +54,11 @@ class Agent:
     Layers without merged tokens stay exact.
     """
 
-    def __init__(self):
-        self._generator = None
-
-    def merge(self, x: torch.Tensor, size: tuple[int, int], done: float) -> Tokens:
+    def merge(self, x: torch.Tensor, size: tuple[int, int], done: float, generator: torch.Generator) -> Tokens:
         """Implement ``elfatt.conversion.merging.Merge``."""
         early, count = done < EARLY, int(MERGED * x.shape[1])
-        if self._generator is None or self._generator.device != x.device:
-            self._generator = torch.Generator("cpu" if x.is_meta else x.device).manual_seed(torch.initial_seed())
         # not random for odd batches, as guidance's halves would differ
-        matching = Matching(x, size, STRIDES[early], self._generator if len(x) % 2 == 0 else None)
+        matching = Matching(x, size, STRIDES[early], generator if len(x) % 2 == 0 else None)
         attend = partial(_attend_by_agents, matching, count) if early else None
         return Tokens(lambda t: matching.merge(t, count), lambda t: matching.unmerge(t, count), attend)
 

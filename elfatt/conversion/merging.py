@@ -31,13 +31,14 @@ class Tokens(NamedTuple):
 class Merge(Protocol):
     """Token merging before the self-attention layers of a model's largest map."""
 
-    def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float) -> Tokens:
+    def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float, generator: torch.Generator) -> Tokens:
         """Match a layer's tokens.
 
         Args:
             x: Input of the layer's block, ``[B, H · W, C]``.
             size: Map height and width in tokens.
             done: Fraction of steps done.
+            generator: Draws the destinations.
         """
 
 
@@ -56,22 +57,22 @@ class TokenMerging:
         if not 0 <= ratio <= MAX_RATIO:
             raise ValueError(f"merge_ratio={ratio} must be from 0 to {MAX_RATIO}, the limit for 2 × 2 cells")
         try:
-            import tomesd
+            import tomesd  # noqa: F401
         except ImportError as error:
             raise ImportError(f"merge_ratio={ratio} needs tomesd: pip install tomesd") from error
-        self.ratio, self._tomesd, self._generator = ratio, tomesd, None
+        self.ratio = ratio
 
-    def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float) -> Tokens:
+    def __call__(self, x: torch.Tensor, size: tuple[int, int], done: float, generator: torch.Generator) -> Tokens:
         """Match tokens by similarity; see ``Merge``."""
-        if self._generator is None or self._generator.device != x.device:
-            self._generator = self._tomesd.utils.init_generator(x.device, self._generator)
-        merge, unmerge = self._tomesd.merge.bipartite_soft_matching_random2d(
+        from tomesd import merge as matching
+
+        merge, unmerge = matching.bipartite_soft_matching_random2d(
             x,
             *size[::-1],
             *(2, 2),
             int(x.shape[1] * self.ratio),
             no_rand=len(x) % 2 == 1,  # as in tomesd: otherwise guidance's halves would differ
-            generator=self._generator,
+            generator=generator,
         )
         return Tokens(merge, unmerge)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from elfatt.conversion.attention import run_plan
 from elfatt.conversion.calibrate import CANDIDATES, Attend, Calibration
-from elfatt.conversion.handle import Handle
+from elfatt.conversion.handle import Call, Handle
 from elfatt.conversion.plan import Plan
 from elfatt.layers.lepe import convolve, make_lepe
 
@@ -53,13 +53,22 @@ class ViTHandle(Handle):
                 del layer.lepe
         self.layers = {}
 
+    def embedded(self, size: tuple[int, int], prefix: int) -> None:
+        """Enter the map of embedded images, unless others of another size wait for their blocks."""
+        before = self.state.call
+        waiting = before is not None and before.size != size and not (self.state.inside or self.state.ran)
+        self.enter(replace(before or Call(), size=None if waiting else size, prefix=prefix))
+        if not self.state.inside:
+            self.state.ran.clear()
+
     def attention(
         self, name: str, layer: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
     ) -> torch.Tensor | None:
         """Compute one layer's attention on tensors ``[B, N, heads, d]``; None if their map is unknown."""
         call = self.known_call(name)
         if call is None or call.size is None:
-            self.warn(name, "it runs outside its model's forward", "call the model, which knows the map's size")
+            met = "it runs outside its model's forward, or images of several sizes were embedded before"
+            self.warn(name, met, "call the model on one batch after the other")
             return None
         (height, width), prefix = call.size, call.prefix
         if q.shape[1] != prefix + height * width:

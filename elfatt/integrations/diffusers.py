@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -24,13 +24,13 @@ except ImportError as error:
     raise ImportError("elfatt.integrations.diffusers needs diffusers 0.35 or newer: pip install diffusers") from error
 
 from elfatt.conversion import Attend, Calibration, Handle, Plan, run_plan
-from elfatt.conversion.handle import Call
-from elfatt.conversion.merging import Merge, TokenMerging
+from elfatt.conversion.handle import Call, binding_of
+from elfatt.conversion.merging import Merge, TokenMerging, Tokens
 
 MODELS = (UNet2DConditionModel, UNet2DModel, DiTTransformer2DModel, PixArtTransformer2DModel)
 EXPLICIT = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")  # processors that do not call SDPA
 WEIGH_EVERY = 7  # model calls; coprime to the usual numbers of steps, so that every step is covered
-TOLERANCE = 0.01  # of the range of timesteps, for timesteps in half precision
+TOLERANCE = 0.01  # of the largest timestep, for timesteps in half precision
 _TIMESTEP = {PixArtTransformer2DModel: 2}  # position among the arguments of forward, 1 otherwise
 
 
@@ -64,10 +64,8 @@ class DiffusionHandle(Handle):
         self._replaced, self._merged = set(layers), set(merged)
         self._steps, self._progress = steps, progress
         found = self_attention_layers(model)
+        self._blocks = {name.rpartition(".")[0]: name for name in merged}  # names of their merged layers
         self.bind({name: layer for name, layer in found.items() if name in layers or name in merged})
-        for name in merged:
-            block = model.get_submodule(name.rpartition(".")[0])
-            self._hooks.append(block.register_forward_pre_hook(partial(self._keep, name), with_kwargs=True))
 
     @property
     def promised(self) -> list[str]:
@@ -76,23 +74,38 @@ class DiffusionHandle(Handle):
 
     def run(self, name: str, layer: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a converted layer if the plan runs at this step, on merged tokens if it merges them."""
-        known = self.known_call(name)
+        state, known = self.state, self.known_call(name)
         if known is not None and not known.runs:
+            state.ran.add(name)
             return call(*args, **kwargs)
-        if name not in self._merged or known is None or known.size is None:
+        x = state.inputs.pop(name, None)
+        if x is None or known is None or known.size is None or not _fits(known.size, x):
             return super().run(name, layer, call, args, kwargs)
-        x = self.state.inputs.pop(name)
-        if not _fits(known.size, x):
-            return super().run(name, layer, call, args, kwargs)
-        tokens = self.merge(x, known.size, known.done)  # type: ignore[misc]  # there is one
+        tokens = self._match(name, known, known.size, x)
         self.enter(replace(known, size=None, tokens=tokens))
         try:
-            hidden, *rest = args
-            hidden = tokens.merge(hidden)
-            out = (super().run if name in self._replaced else _call)(name, layer, call, (hidden, *rest), kwargs)
+            args = (tokens.merge(args[0]), *args[1:])
+            if name in self._replaced:
+                out = super().run(name, layer, call, args, kwargs)
+            else:
+                state.ran.add(name)
+                out = call(*args, **kwargs)
             return tokens.unmerge(out)
         finally:
             self.enter(known)
+
+    def _match(self, name: str, known: Call, size: tuple[int, int], x: torch.Tensor) -> Tokens:
+        """Match a layer's tokens; again as before if the layer is recomputed."""
+        state, merge = self.state, cast("Merge", self.merge)
+        if state.generator is None or state.generator.device != x.device:
+            state.generator = _fork_rng(x.device)
+        generator = state.generator
+        if name in known.draws:
+            generator = torch.Generator(generator.device)
+            generator.set_state(known.draws[name])
+        elif torch.is_grad_enabled() or x.requires_grad:
+            known.draws[name] = generator.get_state()
+        return merge(x, size, known.done, generator)
 
     def attention(
         self, name: str, layer: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
@@ -126,17 +139,18 @@ class DiffusionHandle(Handle):
             runs, done = found is not None and first <= found < last, found or 0.0
         self.enter(Call((latent.shape[-2] // patch, latent.shape[-1] // patch), runs=runs, done=done))
 
-    def _carry(self, module, args, kwargs):
+    def carry(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a module around converted layers, as in ``Handle``; an input ``[B, C, H, W]`` is their map."""
-        super()._carry(module, args, kwargs)
+        super().carry(module, args, kwargs)
+        state, binding = self.state, binding_of(module)
         x = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(x, torch.Tensor) and x.ndim == 4 and self.state.call is not None:
-            self.enter(replace(self.state.call, size=tuple(x.shape[-2:])))
-
-    def _keep(self, name, block, args, kwargs):
-        call = self.state.call
-        if call is not None and call.runs:
-            self.state.inputs[name] = args[0] if args else kwargs["hidden_states"]
+        if state.call is None or binding is None or not isinstance(x, torch.Tensor):
+            return
+        if x.ndim == 4:
+            height, width = x.shape[-2:]
+            self.enter(replace(state.call, size=(height, width)))
+        if binding.name in self._blocks and state.call.runs:
+            state.inputs[self._blocks[binding.name]] = x
 
 
 class Progress:
@@ -149,33 +163,45 @@ class Progress:
 
     def __init__(self, scheduler: object = None, pipe: object = None):
         self._scheduler = scheduler
-        self._pipe = (lambda: None) if pipe is None else ref(pipe)  # a copy of the model does not copy the pipeline
+        self._pipe = None if pipe is None else ref(pipe)  # a copy of the model does not copy the pipeline
+
+    def __getstate__(self) -> dict:
+        pipe = self._pipe and self._pipe()
+        return {"_scheduler": self._scheduler or getattr(pipe, "scheduler", None), "_pipe": None}
 
     def __deepcopy__(self, memo: dict) -> Progress:
         return self  # the same scheduler steps the copy
 
     def __call__(self, timestep: torch.Tensor | float | None) -> float | None:
-        """Return the position of a timestep among this run's, from 0 to below 1; None if it is not one of them."""
-        pipe = self._pipe()
+        """Return the position of a timestep among this run's, from 0 to below 1; None if it is not one of them.
+
+        Image-to-image begins later, which schedulers with a ``begin_index`` and the pipeline know.
+        """
+        pipe = self._pipe and self._pipe()
         scheduler: Any = self._scheduler or getattr(pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         if timestep is None or timesteps is None or not len(timesteps):
             return None
-        if hasattr(scheduler, "begin_index"):  # image-to-image begins later
+        if hasattr(scheduler, "begin_index"):
             begin = scheduler.begin_index or 0
         else:
             begin = max(0, len(timesteps) - getattr(pipe, "_num_timesteps", len(timesteps)))
-        listed = torch.as_tensor(timesteps).double().cpu()
-        span = listed.max() - listed.min()
+        listed = torch.as_tensor(timesteps).cpu().double()
+        given = torch.as_tensor(timestep).flatten().cpu().double()
+        if (given != given[0]).any():
+            return None
         # a step may call the model several times, at one timestep
         own = torch.tensor(list(dict.fromkeys(listed[begin:].tolist())))
-        distance = (own - float(torch.as_tensor(timestep).flatten()[0])).abs()
+        distance = (own - given[0]).abs()
         index = int(distance.argmin())
-        return index / len(own) if distance[index] <= TOLERANCE * span else None
+        return index / len(own) if distance[index] <= TOLERANCE * listed.abs().max() else None
 
 
-def _call(name, layer, call, args, kwargs):
-    return call(*args, **kwargs)
+def _fork_rng(device: torch.device) -> torch.Generator:
+    """Return a generator in the state of the device's default one, as tomesd does."""
+    if device.type == "cuda":
+        return torch.Generator(device).set_state(torch.cuda.get_rng_state(device))
+    return torch.Generator().set_state(torch.get_rng_state())
 
 
 def _fits(size: tuple[int, int], x: torch.Tensor) -> bool:

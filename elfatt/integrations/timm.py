@@ -24,7 +24,7 @@ from torch import nn
 from elfatt.attention.vanilla import VanillaAttention
 from elfatt.backbones.hierarchical import HierarchicalBackbone
 from elfatt.conversion import Attend, Calibration, Plan, vit
-from elfatt.conversion.handle import Call, ConvertedLayer, binding_of
+from elfatt.conversion.handle import ConvertedLayer, binding_of
 from elfatt.conversion.positions import with_relative_positions
 from elfatt.layers.lepe import convolve
 
@@ -162,7 +162,7 @@ class _OwnHandle(vit.ViTHandle):
 
     def run(self, name: str, layer: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a converted layer; its attention is replaced in ``attend``."""
-        return self.run_checked(name, call, args, kwargs)
+        return call(*args, **kwargs)
 
     def attend_map(self, name: str, layer: _OwnLayer, qkv: torch.Tensor) -> torch.Tensor:
         """Map packed ``[B, H, W, 3C]`` to ``[B, H, W, C]``."""
@@ -187,11 +187,11 @@ class _Layer(ConvertedLayer):
 class _RelativeLayer(ConvertedLayer):
     """SAM's attention with decomposed relative positions, without materialising the ``N × N`` bias."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def run_layer(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``[B, H, W, C]`` to the same shape."""
-        binding, layer, size = binding_of(self), cast(SAMAttention, self), x.shape[1:3]
-        if binding is None:
-            return super().forward(x)  # type: ignore[misc]  # the layer's
+        if binding_of(self) is None:
+            return super().run_layer(x)
+        layer, size = cast(SAMAttention, self), x.shape[1:3]
         q, k, v = layer.qkv(x).flatten(1, 2).unflatten(-1, (3, layer.num_heads, -1)).unbind(2)
         q, k = layer.q_norm(q), layer.k_norm(k)
         width = v.shape[-1]
@@ -212,7 +212,7 @@ class _Handle(vit.ViTHandle):
         self._hooks.append(found.model.get_submodule("patch_embed").register_forward_pre_hook(self._look))
 
     def _look(self, patch_embed, args):
-        self.enter(Call(tuple(patch_embed.dynamic_feat_size(args[0].shape[-2:])), self._prefix))
+        self.embedded(tuple(patch_embed.dynamic_feat_size(args[0].shape[-2:])), self._prefix)
 
 
 def _plain_layers(encoder):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -219,15 +218,17 @@ class _Handle(vit.ViTHandle):
     def _look(self, embeddings, args, kwargs, tokens):
         images = args[0] if args else kwargs["pixel_values"]
         height, width = (side // patch for side, patch in zip(images.shape[-2:], self._patch, strict=True))
-        self.enter(replace(self.state.call or Call(), size=(height, width), prefix=self._prefix))
+        self.embedded((height, width), self._prefix)
 
     def run(self, name: str, layer: Any, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Run a converted layer, without the mask that transformers makes while tracing even if none was passed."""
         known = self.known_call(name)
-        if known is not None and not known.masked:
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if tracing and known is not None and not known.masked:
             kwargs = kwargs | dict(zip(LAYER_ARGUMENTS, args[1:], strict=False)) | {"attention_mask": None}
             args = args[:1]
         if name not in self.layers:
+            self.state.ran.add(name)
             return call(*args, **kwargs)
         return super().run(name, layer, call, args, kwargs)
 

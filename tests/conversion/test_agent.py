@@ -7,6 +7,8 @@ from elfatt.conversion import Agent
 from elfatt.conversion.agent import agent_attention
 from elfatt.conversion.merging import Matching
 
+GENERATOR = torch.Generator().manual_seed(0)
+
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -40,7 +42,7 @@ def exact(q, k, v):
 def test_agents_of_the_early_steps(size):
     """Queries are projected before the tokens are merged here, and behind it in Agent: the projection is linear."""
     agent, x = Agent(), draw(1, size[0] * size[1], 6)
-    merge, unmerge, attend = agent.merge(x, size, done=0.39)
+    merge, unmerge, attend = agent.merge(x, size, 0.39, GENERATOR)
     count = int(0.4 * x.shape[1])
     weights = [draw(6, 6, seed=seed) for seed in (1, 2, 3)]
     q, k, v = ((merge(x) @ weight).unflatten(-1, (2, 3)) for weight in weights)
@@ -56,7 +58,7 @@ def test_agents_of_the_early_steps(size):
 
 def test_later_steps_are_plain_merging():
     agent, x, size = Agent(), draw(1, 96, 6), (8, 12)
-    merge, unmerge, attend = agent.merge(x, size, done=0.4)
+    merge, unmerge, attend = agent.merge(x, size, 0.4, GENERATOR)
     assert attend is None
     matching, count = Matching(x, size, 2), int(0.4 * 96)
     torch.testing.assert_close(merge(x), matching.merge(x, count))
@@ -67,7 +69,7 @@ def test_later_steps_are_plain_merging():
 
 def test_layers_of_a_whole_map_stay_exact():
     agent, x = Agent(), draw(1, 96, 6)
-    agent.merge(x, (8, 12), done=0.0)
+    agent.merge(x, (8, 12), 0.0, GENERATOR)
     q, k, v = (draw(1, 24, 2, 3, seed=seed) for seed in range(3))
     torch.testing.assert_close(agent("layer", q, k, v, (4, 6)), exact(q, k, v))
     torch.testing.assert_close(agent("layer", q, k, v, (4, 6), scale=3**-0.5), exact(q, k, v))
@@ -76,8 +78,8 @@ def test_layers_of_a_whole_map_stay_exact():
 def test_cells_are_drawn_by_chance_in_even_batches_alone():
     size = (8, 12)
     x = draw(1, 96, 6)
-    kept = [Agent().merge(x, size, done=0.0)[0](x) for _ in range(2)]
+    kept = [Agent().merge(x, size, 0.0, GENERATOR)[0](x) for _ in range(2)]
     assert torch.equal(*kept)
     agent, pair = Agent(), x.repeat(2, 1, 1)
-    first, second = (agent.merge(pair, size, done=0.0)[0](pair) for _ in range(2))
+    first, second = (agent.merge(pair, size, 0.0, GENERATOR)[0](pair) for _ in range(2))
     assert torch.equal(first[0], first[1]) and not torch.equal(first, second)

@@ -1,6 +1,7 @@
 """Plans in pipelines: schedulers of every kind, adapters, offloading and processors that come and go."""
 
 import copy
+import pickle
 import random
 import warnings
 
@@ -302,3 +303,38 @@ def check(subject, twin, plan, done):
         with adapter.apply(twin.pipe, plan):
             wanted = twin.run()
         assert torch.equal(subject.run(), wanted), done
+
+
+@pytest.mark.parametrize("options", [{"merge_ratio": 0.5}, {"plan": Agent(), "scheduler": diffusers.DDIMScheduler()}])
+def test_merging_is_repeated_when_it_is_recomputed(options):
+    torch.manual_seed(0)
+    model, call = unet()
+    x = [torch.randn(2, 4, *size) for size in ((8, 12), (12, 8), (8, 8))]
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        with adapter.apply(model.train(), **{"block": 2, "min_tokens": 0} | options):
+            torch.manual_seed(1)
+            model.zero_grad()
+            sum(call(model, y, torch.full((2,), 900)).square().mean() for y in x).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_copies_and_pickles_of_every_option():
+    torch.manual_seed(0)
+    pipe = pipeline()
+    x = torch.randn(1, 4, 8, 12)
+
+    def run(model):
+        with torch.no_grad():
+            return model(x, 500, torch.ones(1, 5, 8)).sample
+
+    for options in ({"merge_ratio": 0.5}, {"steps": (0, 0.6)}, {"plan": Agent()}):
+        with adapter.apply(pipe, **{"block": 2, "min_tokens": 0} | options):
+            wanted = run(pipe.unet)
+            for other in (copy.deepcopy(pipe.unet), pickle.loads(pickle.dumps(pipe.unet))):
+                assert torch.equal(run(other), wanted)
+        assert not torch.equal(run(pipe.unet), wanted)

@@ -22,7 +22,7 @@ peft = pytest.importorskip("peft")
 from diffusers import DDIMScheduler  # noqa: E402
 
 import elfatt  # noqa: E402
-from elfatt.conversion.handle import handle_of  # noqa: E402
+from elfatt.conversion.handle import ConvertedLayer, handle_of  # noqa: E402
 from elfatt.integrations import diffusers as diffusers_adapter  # noqa: E402
 from elfatt.integrations import transformers as transformers_adapter  # noqa: E402
 from tests.integrations import test_diffusers, test_timm, test_transformers  # noqa: E402
@@ -229,7 +229,7 @@ def test_conversion_reaches_a_model_compiled_before(case, how):
 
 
 def layers_of(model):
-    return [m for m in model.modules() if hasattr(m, "_elfatt_binding")]
+    return [m for m in model.modules() if isinstance(m, ConvertedLayer)]
 
 
 @pytest.mark.parametrize("first", ["convert", "assign"])
@@ -344,9 +344,12 @@ def test_tokens_without_a_map_keep_exact_attention(case, change):
         tokens = tokens[:, : tokens.shape[1] // 2] if change == "dropped" else torch.cat([tokens, tokens[:, :3]], 1)
         return (tokens, *args[1:]), kwargs
 
+    def leave(block, args, out):
+        raise Stop(out)
+
     block = case.blocks[0]
     hook = block.register_forward_pre_hook(alter, with_kwargs=True)
-    stop = block.register_forward_hook(lambda *_: (_ for _ in ()).throw(Stop(_[-1])))
+    stop = block.register_forward_hook(leave)
     try:
         outputs = []
         for converted in (False, True):
@@ -481,3 +484,120 @@ def test_layers_that_others_cut_off_are_not_missed():
     elfatt.convert(case.model, block=2)
     case.model.prune_intermediate_layers([0])
     case.run(case.inputs(SIZES[0]))
+
+
+@pytest.mark.parametrize("part", ["layer", "block"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
+def test_forward_methods_that_are_checkpointed(case, part, reentrant):
+    inputs = [case.inputs(size) for size in SIZES]
+    with case.convert(case.model):
+        wanted = gradients(case, inputs)
+        for module in layers_of(case.model) if part == "layer" else case.blocks:
+            module.forward = checkpointed(module.forward, reentrant)
+        found = gradients(case, inputs)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def checkpointed(forward, reentrant):
+    def run(*args, **kwargs):
+        def call(*given):
+            return forward(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
+
+        return checkpoint(call, *args, *kwargs.values(), use_reentrant=reentrant)
+
+    return run
+
+
+def test_a_forward_checkpointed_before_the_conversion_is_refused():
+    case = timm_case()
+    for block in case.model.blocks:
+        block.attn.forward = checkpointed(block.attn.forward, True)
+    with (
+        case.convert(case.model),
+        pytest.raises(RuntimeError, match="blocks.0.attn.forward was replaced before the conversion .* convert first"),
+    ):
+        case.model.train()(case.inputs(SIZES[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [timm_case, pixart_case])
+def test_blocks_that_are_compiled_and_checkpointed(build):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    case = build()
+    inputs = [case.inputs(size) for size in SIZES]
+    case.model.train()
+    with case.convert(case.model):
+        wanted = gradients(case, inputs)
+        for block in case.blocks:
+            block.compile(backend="eager")
+        (getattr(case.model, "set_grad_checkpointing", None) or case.model.enable_gradient_checkpointing)()
+        found = gradients(case, inputs)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_in_hooks_is_not_replaced():
+    case, other, seen = timm_case(), test_timm.vit().blocks[0].attn.eval(), []
+    x = case.inputs(SIZES[0])
+    case.model.blocks[0].attn.register_forward_pre_hook(lambda layer, args: seen.append(other(args[0])))
+    case.run(x)
+    with case.convert(case.model):
+        case.run(x)
+    assert torch.equal(*seen)
+
+
+def test_images_embedded_one_after_the_other():
+    """Their blocks cannot tell whose map is theirs, although the numbers of tokens are equal."""
+    case = timm_case()
+    model, inputs = case.model, [case.inputs(size) for size in SIZES[:2]]
+
+    def interleaved():
+        with torch.no_grad():
+            tokens = [model._pos_embed(model.patch_embed(x)) for x in inputs]
+            return [model.blocks(x) for x in tokens]
+
+    wanted = interleaved()
+    with case.convert(model), pytest.warns(UserWarning, match="images of several sizes were embedded before"):
+        assert all(torch.equal(*pair) for pair in zip(interleaved(), wanted, strict=True))
+    with torch.no_grad(), case.convert(model):
+        features = [model.forward_features(x) for x in inputs]
+        assert torch.equal(model.forward_head(features[0]), model(inputs[0]))
+
+
+def test_layers_of_another_converted_model_are_refused():
+    first, second = timm_case(), timm_case()
+    second.model.blocks = first.model.blocks
+    with (
+        first.convert(first.model),
+        pytest.raises(ValueError, match="blocks.0.attn is shared with a converted VisionTransformer: remove()"),
+    ):
+        second.convert(second.model)
+
+
+def test_a_copy_whose_blocks_come_before_their_model(case):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.net = nn.ModuleList(case.blocks), case.model
+
+    x = case.inputs(SIZES[0])
+    with case.convert(case.model):
+        wanted, copied = case.run(x), copy.deepcopy(Wrapper()).net
+    assert torch.equal(case.run(x, copied), wanted)
+    before = case.run(x)
+    handle_of(copied).remove()
+    assert torch.equal(case.run(x, copied), before)
+
+
+def test_a_mask_that_a_program_passes_is_kept():
+    case = transformers_case()
+    x = case.inputs((32, 32))
+    mask = torch.ones(2, 17, dtype=torch.long)
+    mask[:, 5] = 0
+    with torch.no_grad():
+        wanted = case.model(x, attention_mask=mask)[0]
+        for run in (case.model, case.model.forward):
+            with case.convert(case.model), pytest.warns(UserWarning, match="it has a mask"):
+                assert torch.equal(run(x, attention_mask=mask)[0], wanted)
