@@ -198,6 +198,8 @@ class Source:
             height, width = (side // patch for side in self.latent)
             while height * width > args[0].shape[1]:
                 height, width = math.ceil(height / 2), math.ceil(width / 2)
+            if height * width != args[0].shape[1]:
+                raise ValueError(f"{name} has {args[0].shape[1]} tokens, which are no map of the latent {self.latent}")
             found.setdefault(((height, width), layer.query_dim, layer.heads), []).append(name)
 
         for name, layer in self_attention_layers(model).items():

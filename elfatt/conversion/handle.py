@@ -60,7 +60,7 @@ class _State(threading.local):
         open: Layers whose attention is being intercepted.
         reached: Those of them whose assigned ``forward`` has called ours.
         ran: Layers that ran their plan.
-        failed: Layers that ran without it.
+        failed: Layers whose attention was not intercepted.
         visited: Modules around converted layers that were called.
         inputs: Inputs of the blocks whose layers merge tokens.
         generator: Random generator for merging.
@@ -270,7 +270,7 @@ class Handle:
             RuntimeError: The layer is recomputed in a backward pass for an unknown call.
         """
         state, backward = self.state, _backward()
-        if state.backward == backward:
+        if torch.compiler.is_dynamo_compiling() or state.backward == backward:
             return state.call
         if backward >= 0:
             raise RuntimeError(
@@ -325,8 +325,8 @@ class Handle:
             return
         if state.failed:
             self._raise_failed()
-        if runs and not self._complete and not torch.compiler.is_compiling():
-            # whole blocks may be skipped or cut off
+        if runs and not self._complete and not torch.compiler.is_dynamo_compiling():
+            # only in blocks that were called: programs may skip or cut off others
             called = {binding.name for module in state.visited if (binding := binding_of(module))} | {""}
             missing = [name for name in self.promised if name not in state.ran and name.rpartition(".")[0] in called]
             if missing:
@@ -345,7 +345,7 @@ class Handle:
     def carry(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a module around converted layers: tie the call to its input, or re-enter it if recomputed."""
         x = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
-        if torch.compiler.is_compiling() or x is None:
+        if torch.compiler.is_dynamo_compiling() or x is None:
             return
         if not self._complete:
             self.state.visited.add(module)
@@ -395,4 +395,4 @@ def handle_of(model: nn.Module) -> Handle | None:
 
 def _backward() -> int:
     """Return the id of the backward pass that this thread runs, or -1."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+    return -1 if torch.compiler.is_dynamo_compiling() else torch._C._current_graph_task_id()

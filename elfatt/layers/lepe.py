@@ -15,7 +15,7 @@ from elfatt.ops.geometry import Filter, fit_block, from_blocks, to_blocks
 def make_lepe(channels: int, kernel_size: int = 3) -> nn.Conv2d:
     """Return the depthwise filter of LePE, which operations apply over the map or inside each block.
 
-    A filter that others have changed (hooks, offloading, adapters, quantisation) is called as a module instead.
+    A filter with hooks, offloaded, adapted or quantised weights is called as a module instead.
 
     Args:
         channels: Channels of V.
@@ -25,10 +25,11 @@ def make_lepe(channels: int, kernel_size: int = 3) -> nn.Conv2d:
 
 
 def is_fusible(conv: nn.Module | None) -> bool:
-    """Return whether a convolution's call does nothing but apply its weight and bias."""
+    """Return whether a convolution's call does nothing but apply its weight and bias to a zero-padded map."""
     return (
-        isinstance(conv, nn.Conv2d)
-        and type(conv).forward is nn.Conv2d.forward
+        type(conv) is nn.Conv2d
+        and (conv.stride, conv.dilation, conv.padding_mode) == ((1, 1), (1, 1), "zeros")
+        and conv.padding == tuple(side // 2 for side in conv.kernel_size)
         and "forward" not in conv.__dict__
         and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks)
         and not is_traceable_wrapper_subclass(conv.weight)
